@@ -1,0 +1,31 @@
+"""What the engine can fail with. The gateway maps these to Transient, Permanent or Rejected (gateway/errors.py)."""
+
+from __future__ import annotations
+
+
+class EngineError(Exception):
+    """Root of everything that the engine raises on purpose."""
+
+
+class InputRejected(EngineError):
+    """The image is at fault: wrong number of channels, not finite, shape or spacing the model cannot take."""
+
+
+class BundleInvalid(EngineError):
+    """A model bundle is incomplete, inconsistent or changed; it is not loaded."""
+
+
+class ImportRefused(EngineError):
+    """A result folder, zip or checkpoint is unsafe, unknown or inconsistent; nothing was imported."""
+
+
+class ParityFailed(EngineError):
+    """The exported network does not compute what the original computes; nothing was deployed."""
+
+
+class MemoryExceeded(EngineError):
+    """The estimated peak does not fit into what is free; the message has both numbers."""
+
+
+class BackendFailed(EngineError):
+    """The runtime failed on a batch (device lost, out of memory); trying again may help."""

@@ -1,0 +1,116 @@
+"""NIfTI files (and whatever else SimpleITK reads) ↔ volumes and label maps, in the voxel order of the file."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+
+from engine.errors import InputRejected
+from engine.volume import Geometry, LabelMap, Volume
+
+# ITK refuses directions that are not orthonormal; the header itself holds float32.
+_ORTHOGONALITY = 1e-4
+
+
+def read_nifti(paths: Sequence[Path]) -> Volume:
+    """One file per channel, in channel order, all on one grid, in the voxel order as stored.
+
+    Raises InputRejected for a file that cannot be read, is not 2D or 3D with one value per voxel, lies on another
+    grid than the first, or holds NaN or infinity.
+    """
+    if not paths:
+        raise InputRejected("no image file was given")
+    channels: list[Any] = []
+    geometry: Geometry | None = None
+    for path in paths:
+        array, grid = _read(path)
+        if geometry is None:
+            geometry = grid
+        elif not geometry.same_grid(grid):
+            raise InputRejected(f"{path.name}: lies on another grid than {paths[0].name}; all channels must share one")
+        values = array.astype(np.float32)
+        if not np.isfinite(values).all() or not _finite_on_disk(path):
+            raise InputRejected(f"{path.name}: holds NaN or infinity, correct it at the source")
+        channels.append(values)
+    if geometry is None:
+        raise InputRejected("no image file was given")
+    return Volume(array=np.stack(channels), geometry=geometry)
+
+
+def read_label_map(path: Path) -> LabelMap:
+    """A label map in the voxel order as stored; InputRejected when it holds anything but whole numbers >= 0."""
+    array, geometry = _read(path)
+    if np.issubdtype(array.dtype, np.floating):
+        if not np.isfinite(array).all() or not np.array_equal(array, np.rint(array)):
+            raise InputRejected(f"{path.name}: a label map holds whole numbers only")
+        array = array.astype(np.int64)
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high > 65535:
+        raise InputRejected(f"{path.name}: labels from {low} to {high}; 0 to 65535 are allowed")
+    return LabelMap(array=array.astype(np.uint8 if high < 256 else np.uint16), geometry=geometry)
+
+
+def write_nifti(labels: LabelMap, path: Path) -> None:
+    """The label map as a file with its own geometry; ValueError on a sheared grid, which NIfTI by ITK cannot hold."""
+    geometry = labels.geometry
+    direction = geometry.direction
+    if np.abs(direction.T @ direction - np.eye(3)).max() > _ORTHOGONALITY:
+        raise ValueError(f"{path.name}: the grid is sheared (gantry tilt) and cannot be written by ITK")
+    image = sitk.GetImageFromArray(labels.array)
+    image.SetSpacing(geometry.spacing_mm[::-1])
+    image.SetOrigin(geometry.origin_mm)
+    image.SetDirection(direction.ravel().tolist())
+    sitk.WriteImage(image, str(path), True)
+
+
+def _finite_on_disk(path: Path) -> bool:
+    """False when a NIfTI-1 file stores NaN or infinity as floating point: ITK reads these as 0, without a word."""
+    if not path.name.endswith((".nii", ".nii.gz")):
+        return True
+    try:
+        content = path.read_bytes()
+        if path.name.endswith(".gz"):
+            content = gzip.decompress(content)
+        for order in "<>":
+            header = np.dtype(
+                {
+                    "names": ["size", "datatype", "offset"],
+                    "formats": [f"{order}i4", f"{order}i2", f"{order}f4"],
+                    "offsets": [0, 70, 108],
+                    "itemsize": 348,
+                }
+            )
+            fields = np.frombuffer(content, header, count=1)[0]
+            kind = {16: f"{order}f4", 64: f"{order}f8"}.get(int(fields["datatype"]))
+            if int(fields["size"]) == 348 and kind is not None:
+                stored = content[int(fields["offset"]) :]
+                size = np.dtype(kind).itemsize
+                return bool(np.isfinite(np.frombuffer(stored[: len(stored) // size * size], kind)).all())
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise InputRejected(f"{path.name}: not readable as an image") from error
+    return True
+
+
+def _read(path: Path) -> tuple[Any, Geometry]:
+    try:
+        image = sitk.ReadImage(str(path))
+    except RuntimeError as error:
+        raise InputRejected(f"{path.name}: not readable as an image") from error
+    if image.GetNumberOfComponentsPerPixel() != 1 or image.GetDimension() not in (2, 3):
+        raise InputRejected(
+            f"{path.name}: {image.GetDimension()} axes with {image.GetNumberOfComponentsPerPixel()} values a voxel; "
+            "a 2D or 3D image with one value a voxel is needed"
+        )
+    array = sitk.GetArrayFromImage(image)
+    if array.ndim == 2:
+        image, array = sitk.JoinSeries(image), array[None]
+    affine = np.eye(4)
+    affine[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * np.array(image.GetSpacing())
+    affine[:3, 3] = image.GetOrigin()
+    return array, Geometry(shape=array.shape, affine_lps=affine)

@@ -1,0 +1,159 @@
+"""Writes one of nnU-Net's U-Nets as an ONNX graph, straight from the architecture and the weights.
+
+Same input gives the same bytes on every machine and with every release of torch: no tracing, no paths, no time. Six
+operators are used: Conv, ConvTranspose, InstanceNormalization, LeakyRelu, Concat, and for residual encoders Add and
+AveragePool. Heads of deep supervision other than the full resolution's are left out. Whether the graph computes what
+the original network does is checked by engine/export.py for every file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from engine.plans import Architecture
+
+OPSET = 17
+IR_VERSION = 8  # the oldest that goes with opset 17
+INPUT = "image"
+OUTPUT = "logits"
+# A protobuf message ends at 2 GiB; above this the weights go into a file of their own beside the graph.
+EXTERNAL_DATA_BYTES = 1_900_000_000
+
+
+def write_onnx(
+    path: Path,
+    architecture: Architecture,
+    weights: Mapping[str, NDArray[np.float32]],
+    *,
+    channels: int,
+    heads: int,
+    patch_size: Sequence[int],
+    external_data_bytes: int = EXTERNAL_DATA_BYTES,
+) -> list[Path]:
+    """Write `path` (and `path` + ".data" when the weights exceed `external_data_bytes`); returns what was written.
+
+    Input `image` float32 (batch, channels, *patch_size), output `logits` float32 (batch, heads, *patch_size); only
+    the batch is free. `weights` by the names of engine/network.py, complete.
+    """
+    graph = _Graph(architecture, weights)
+    features, skips = INPUT, []
+    if architecture.network == "residual":
+        features = graph.conv_norm("encoder.stem.convs.0", features, stride=graph.one)
+    for stage, (count, stride) in enumerate(zip(architecture.n_conv_per_stage, architecture.strides, strict=True)):
+        place = f"encoder.stages.{stage}"
+        for index in range(count):
+            step = stride if index == 0 else graph.one
+            if architecture.network == "plain":
+                features = graph.conv_norm(f"{place}.0.convs.{index}", features, stride=step)
+            else:
+                features = graph.residual_block(f"{place}.blocks.{index}", features, stride=step)
+        skips.append(features)
+    for level, count in enumerate(architecture.n_conv_per_stage_decoder):
+        up = graph.transposed(f"decoder.transpconvs.{level}", features, architecture.strides[-1 - level])
+        features = graph.node("Concat", [up, skips[-2 - level]], axis=1)
+        for index in range(count):
+            features = graph.conv_norm(f"decoder.stages.{level}.convs.{index}", features, stride=graph.one)
+    last = len(architecture.n_conv_per_stage_decoder) - 1
+    graph.conv(f"decoder.seg_layers.{last}", features, stride=graph.one, output=OUTPUT)
+
+    model = helper.make_model(
+        helper.make_graph(
+            graph.nodes,
+            "UNet",
+            [helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, ["batch", channels, *patch_size])],
+            [helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, ["batch", heads, *patch_size])],
+            graph.initializers,
+        ),
+        opset_imports=[helper.make_opsetid("", OPSET)],
+        ir_version=IR_VERSION,
+        producer_name="seggate",
+    )
+    size = sum(array.nbytes for array in graph.used.values())
+    if size <= external_data_bytes:
+        path.write_bytes(model.SerializeToString(deterministic=True))
+        onnx.checker.check_model(str(path))
+        return [path]
+    data = path.with_name(path.name + ".data")
+    onnx.save_model(
+        model,
+        str(path),
+        save_as_external_data=True,
+        all_tensors_to_one_file=True,
+        location=data.name,
+        size_threshold=1024,
+    )
+    onnx.checker.check_model(str(path))
+    return [path, data]
+
+
+class _Graph:
+    """Nodes and initialisers in the order of computation; every value is named by the node that makes it."""
+
+    def __init__(self, architecture: Architecture, weights: Mapping[str, NDArray[np.float32]]) -> None:
+        self.architecture = architecture
+        self.weights = weights
+        self.one = (1,) * architecture.dimensions
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: list[onnx.TensorProto] = []
+        self.used: dict[str, NDArray[np.float32]] = {}
+
+    def node(self, operator: str, inputs: list[str], *, output: str | None = None, **attributes: Any) -> str:
+        output = output or f"{operator}_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(operator, inputs, [output], name=f"node_{len(self.nodes)}", **attributes))
+        return output
+
+    def parameters(self, name: str) -> list[str]:
+        """Weight and, if there is one, bias, as initialisers."""
+        names = [f"{name}.weight"] + ([f"{name}.bias"] if f"{name}.bias" in self.weights else [])
+        for key in names:
+            array = np.ascontiguousarray(self.weights[key], dtype=np.float32)
+            self.used[key] = array
+            self.initializers.append(numpy_helper.from_array(array, key))
+        return names
+
+    def conv(self, name: str, features: str, *, stride: Sequence[int], output: str | None = None) -> str:
+        kernel = self.weights[f"{name}.weight"].shape[2:]
+        padding = [(edge - 1) // 2 for edge in kernel]
+        return self.node(
+            "Conv",
+            [features, *self.parameters(name)],
+            output=output,
+            kernel_shape=list(kernel),
+            strides=list(stride),
+            pads=padding * 2,
+        )
+
+    def transposed(self, name: str, features: str, stride: Sequence[int]) -> str:
+        return self.node(
+            "ConvTranspose", [features, *self.parameters(name)], kernel_shape=list(stride), strides=list(stride)
+        )
+
+    def norm(self, name: str, features: str) -> str:
+        return self.node(
+            "InstanceNormalization", [features, *self.parameters(name)], epsilon=self.architecture.norm_eps
+        )
+
+    def activation(self, features: str) -> str:
+        return self.node("LeakyRelu", [features], alpha=self.architecture.negative_slope)
+
+    def conv_norm(self, name: str, features: str, *, stride: Sequence[int], activate: bool = True) -> str:
+        result = self.norm(f"{name}.norm", self.conv(f"{name}.conv", features, stride=stride))
+        return self.activation(result) if activate else result
+
+    def residual_block(self, name: str, features: str, *, stride: Sequence[int]) -> str:
+        inner = self.conv_norm(f"{name}.conv1", features, stride=stride)
+        inner = self.conv_norm(f"{name}.conv2", inner, stride=self.one, activate=False)
+        skip, position = features, 0
+        if any(step != 1 for step in stride):
+            skip = self.node("AveragePool", [skip], kernel_shape=list(stride), strides=list(stride))
+            position = 1
+        if f"{name}.skip.{position}.conv.weight" in self.weights:
+            skip = self.conv_norm(f"{name}.skip.{position}", skip, stride=self.one, activate=False)
+        return self.activation(self.node("Add", [inner, skip]))

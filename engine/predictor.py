@@ -1,0 +1,349 @@
+"""From an image to labels with a model bundle: the whole of nnU-Net's inference on a runtime without torch."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType, TracebackType
+from typing import Any, Self
+
+import numpy as np
+import scipy
+from numpy.typing import NDArray
+
+from engine.backends import Backend, Device, OnnxBackend
+from engine.bundle import Bundle
+from engine.errors import BundleInvalid, InputRejected, MemoryExceeded
+from engine.logits_to_labels import NetworkLogits, check_rule, segment, to_half, winning_labels
+from engine.manifest import BundleConfiguration
+from engine.memory import MemoryEstimate, available_bytes, estimate_peak, run_order
+from engine.postprocessing import apply_postprocessing, read_postprocessing
+from engine.preprocessing import CroppedImage, crop_to_nonzero, network_shape, network_spacing_mm, preprocess
+from engine.segment_statistics import SegmentStatistics, mean_probabilities, measure_segments
+from engine.sliding_window import WindowGrid, mirror_combinations, predict_logits
+from engine.uncertainty import Agreement, MirrorAgreement, fold_agreements
+from engine.volume import LabelMap, Volume
+
+FloatArray = NDArray[np.float32]
+Progress = Callable[[float], None]
+
+# Share of the progress that the networks take; the rest is making labels and measuring them.
+_NETWORK_SHARE = 0.95
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeInfo:
+    """On what a prediction was computed. `seconds` is wall time by stage: preprocess, network, export, statistics."""
+
+    backend: str
+    provider: str
+    precision: str
+    threads: int
+    versions: Mapping[str, str]
+    seconds: Mapping[str, float]
+    peak_estimate_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Prediction:
+    """`labels` lie on the grid of the image that was given, `segments` are in the order of the bundle's labels.
+
+    `mean_confidence` is the mean over the voxels of all segments, None when all are empty.
+    """
+
+    labels: LabelMap
+    segments: tuple[SegmentStatistics, ...]
+    mean_confidence: float | None
+    runtime: RuntimeInfo
+
+
+class Predictor:
+    """Runs one model bundle. Networks are loaded once, here, and stay loaded until `close`.
+
+    One prediction at a time. Raises BundleInvalid when a network or rule of the bundle cannot be run, BackendFailed
+    when the device asked for cannot.
+    """
+
+    def __init__(self, bundle: Bundle, *, device: Device = "auto", threads: int | None = None) -> None:
+        self._bundle = bundle
+        self._postprocessing = read_postprocessing(bundle.postprocessing)
+        for configuration in bundle.configurations:
+            check_rule(bundle.plans.configurations[configuration.name].resampling_probabilities)
+        self._backends: dict[tuple[str, str], Backend] = {}
+        try:
+            for configuration in bundle.configurations:
+                for fold in configuration.folds:
+                    self._backends[configuration.name, fold.fold] = OnnxBackend(
+                        fold.file,
+                        channels=self._input_channels(configuration),
+                        patch_size=bundle.plans.configurations[configuration.name].patch_size,
+                        device=device,
+                        threads=threads,
+                    )
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def bundle(self) -> Bundle:
+        return self._bundle
+
+    def close(self) -> None:
+        """Frees the networks."""
+        for backend in self._backends.values():
+            backend.close()
+        self._backends.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def predict(
+        self,
+        volume: Volume,
+        *,
+        progress: Progress | None = None,
+        folds: Collection[str] | None = None,
+        configurations: Sequence[str] | None = None,
+        mirroring: bool | None = None,
+        budget_bytes: int | None = None,
+    ) -> Prediction:
+        """Segments an image on its own grid, whatever its orientation.
+
+        `progress` gets fractions from 0 to 1. `folds` and `configurations` restrict what runs (default: all; the
+        earlier stages of a cascade always run with it). `mirroring` False switches the mirrored passes off that the
+        model allows. `budget_bytes` is the memory that may be used, the loaded networks included; by default what is
+        free now.
+
+        Raises InputRejected (channels, values, nothing but 0), MemoryExceeded before anything is computed,
+        BundleInvalid for an unknown fold or configuration, BackendFailed.
+        """
+        bundle = self._bundle
+        if volume.array.shape[0] != len(bundle.channels):
+            raise InputRejected(
+                f"the image has {volume.array.shape[0]} channel(s); {bundle.name} takes {len(bundle.channels)}: "
+                + ", ".join(channel.name for channel in bundle.channels)
+            )
+        if not np.isfinite(volume.array).all():
+            raise InputRejected("the image holds NaN or infinity, correct it at the source")
+        runs = run_order(bundle, configurations)
+        members = (
+            {configuration.name for configuration in bundle.final_configurations}
+            if configurations is None
+            else set(configurations)
+        )
+        if not members:
+            raise BundleInvalid(f"{bundle.name}: no configuration was asked for")
+        estimate = estimate_peak(bundle, volume.geometry, configurations=configurations, folds=folds)
+        _check_budget(estimate, budget_bytes)
+        clock = _Clock()
+
+        with clock.stage("preprocess"):
+            turned, change = volume.reoriented(bundle.contract.orientation)
+            cropped = crop_to_nonzero(turned, bundle.plans)
+            tasks = [self._task(run, cropped, folds, mirroring) for run in runs]
+        report = _Report(progress, sum(task.work for task in tasks))
+        outputs: list[NetworkLogits] = []
+        previous: dict[str, NDArray[Any]] = {}
+        fold_tables: list[Agreement] = []
+        mirror_tables: list[Agreement] = []
+        needed = {run.previous_stage for run in runs}
+        for task in tasks:
+            with clock.stage("preprocess"):
+                image = preprocess(
+                    cropped,
+                    bundle.plans,
+                    bundle.plans.configurations[task.run.name],
+                    previous_labels=previous.get(task.run.previous_stage or ""),
+                    previous_foreground=bundle.label_manager.foreground_labels,
+                )
+            with clock.stage("network"):
+                output, folds_agree, mirrors_agree = self._run(task, image, cropped, report)
+            if task.run.name in needed:
+                with clock.stage("export"):
+                    stage = segment([output], cropped.shape, cropped.spacing_mm, bundle.label_manager)
+                    previous[task.run.name] = _uncropped(stage.labels, cropped)
+            if task.run.name in members:
+                outputs.append(output)
+                fold_tables.extend(folds_agree)
+                mirror_tables.extend(mirrors_agree)
+        with clock.stage("export"):
+            result = segment(outputs, cropped.shape, cropped.spacing_mm, bundle.label_manager)
+            outputs.clear()
+            whole = _uncropped(result.labels, cropped)
+            apply_postprocessing(whole, self._postprocessing)
+            stored = np.ascontiguousarray(whole.transpose(bundle.plans.transpose_backward))
+            labels = change.restore_labels(LabelMap(array=stored, geometry=turned.geometry))
+        with clock.stage("statistics"):
+            confidences = mean_probabilities(whole[cropped.box], result.probabilities, bundle.labels)
+            segments = measure_segments(
+                volume,
+                labels,
+                bundle.labels,
+                confidences=confidences,
+                fold_tables=fold_tables,
+                mirror_tables=mirror_tables,
+            )
+        report.finish()
+        first = self._backends[tasks[0].run.name, tasks[0].folds[0]]
+        return Prediction(
+            labels=labels,
+            segments=segments,
+            mean_confidence=_mean_confidence(segments),
+            runtime=RuntimeInfo(
+                backend=first.name,
+                provider=first.provider,
+                precision=first.precision,
+                threads=first.threads,
+                versions=MappingProxyType(
+                    {first.name: first.version, "numpy": np.__version__, "scipy": str(scipy.__version__)}
+                ),
+                seconds=MappingProxyType(dict(clock.seconds)),
+                peak_estimate_bytes=estimate.bytes,
+            ),
+        )
+
+    def _input_channels(self, configuration: BundleConfiguration) -> int:
+        stacked = len(self._bundle.label_manager.foreground_labels) if configuration.previous_stage else 0
+        return len(self._bundle.channels) + stacked
+
+    def _task(
+        self, run: BundleConfiguration, cropped: CroppedImage, folds: Collection[str] | None, mirroring: bool | None
+    ) -> _Task:
+        names = tuple(fold.fold for fold in run.folds if folds is None or fold.fold in folds)
+        if not names:
+            present = ", ".join(fold.fold for fold in run.folds)
+            raise BundleInvalid(f"{self._bundle.name}: {run.name} has none of the folds asked for; it has {present}")
+        planned = self._bundle.plans.configurations[run.name]
+        return _Task(
+            run=run,
+            folds=names,
+            mirror_axes=() if mirroring is False else run.mirror_axes,
+            grid=WindowGrid(
+                shape=network_shape(cropped.shape, cropped.spacing_mm, planned),
+                patch_size=planned.patch_size,
+                step_size=self._bundle.step_size,
+            ),
+        )
+
+    def _run(
+        self, task: _Task, image: FloatArray, cropped: CroppedImage, report: _Report
+    ) -> tuple[NetworkLogits, Sequence[Agreement], Sequence[Agreement]]:
+        """The mean of the folds' logits, and how far folds and mirrored passes agree."""
+        labels = self._bundle.label_manager
+        total: FloatArray | None = None
+        fold_labels: list[NDArray[Any]] = []
+        mirrors = MirrorAgreement(labels) if task.mirror_axes else None
+        for fold in task.folds:
+            logits = predict_logits(
+                image,
+                task.grid,
+                self._backends[task.run.name, fold],
+                heads=labels.num_heads,
+                mirror_axes=task.mirror_axes,
+                advance=lambda: report.advance(task.window_work),
+                observe_mirroring=mirrors,
+            )
+            if len(task.folds) > 1:
+                fold_labels.append(winning_labels(logits, labels))
+            if total is None:
+                total = logits
+            else:
+                total += logits
+        if total is None:
+            raise BundleInvalid(f"{self._bundle.name}: {task.run.name} has no fold")
+        total /= np.float32(len(task.folds))
+        planned = self._bundle.plans.configurations[task.run.name]
+        output = NetworkLogits(
+            logits=to_half(total),
+            spacing_mm=network_spacing_mm(cropped.spacing_mm, planned),
+            rule=planned.resampling_probabilities,
+        )
+        return output, fold_agreements(fold_labels, labels), [mirrors.agreement] if mirrors is not None else []
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Task:
+    """One configuration to run: which folds, which mirrored passes, which windows."""
+
+    run: BundleConfiguration
+    folds: tuple[str, ...]
+    mirror_axes: tuple[int, ...]
+    grid: WindowGrid
+
+    @property
+    def window_work(self) -> int:
+        """Voxels that go through the network for one window."""
+        return (1 + len(mirror_combinations(self.mirror_axes))) * int(np.prod(self.grid.patch_size))
+
+    @property
+    def work(self) -> int:
+        return self.window_work * len(self.grid) * len(self.folds)
+
+
+class _Report:
+    """Turns work done into fractions."""
+
+    def __init__(self, progress: Progress | None, work: int) -> None:
+        self._progress = progress
+        self._work = work
+        self._done = 0
+
+    def advance(self, work: int) -> None:
+        self._done += work
+        if self._progress is not None:
+            self._progress(_NETWORK_SHARE * self._done / self._work)
+
+    def finish(self) -> None:
+        if self._progress is not None:
+            self._progress(1.0)
+
+
+class _Clock:
+    """Wall time by stage; a stage that is entered again adds up."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def _check_budget(estimate: MemoryEstimate, budget_bytes: int | None) -> None:
+    needed, budget = estimate.bytes, budget_bytes
+    if budget is None:
+        # The networks are loaded already: they are no longer part of what is free.
+        needed, budget = estimate.working_bytes, available_bytes()
+    if needed > budget:
+        parts = ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in estimate.parts.items() if size)
+        raise MemoryExceeded(
+            f"the prediction needs about {needed / 2**20:.0f} MiB and {budget / 2**20:.0f} MiB may be used ({parts}); "
+            "free memory, use a machine with more, or run fewer configurations"
+        )
+
+
+def _uncropped(labels: NDArray[Any], cropped: CroppedImage) -> NDArray[Any]:
+    """The labels (network axes) in an array of the whole image, 0 outside the crop."""
+    if labels.shape == cropped.full_shape:
+        return labels
+    whole = np.zeros(cropped.full_shape, dtype=labels.dtype)
+    whole[cropped.box] = labels
+    return whole
+
+
+def _mean_confidence(segments: Sequence[SegmentStatistics]) -> float | None:
+    known = [(item.confidence, item.voxels) for item in segments if item.confidence is not None and item.voxels]
+    if not known:
+        return None
+    return sum(confidence * voxels for confidence, voxels in known) / sum(voxels for _, voxels in known)

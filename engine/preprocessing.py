@@ -1,0 +1,142 @@
+"""nnU-Net's way from an image to what the network sees (facts: nnU-Net v2, §4.1).
+
+Order: transpose, crop to the nonzero region, normalise, resample; for a cascade the previous stage's label map follows
+the same way and is stacked as one-hot channels. "Network axes" are the image's axes after `transpose_forward`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from engine.errors import InputRejected
+from engine.normalization import normalize
+from engine.plans import Configuration, Plans
+from engine.resampling import Shape, resample_image, resample_labels, resampled_shape
+from engine.volume import Volume
+
+FloatArray = NDArray[np.float32]
+
+_OUTSIDE = -1
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CroppedImage:
+    """The nonzero part of an image in network axes, values as in the source.
+
+    `image` is float32 (C, Z, Y, X); `box` is where it lies in the whole array of `full_shape`; `spacing_mm` is in
+    network axes.
+    """
+
+    image: FloatArray
+    box: tuple[slice, slice, slice]
+    full_shape: Shape
+    spacing_mm: tuple[float, float, float]
+
+    @property
+    def shape(self) -> Shape:
+        z, y, x = self.image.shape[1:]
+        return z, y, x
+
+
+def crop_to_nonzero(volume: Volume, plans: Plans) -> CroppedImage:
+    """Transposes into network axes and crops to the smallest box around what is not 0 in any channel.
+
+    The image is a view of the volume's array: it must be copied before it is changed. Raises InputRejected when every
+    voxel is 0.
+    """
+    forward = plans.transpose_forward
+    image = volume.array.transpose(0, *(1 + axis for axis in forward))
+    spacing = volume.geometry.spacing_mm
+    nonzero = np.zeros(image.shape[1:], dtype=np.bool_)
+    for channel in image:
+        nonzero |= channel != 0
+    box = []
+    for axis in range(3):
+        found = np.flatnonzero(nonzero.any(axis=tuple(other for other in range(3) if other != axis)))
+        if found.size == 0:
+            raise InputRejected("every voxel of the image is 0; there is nothing to segment")
+        box.append(slice(int(found[0]), int(found[-1]) + 1))
+    z, y, x = image.shape[1:]
+    return CroppedImage(
+        image=image[:, box[0], box[1], box[2]],
+        box=(box[0], box[1], box[2]),
+        full_shape=(z, y, x),
+        spacing_mm=(spacing[forward[0]], spacing[forward[1]], spacing[forward[2]]),
+    )
+
+
+def network_spacing_mm(spacing_mm: Sequence[float], configuration: Configuration) -> tuple[float, float, float]:
+    """Spacing of the network's grid in network axes; a 2D network keeps the image's own along the first axis."""
+    spacing = configuration.spacing_mm
+    if len(spacing) == 2:
+        return spacing_mm[0], spacing[0], spacing[1]
+    return spacing[0], spacing[1], spacing[2]
+
+
+def network_shape(shape: Sequence[int], spacing_mm: Sequence[float], configuration: Configuration) -> Shape:
+    """Shape of the network's grid for a cropped image of `shape` and `spacing_mm` (network axes)."""
+    z, y, x = shape
+    if configuration.resampling_data.function == "none":
+        return z, y, x
+    return resampled_shape(shape, spacing_mm, network_spacing_mm(spacing_mm, configuration))
+
+
+def preprocess(
+    cropped: CroppedImage,
+    plans: Plans,
+    configuration: Configuration,
+    *,
+    previous_labels: NDArray[np.integer[Any]] | None = None,
+    previous_foreground: Sequence[int] = (),
+) -> FloatArray:
+    """The network's input: float32 (C, Z, Y, X), contiguous, on the network's grid.
+
+    `previous_labels` (cascade) is the label map of the previous stage over `cropped.full_shape`; one channel for each
+    label of `previous_foreground` is appended. Raises InputRejected when the number of channels is not the plans'.
+    """
+    channels = len(configuration.normalization_schemes)
+    if cropped.image.shape[0] != channels:
+        raise InputRejected(f"the image has {cropped.image.shape[0]} channel(s), the model takes {channels}")
+    image = np.array(cropped.image, dtype=np.float32, order="C")
+    labels: NDArray[np.integer[Any]] | None = None
+    inside: NDArray[np.bool_] | None = None
+    if any(configuration.use_mask_for_norm) or previous_labels is not None:
+        inside = _filled_nonzero(image)
+    if previous_labels is not None and inside is not None:
+        labels = previous_labels[cropped.box].astype(np.int32)
+        labels[(labels == 0) & ~inside] = _OUTSIDE
+        # As in nnU-Net, what the previous stage found outside the nonzero region counts as inside.
+        inside = labels >= 0
+    for index, (scheme, masked) in enumerate(
+        zip(configuration.normalization_schemes, configuration.use_mask_for_norm, strict=True)
+    ):
+        normalize(
+            image[index],
+            scheme,
+            inside=inside if masked else None,
+            properties=plans.foreground_intensity_properties.get(index),
+        )
+    shape = network_shape(cropped.shape, cropped.spacing_mm, configuration)
+    spacing = network_spacing_mm(cropped.spacing_mm, configuration)
+    image = resample_image(image, shape, cropped.spacing_mm, spacing, configuration.resampling_data)
+    if labels is None:
+        return image
+    labels = resample_labels(labels, shape, cropped.spacing_mm, spacing, configuration.resampling_seg)
+    one_hot = np.stack([labels == label for label in previous_foreground]).astype(np.float32)
+    return np.concatenate([image, one_hot])
+
+
+def _filled_nonzero(image: FloatArray) -> NDArray[np.bool_]:
+    """What is not 0 in any channel, holes filled. Filling inside the crop equals filling before it: all that lies
+    outside the box is connected to the border of the whole array."""
+    nonzero = np.zeros(image.shape[1:], dtype=np.bool_)
+    for channel in image:
+        nonzero |= channel != 0
+    filled: NDArray[np.bool_] = ndimage.binary_fill_holes(nonzero)
+    return filled

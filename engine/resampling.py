@@ -1,0 +1,222 @@
+"""nnU-Net's resampling of images, label maps and logits (facts: nnU-Net v2, §4.3).
+
+Arrays are (C, Z, Y, X) or (Z, Y, X), spacings and shapes in the same axis order. Half-pixel centres, edges repeated,
+no anti-aliasing. An axis that is much coarser than the others is resampled apart from the plane.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from engine.plans import ResamplingKwargs
+
+FloatArray = NDArray[np.float32]
+Shape = tuple[int, int, int]
+
+# nnU-Net's threshold: coarsest over finest spacing beyond which an axis is resampled apart.
+_ANISOTROPY = 3.0
+# Relative error of a spacing that was computed from an affine.
+_NOISE = 1e-5
+
+
+def resampled_shape(shape: Sequence[int], spacing_mm: Sequence[float], new_spacing_mm: Sequence[float]) -> Shape:
+    """Shape of the grid with the new spacing; halves are rounded to even, as in nnU-Net.
+
+    The inner rounding keeps a half a half when the spacing carries the noise of an affine (1e-7 of its value).
+    """
+    z, y, x = (
+        max(1, round(round(old / new * size, 5)))
+        for old, new, size in zip(spacing_mm, new_spacing_mm, shape, strict=True)
+    )
+    return z, y, x
+
+
+def separate_axis(
+    spacing_mm: Sequence[float], new_spacing_mm: Sequence[float], force_separate_z: bool | None = None
+) -> int | None:
+    """The axis that is resampled apart from the plane, or None.
+
+    The current spacing decides first, then the new one; when two or three axes tie for the coarsest, none is apart.
+    """
+    for spacing, forced in ((spacing_mm, force_separate_z is True), (new_spacing_mm, False)):
+        if force_separate_z is False:
+            return None
+        coarsest = max(spacing)
+        if forced or coarsest / min(spacing) > _ANISOTROPY * (1 + _NOISE):
+            axes = [axis for axis, value in enumerate(spacing) if value >= coarsest * (1 - _NOISE)]
+            return axes[0] if len(axes) == 1 else None
+    return None
+
+
+@dataclass(frozen=True, eq=False)
+class LinearAxis:
+    """Order-1 interpolation along one axis: r[i] = (1 - weight[i]) * source[low[i]] + weight[i] * source[high[i]]."""
+
+    low: NDArray[np.intp]
+    high: NDArray[np.intp]
+    weight: FloatArray
+
+    def matrix(self, size: int) -> FloatArray:
+        """The same as a dense (size, n) matrix to multiply from the right."""
+        matrix = np.zeros((size, len(self.low)), dtype=np.float32)
+        columns = np.arange(len(self.low))
+        np.add.at(matrix, (self.low, columns), 1.0 - self.weight)
+        np.add.at(matrix, (self.high, columns), self.weight)
+        return matrix
+
+
+def linear_axis(size: int, new_size: int, *, nearest: bool = False) -> LinearAxis:
+    """Where each of `new_size` samples lies among `size`, by half-pixel centres; nearest picks floor(c + 0.5)."""
+    centre = (np.arange(new_size) + 0.5) * size / new_size - 0.5
+    if nearest:
+        index = np.clip(np.floor(centre + 0.5), 0, size - 1).astype(np.intp)
+        return LinearAxis(index, index, np.zeros(new_size, dtype=np.float32))
+    centre = np.clip(centre, 0, size - 1)
+    low = np.floor(centre).astype(np.intp)
+    return LinearAxis(low, np.minimum(low + 1, size - 1), (centre - low).astype(np.float32))
+
+
+def resample_image(
+    image: FloatArray,
+    new_shape: Shape,
+    spacing_mm: Sequence[float],
+    new_spacing_mm: Sequence[float],
+    rule: ResamplingKwargs,
+) -> FloatArray:
+    """A float32 (C, Z, Y, X) image on the new grid; the array itself when nothing changes."""
+    if rule.function == "none" or image.shape[1:] == new_shape:
+        return image
+    apart = separate_axis(spacing_mm, new_spacing_mm, rule.force_separate_z)
+    result = np.empty((image.shape[0], *new_shape), dtype=np.float32)
+    for channel, target in zip(image, result, strict=True):
+        if rule.function == "torch" or (apart is None and rule.order == 1):
+            target[...] = _linear(channel, new_shape, apart)
+        elif apart is None:
+            target[...] = _spline(channel, new_shape, rule.order)
+        else:
+            _spline_apart(channel, target, rule.order, rule.order_z, apart)
+    return result
+
+
+def resample_labels(
+    labels: NDArray[np.integer[Any]],
+    new_shape: Shape,
+    spacing_mm: Sequence[float],
+    new_spacing_mm: Sequence[float],
+    rule: ResamplingKwargs,
+) -> NDArray[np.integer[Any]]:
+    """An integer (Z, Y, X) label map on the new grid, -1 (outside the nonzero region) allowed.
+
+    `default`: each label's mask is interpolated and taken where it reaches 0.5, labels ascending, a later one wins,
+    what no label reaches is 0. `torch`: the label with the largest interpolated mask.
+    """
+    if rule.function == "none" or labels.shape == new_shape:
+        return labels
+    apart = separate_axis(spacing_mm, new_spacing_mm, rule.force_separate_z)
+    if rule.function == "torch":
+        return _labels_by_largest(labels, new_shape, apart)
+    if apart is None:
+        return _labels_by_half(labels, new_shape, rule.order)
+    plane_shape = list(new_shape)
+    plane_shape[apart] = labels.shape[apart]
+    in_plane = np.empty(plane_shape, dtype=labels.dtype)
+    flat = tuple(size for axis, size in enumerate(new_shape) if axis != apart)
+    for index in range(labels.shape[apart]):
+        where = _at(apart, index)
+        in_plane[where] = _labels_by_half(labels[where], flat, rule.order)
+    size, new_size = labels.shape[apart], new_shape[apart]
+    if size == new_size:
+        return in_plane
+    if rule.order_z == 0:
+        return in_plane.take(linear_axis(size, new_size, nearest=True).low, axis=apart)
+    result = np.zeros(new_shape, dtype=labels.dtype)
+    for label in np.unique(in_plane):
+        mask = _spline_along((in_plane == label).astype(np.float64), new_size, rule.order_z, apart)
+        result[np.round(mask) > 0.5] = label
+    return result
+
+
+def _at(axis: int, index: int) -> tuple[slice | int, ...]:
+    return tuple(index if i == axis else slice(None) for i in range(3))
+
+
+def _spline(array: NDArray[Any], new_shape: Sequence[int], order: int) -> NDArray[Any]:
+    """Spline resize of a 2D or 3D array, clipped to its own range (a cubic overshoots)."""
+    if array.shape == tuple(new_shape):
+        return array
+    factors = [new / old for new, old in zip(new_shape, array.shape, strict=True)]
+    result: NDArray[Any] = ndimage.zoom(array, factors, order=order, mode="nearest", grid_mode=True)
+    if order > 1:
+        np.clip(result, array.min(), array.max(), out=result)
+    return result
+
+
+def _spline_apart(channel: FloatArray, target: FloatArray, order: int, order_z: int, apart: int) -> None:
+    """Slice by slice in the plane, then along the coarse axis with its own order."""
+    plane_shape = list(target.shape)
+    plane_shape[apart] = channel.shape[apart]
+    in_plane = np.empty(plane_shape, dtype=np.float32)
+    flat = [size for axis, size in enumerate(target.shape) if axis != apart]
+    for index in range(channel.shape[apart]):
+        where = _at(apart, index)
+        in_plane[where] = _spline(channel[where], flat, order)
+    size, new_size = channel.shape[apart], target.shape[apart]
+    if size == new_size:
+        target[...] = in_plane
+    elif order_z == 0:
+        np.take(in_plane, linear_axis(size, new_size, nearest=True).low, axis=apart, out=target)
+    else:
+        target[...] = _spline_along(in_plane, new_size, order_z, apart)
+
+
+def _spline_along(array: NDArray[Any], new_size: int, order: int, axis: int) -> NDArray[Any]:
+    factors = [1.0, 1.0, 1.0]
+    factors[axis] = new_size / array.shape[axis]
+    result: NDArray[Any] = ndimage.zoom(array, factors, order=order, mode="nearest", grid_mode=True)
+    return result
+
+
+def _linear(array: FloatArray, new_shape: Sequence[int], apart: int | None = None) -> FloatArray:
+    """Separable order-1 interpolation of a 3D array; along `apart` the nearest sample."""
+    result = array
+    for axis, new_size in enumerate(new_shape):
+        size = result.shape[axis]
+        if size == new_size:
+            continue
+        along = linear_axis(size, new_size, nearest=axis == apart)
+        low = result.take(along.low, axis=axis)
+        if axis != apart:
+            weight = along.weight.reshape([-1 if i == axis else 1 for i in range(3)])
+            low += (result.take(along.high, axis=axis) - low) * weight
+        result = low
+    return result
+
+
+def _labels_by_half(labels: NDArray[Any], new_shape: Sequence[int], order: int) -> NDArray[Any]:
+    if labels.shape == tuple(new_shape):
+        return labels
+    factors = [new / old for new, old in zip(new_shape, labels.shape, strict=True)]
+    if order == 0:
+        nearest: NDArray[Any] = ndimage.zoom(labels, factors, order=0, mode="nearest", grid_mode=True)
+        return nearest
+    result = np.zeros(tuple(new_shape), dtype=labels.dtype)
+    for label in np.unique(labels):
+        result[_spline((labels == label).astype(np.float64), new_shape, order) >= 0.5] = label
+    return result
+
+
+def _labels_by_largest(labels: NDArray[Any], new_shape: Shape, apart: int | None) -> NDArray[Any]:
+    result = np.zeros(new_shape, dtype=labels.dtype)
+    best = np.full(new_shape, -1.0, dtype=np.float32)
+    for label in np.unique(labels):
+        weight = _linear((labels == label).astype(np.float32), new_shape, apart)
+        better = weight > best
+        result[better] = label
+        best[better] = weight[better]
+    return result

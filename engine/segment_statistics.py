@@ -1,0 +1,136 @@
+"""What is measured on each segment of a result: size, certainty, intensity, components, borders, agreement."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from engine.manifest import LabelSpec
+from engine.uncertainty import Agreement, lowest_dice
+from engine.volume import LabelMap, Volume
+
+_FULL_CONNECTIVITY = np.ones((3, 3, 3), dtype=np.bool_)
+_AXES = ("z", "y", "x")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentStatistics:
+    """One segment of a result. A segment of a region model holds the voxels whose label is in its region.
+
+    `confidence`: mean probability of the segment inside it, None when empty. `mean_intensity`: per channel, in the
+    units of the source image, None when empty. `components`: number of parts that do not touch, not even by a corner.
+    `touches_border`: faces of the image that the segment reaches, "z-first" ... "x-last" on the source grid; an axis
+    of one voxel has none. `fold_dice`: lowest Dice between two folds; `mirror_dice`: lowest Dice between the plain
+    and the mirrored passes; None without several folds or mirroring, or when the segment is in none of them.
+    """
+
+    value: int
+    name: str
+    voxels: int
+    volume_ml: float
+    confidence: float | None
+    mean_intensity: tuple[float, ...] | None
+    components: int
+    touches_border: tuple[str, ...]
+    fold_dice: float | None
+    mirror_dice: float | None
+
+
+def measure_segments(
+    volume: Volume,
+    labels: LabelMap,
+    specs: Sequence[LabelSpec],
+    *,
+    confidences: Mapping[int, float | None],
+    fold_tables: Sequence[Agreement] = (),
+    mirror_tables: Sequence[Agreement] = (),
+) -> tuple[SegmentStatistics, ...]:
+    """One entry per label of the bundle, in its order, measured on the source grid.
+
+    `confidences` is by segment value. `volume` and `labels` share one grid.
+    """
+    array = labels.array
+    size = max([int(array.max()), *(value for spec in specs for value in (spec.value, *spec.region))]) + 1
+    counts = np.bincount(array.ravel(), minlength=size)
+    boxes = ndimage.find_objects(array, max_label=size - 1)
+    foreground = array != 0
+    found = array[foreground]
+    sums = [np.bincount(found, weights=channel[foreground], minlength=size) for channel in volume.array]
+    del foreground, found
+
+    result = []
+    for spec in specs:
+        values = tuple(dict.fromkeys(spec.region))
+        voxels = int(sum(counts[value] for value in values))
+        box = _union([boxes[value - 1] for value in values if value > 0])
+        components = 0
+        if box is not None:
+            components = int(ndimage.label(np.isin(array[box], values), structure=_FULL_CONNECTIVITY)[1])
+        result.append(
+            SegmentStatistics(
+                value=spec.value,
+                name=spec.name,
+                voxels=voxels,
+                volume_ml=voxels * labels.geometry.voxel_volume_ml,
+                confidence=confidences.get(spec.value),
+                mean_intensity=(
+                    tuple(float(sum(channel[value] for value in values)) / voxels for channel in sums)
+                    if voxels
+                    else None
+                ),
+                components=components,
+                touches_border=() if box is None else _borders(box, array.shape),
+                fold_dice=lowest_dice(fold_tables, values),
+                mirror_dice=lowest_dice(mirror_tables, values),
+            )
+        )
+    return tuple(result)
+
+
+def mean_probabilities(
+    labels: NDArray[Any], probabilities: NDArray[np.float16], specs: Sequence[LabelSpec]
+) -> dict[int, float | None]:
+    """Mean probability inside each segment, by segment value; None for an empty one.
+
+    `labels` (Z, Y, X) and `probabilities` (heads of the regions in the order of `specs`, or 1 for labels, Z, Y, X) as
+    in engine.logits_to_labels.Segmented.
+    """
+    result: dict[int, float | None] = {}
+    if probabilities.shape[0] == 1 and all(spec.region == (spec.value,) for spec in specs):
+        foreground = labels != 0
+        found = labels[foreground]
+        size = max(spec.value for spec in specs) + 1
+        counts = np.bincount(found, minlength=size)
+        sums = np.bincount(found, weights=probabilities[0][foreground].astype(np.float64), minlength=size)
+        for spec in specs:
+            result[spec.value] = float(sums[spec.value] / counts[spec.value]) if counts[spec.value] else None
+        return result
+    for spec, probability in zip(specs, probabilities, strict=True):
+        inside = np.isin(labels, spec.region)
+        result[spec.value] = float(probability[inside].mean(dtype=np.float64)) if inside.any() else None
+    return result
+
+
+def _union(boxes: Sequence[tuple[slice, slice, slice] | None]) -> tuple[slice, slice, slice] | None:
+    present = [box for box in boxes if box is not None]
+    if not present:
+        return None
+    z, y, x = (
+        slice(min(box[axis].start for box in present), max(box[axis].stop for box in present)) for axis in range(3)
+    )
+    return z, y, x
+
+
+def _borders(box: tuple[slice, slice, slice], shape: Sequence[int]) -> tuple[str, ...]:
+    reached = []
+    for name, side, size in zip(_AXES, box, shape, strict=True):
+        if size > 1 and side.start == 0:
+            reached.append(f"{name}-first")
+        if size > 1 and side.stop == size:
+            reached.append(f"{name}-last")
+    return tuple(reached)

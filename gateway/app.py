@@ -1,0 +1,272 @@
+"""The composition root: the one place where the parts are plugged together, one function per process.
+
+`python -m gateway.role` calls these; nothing else does. Each makes its own connections and closes them at the end.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+
+import structlog
+from pydicom.dataset import Dataset
+from sqlalchemy.orm import Session
+
+from emr.authorization import Authorization, Basic, NoAuthorization, SmartBackendServices, StaticToken
+from emr.client import EmrClient, EmrEndpoint
+from emr.exchange import open_http
+from gateway import durable
+from gateway.delivery.destination import Destination
+from gateway.delivery.dicomweb import DicomWebPacs
+from gateway.delivery.dimse import DimsePacs
+from gateway.delivery.dispatch import Dispatch, awaited_destinations
+from gateway.delivery.orthanc import OrthancPacs
+from gateway.delivery.release import Release
+from gateway.delivery.reporting import Reporting
+from gateway.durable import INFERENCE, STUDIES, Enqueuer, delivery_queue
+from gateway.heartbeat import Heartbeat, executor_id
+from gateway.intake.assembly import Assembly
+from gateway.intake.expected_count import ExpectedCounts
+from gateway.intake.header import read_header
+from gateway.intake.routes_file import RoutesFile
+from gateway.model_shelf import ModelShelf
+from gateway.results.encoding import Encoding
+from gateway.results.inference import Inference
+from gateway.results.orders import Orders
+from gateway.results.rehearsal import rehearse
+from gateway.settings import FhirDestination, Settings, read_secret, secret
+from gateway.state import open_database, open_registry, open_spool, software_version
+from gateway.steps import ResultWork, StudyWork
+from gateway.workflows import PROCESS_STUDY, Story, register_delivery_workflows, register_study_workflows
+from storage.database import Database
+from storage.errors import DatabaseAway, StorageError
+from storage.records import StudyVersion
+from storage.spool import Spool
+
+_log = structlog.get_logger(__name__)
+_AWAY_PAUSE_S = 2.0
+_HEADERS_KEPT = 1024  # some tens of kB each
+
+Boundary = Callable[[str], None]
+
+
+def run_worker(settings: Settings, *, stop: threading.Event, boundary: Boundary = lambda _name: None) -> None:
+    """Assembly, routing, inference, results, until `stop`. `boundary` hears of every step's begin and end."""
+    worker = settings.gateway.worker
+    database, spool = open_database(settings), open_spool(settings)
+    shelf = ModelShelf(open_registry(settings), device=worker.device, threads=worker.threads)
+    enqueuer = Enqueuer(database)
+    heartbeat = _heartbeat(settings, database, role="worker")
+    encoding = Encoding(
+        database=database, spool=spool, shelf=shelf, settings=settings, software_version=software_version()
+    )
+    routes = RoutesFile(settings.routes_file, database)
+
+    # Objects never change: what assembly read for the slice gaps, routing need not read again.
+    @lru_cache(maxsize=_HEADERS_KEPT)
+    def headers(spool_path: str) -> Dataset:
+        return read_header(spool.resolve(spool_path)).dataset
+
+    studies = StudyWork(
+        database=database,
+        routes=routes,
+        headers=headers,
+        orders=Orders(database=database, spool=spool, shelf=shelf, enqueuer=enqueuer),
+    )
+    results = ResultWork(
+        database=database,
+        inference=Inference(
+            database=database,
+            spool=spool,
+            shelf=shelf,
+            attempts=worker.attempts,
+            memory_budget_bytes=worker.memory_budget_mb << 20 if worker.memory_budget_mb else None,
+            busy=lambda result_id: heartbeat.busy(result_id, worker.inference_deadline_s),
+            idle=heartbeat.idle,
+        ),
+        encoding=encoding,
+        release=Release(database=database, destinations=settings.destinations, enqueuer=enqueuer),
+        shelf=shelf,
+        disabled_checks=settings.gateway.quality.disabled_checks,
+    )
+    durable.configure(database, executor_id=executor_id("worker"))
+    story = Story(attempts=worker.attempts, boundary=boundary)
+    register_study_workflows(story, studies, results, attempts=worker.attempts)
+    heartbeat.start()
+    try:
+        _log.info("models loaded", models=shelf.warm())
+    except StorageError as error:
+        _log.error("a model could not be loaded; studies for it will be parked", error=str(error))
+    rehearse()
+    durable.launch(queues=[(STUDIES, 2), (INFERENCE, worker.concurrency)], poll_s=worker.poll_s)
+    heartbeat.take_over()
+    expected_counts = ExpectedCounts(calling_ae=settings.gateway.receiver.ae_title)
+    assembly = Assembly(
+        database,
+        settings,
+        expected_count=expected_counts,
+        headers=headers,
+        enqueue=_study_enqueuer(enqueuer),
+    )
+    try:
+        while not stop.wait(worker.poll_s):
+            try:
+                assembly.tick()
+            except DatabaseAway as error:
+                _log.warning("assembly waits for the database", error=str(error))
+                stop.wait(_AWAY_PAUSE_S)
+    finally:
+        durable.stop()
+        heartbeat.stop()
+        expected_counts.close()
+        enqueuer.close()
+        shelf.close()
+        database.close()
+
+
+def run_services(
+    settings: Settings, *, roles: tuple[str, ...], stop: threading.Event, boundary: Boundary = lambda _name: None
+) -> None:
+    """Delivery, scheduler, web: those of `roles`, in one process, until `stop`."""
+    from gateway.scheduler import Scheduler
+    from gateway.web import make_app, server
+
+    database, spool = open_database(settings), open_spool(settings)
+    closing: list[Callable[[], object]] = [database.close]
+    web = None
+    try:
+        if "delivery" in roles:
+            closing.append(_start_delivery(settings, database, spool, boundary=boundary))
+        if "scheduler" in roles:
+            scheduler = Scheduler(settings, database)
+            scheduler.start()
+            closing.append(scheduler.stop)
+        if "web" in roles:
+            web = server(make_app(settings, database, spool), settings.gateway.web)
+            thread = threading.Thread(target=web.run, name="web", daemon=True)
+            thread.start()
+        while not stop.wait(1.0):
+            if web is not None and not thread.is_alive():
+                raise SystemExit(f"the web server ended; is port {settings.gateway.web.port} taken?")
+    finally:
+        if web is not None:
+            web.should_exit = True
+            thread.join(timeout=5)
+        for close in reversed(closing):
+            close()
+
+
+def _start_delivery(settings: Settings, database: Database, spool: Spool, *, boundary: Boundary) -> Callable[[], None]:
+    worker = settings.gateway.worker
+    shelf = ModelShelf(open_registry(settings))
+    encoding = Encoding(
+        database=database, spool=spool, shelf=shelf, settings=settings, software_version=software_version()
+    )
+    clients = emr_clients(settings)
+    reporting = Reporting(
+        database=database,
+        clients=clients,
+        bundle_of=lambda name, semver: shelf.bundle(shelf.version(name, semver)),
+        institution=settings.gateway.institution,
+        software_version=software_version(),
+    )
+    enqueuer = Enqueuer(database)
+    dispatch = Dispatch(
+        database=database,
+        settings=settings.destinations,
+        pacs=pacs_destinations(settings),
+        reporting=reporting,
+        objects_of=encoding.outgoing,
+        enqueuer=enqueuer,
+    )
+    heartbeat = _heartbeat(settings, database, role="delivery")
+    durable.configure(database, executor_id=executor_id("delivery"))
+    register_delivery_workflows(Story(attempts=worker.attempts, boundary=boundary), dispatch)
+    heartbeat.start()
+    if clients:
+        reporting.rehearse()
+    # MLflow takes seconds to import; the first report shall not wait for it.
+    shelf.known()
+    concurrency = {d.name: d.concurrency for d in settings.destinations.all}
+    # A destination that was taken out of the configuration: its deliveries are taken up once more, to be parked.
+    forgotten = [name for name in awaited_destinations(database) if name not in concurrency]
+    queues = [(delivery_queue(name), concurrency.get(name, 1)) for name in [*concurrency, *forgotten]]
+    durable.launch(queues=queues, poll_s=worker.poll_s)
+    heartbeat.take_over()
+
+    def close() -> None:
+        durable.stop()
+        heartbeat.stop()
+        enqueuer.close()
+        for client in clients.values():
+            client.close()
+        shelf.close()
+
+    return close
+
+
+def pacs_destinations(settings: Settings) -> Mapping[str, Destination]:
+    """An adapter per configured PACS, by name."""
+    calling = settings.gateway.receiver.ae_title
+    configured = settings.destinations
+    return {
+        **{d.name: DimsePacs(d, calling_ae_title=calling) for d in configured.dimse},
+        **{d.name: DicomWebPacs(d) for d in configured.dicomweb},
+        **{d.name: OrthancPacs(d) for d in configured.orthanc},
+    }
+
+
+def emr_clients(settings: Settings) -> Mapping[str, EmrClient]:
+    """A client per configured EMR, by name; raises SettingsInvalid when a secret cannot be read."""
+    return {
+        d.name: EmrClient(
+            EmrEndpoint(
+                base_url=d.url,
+                patient_identifier_system=d.patient_identifier_system,
+                authorization=_authorization(d),
+                accepted_issuers=frozenset(d.accepted_issuers),
+            ),
+            open_http(timeout_s=d.timeout_s, ca_file=d.ca_file),
+        )
+        for d in settings.destinations.fhir
+    }
+
+
+def _authorization(destination: FhirDestination) -> Authorization:
+    key = f"fhir {destination.name}"
+    if destination.auth == "token":
+        return StaticToken(secret(file=destination.token_file, env=destination.token_env, key=key))
+    if destination.auth == "basic" and destination.password_file is not None:
+        return Basic(destination.username, read_secret(destination.password_file, f"{key}: password_file"))
+    if destination.auth == "smart" and destination.smart is not None:
+        smart = destination.smart
+        return SmartBackendServices(
+            base_url=destination.url,
+            client_id=smart.client_id,
+            private_key_pem=read_secret(smart.key_file, f"{key}: key_file"),
+            key_id=smart.key_id,
+            scope=smart.scope,
+            token_url=smart.token_url,
+        )
+    return NoAuthorization()
+
+
+def _heartbeat(settings: Settings, database: Database, *, role: str) -> Heartbeat:
+    worker = settings.gateway.worker
+    return Heartbeat(
+        database, role=role, beat_s=worker.heartbeat_s, takeover_s=worker.takeover_s, recover=durable.recover
+    )
+
+
+def _study_enqueuer(enqueuer: Enqueuer) -> Callable[[Session, StudyVersion], None]:
+    def enqueue(session: Session, version: StudyVersion) -> None:
+        enqueuer.enqueue(
+            session,
+            queue=STUDIES,
+            workflow=PROCESS_STUDY,
+            workflow_id=version.workflow_id,
+            argument=version.version_id,
+        )
+
+    return enqueue

@@ -1,0 +1,243 @@
+"""`seggate …`: the command line. Each command's module is loaded only when the command runs.
+
+Exit codes: 0 done, 1 not done (the message says why), 2 wrong usage or configuration.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+CONFIG_HELP = "Folder with gateway.toml, routes.toml, destinations.toml, logging.toml."
+Config = Annotated[Path, typer.Option("--config", envvar="SEGGATE_CONFIG", help=CONFIG_HELP, show_default=True)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table, for scripts.")]
+DEFAULT_CONFIG = Path("config")
+
+app = typer.Typer(
+    name="seggate",
+    help="Brings an nnU-Net model into the hospital network and keeps it honest there.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    rich_markup_mode=None,
+)
+models = typer.Typer(help="Import, list, show and verify models.", no_args_is_help=True, rich_markup_mode=None)
+config = typer.Typer(help="Look at the configuration.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(models, name="models")
+app.add_typer(config, name="config")
+
+
+@app.command()
+def serve(
+    config: Config = DEFAULT_CONFIG,
+    roles: Annotated[
+        str, typer.Option(help="Comma-separated: receiver, worker, delivery, scheduler, web. Default: all.")
+    ] = "receiver,worker,delivery,scheduler,web",
+) -> None:
+    """Run the gateway until SIGTERM or Ctrl-C: receive, segment, deliver, report."""
+    from gateway.commands import serve as command
+
+    raise typer.Exit(command.serve(config, roles))
+
+
+@app.command()
+def demo(
+    study: Annotated[
+        Path | None, typer.Option(help="A folder of DICOM files to send instead of the synthetic study.")
+    ] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave everything running until Ctrl-C.")] = False,
+    state: Annotated[Path, typer.Option(help="Folder for the demo's state; emptied at start.")] = Path("demo-state"),
+    pacs: Annotated[
+        Literal["orthanc", "embedded"] | None,
+        typer.Option(help="The PACS: Orthanc, or a small archive of ours. Default: Orthanc where it is installed."),
+    ] = None,
+    timeout_s: Annotated[float, typer.Option(help="Give up after so many seconds.")] = 300,
+    as_json: Json = False,
+) -> None:
+    """Show the whole path on this machine: C-STORE in, segmentation in a PACS, report in an EMR."""
+    from gateway.commands import demo as command
+
+    raise typer.Exit(command.demo(study=study, keep=keep, state=state, pacs=pacs, timeout_s=timeout_s, as_json=as_json))
+
+
+@app.command()
+def check(config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
+    """Test configuration, disk, clock, ports, models and every destination; print what the others must enter."""
+    from gateway.commands import check as command
+
+    raise typer.Exit(command.check(config, as_json=as_json))
+
+
+@app.command()
+def send(
+    path: Annotated[Path, typer.Argument(help="A folder (searched) or a file.", exists=True)],
+    to: Annotated[str, typer.Option("--to", help="The receiver, as AE@host:port.")],
+    calling_ae: Annotated[str, typer.Option("--from", help="Our AE title.")] = "SEGGATE-SCU",
+    as_json: Json = False,
+) -> None:
+    """Send DICOM files by C-STORE, unchanged; names each file that cannot be sent and sends the rest."""
+    from gateway.commands import send as command
+
+    raise typer.Exit(command.send(path, to=to, calling_ae=calling_ae, as_json=as_json))
+
+
+@app.command()
+def studies(
+    config: Config = DEFAULT_CONFIG,
+    state: Annotated[str | None, typer.Option(help="Only studies in this state, e.g. failed.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many, newest first.")] = 50,
+    as_json: Json = False,
+) -> None:
+    """List studies with their state."""
+    from gateway.commands import studies as command
+
+    raise typer.Exit(command.studies(config, state=state, limit=limit, as_json=as_json))
+
+
+@app.command()
+def show(
+    study: Annotated[str, typer.Argument(help="Study Instance UID, or the beginning of it.")],
+    config: Config = DEFAULT_CONFIG,
+    as_json: Json = False,
+) -> None:
+    """Show the ledger of a study: every event with its evidence, every rule with what was true."""
+    from gateway.commands import studies as command
+
+    raise typer.Exit(command.show(config, study, as_json=as_json))
+
+
+@app.command()
+def retry(
+    study: Annotated[str | None, typer.Argument(help="Study Instance UID, or the beginning of it.")] = None,
+    all_parked: Annotated[bool, typer.Option("--all", help="Every study in which something is parked.")] = False,
+    config: Config = DEFAULT_CONFIG,
+    as_json: Json = False,
+) -> None:
+    """Put parked work back on its queue: routing, inference or delivery, from where it stopped."""
+    from gateway.commands import studies as command
+
+    raise typer.Exit(command.retry(config, study, all_parked=all_parked, as_json=as_json))
+
+
+@app.command()
+def complete(
+    study: Annotated[str, typer.Argument(help="Study Instance UID, or the beginning of it.")],
+    wait: Annotated[bool, typer.Option("--wait", help="The opposite: wait, whatever the rules say.")] = False,
+    config: Config = DEFAULT_CONFIG,
+) -> None:
+    """Declare a study whole now (or, with --wait, keep it open until this is called again)."""
+    from gateway.commands import studies as command
+
+    raise typer.Exit(command.complete(config, study, wait=wait))
+
+
+@app.command()
+def alarms(
+    config: Config = DEFAULT_CONFIG,
+    clear: Annotated[int | None, typer.Option(help="Clear the alarm with this number.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List open alarms: what a person must look at."""
+    from gateway.commands import alarms as command
+
+    raise typer.Exit(command.alarms(config, clear=clear, as_json=as_json))
+
+
+@models.command("import")
+def models_import(
+    path: Annotated[Path, typer.Argument(help="nnU-Net v2 result folder, its zip, a checkpoint, or a bundle.")],
+    name: Annotated[str | None, typer.Option(help="Name here: a-z, 0-9 and '-'. Default: from the dataset.")] = None,
+    semver: Annotated[str | None, typer.Option(help="MAJOR.MINOR.PATCH. Default: the card's, else 1.0.0.")] = None,
+    card: Annotated[Path | None, typer.Option(help="Model card (TOML): codes, colours, contract.")] = None,
+    configuration: Annotated[
+        list[str] | None, typer.Option(help="Only this configuration, e.g. 3d_fullres; may be repeated.")
+    ] = None,
+    fold: Annotated[list[str] | None, typer.Option(help="Only this fold, e.g. 0; may be repeated.")] = None,
+    orientation: Annotated[
+        str | None,
+        typer.Option(help="Voxel order of the training images, e.g. RAS or LPS; without it the model does not serve."),
+    ] = None,
+    candidate: Annotated[bool, typer.Option("--candidate", help="Register without serving it.")] = False,
+    config: Config = DEFAULT_CONFIG,
+    as_json: Json = False,
+) -> None:
+    """Import a model: load it safely, export it to ONNX, check parity, register it. Needs the extra `train`."""
+    from gateway.commands import models as command
+
+    raise typer.Exit(
+        command.import_(
+            config,
+            path,
+            name=name,
+            semver=semver,
+            card=card,
+            configurations=configuration,
+            folds=fold,
+            orientation=orientation,
+            candidate=candidate,
+            as_json=as_json,
+        )
+    )
+
+
+@models.command("list")
+def models_list(config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
+    """List registered models and which version serves."""
+    from gateway.commands import models as command
+
+    raise typer.Exit(command.list_(config, as_json=as_json))
+
+
+@models.command("show")
+def models_show(
+    name: Annotated[str, typer.Argument(help="Model name.")],
+    semver: Annotated[str | None, typer.Option(help="A version; default: the one that serves.")] = None,
+    config: Config = DEFAULT_CONFIG,
+    as_json: Json = False,
+) -> None:
+    """Show one model: labels, contract, parity, digests, licence."""
+    from gateway.commands import models as command
+
+    raise typer.Exit(command.show(config, name, semver=semver, as_json=as_json))
+
+
+@models.command("verify")
+def models_verify(
+    name: Annotated[str | None, typer.Argument(help="Model name; default: all.")] = None,
+    config: Config = DEFAULT_CONFIG,
+    as_json: Json = False,
+) -> None:
+    """Hash every file of the registered bundles and compare with the registration and the ledger."""
+    from gateway.commands import models as command
+
+    raise typer.Exit(command.verify(config, name, as_json=as_json))
+
+
+@config.command("show")
+def config_show(config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
+    """Print the settings in force, with where each file was read; secrets stay hidden."""
+    from gateway.commands import config as command
+
+    raise typer.Exit(command.show(config, as_json=as_json))
+
+
+def main() -> None:
+    """Entry of the console script."""
+    from gateway.settings import SettingsInvalid
+    from storage.errors import StorageError
+
+    try:
+        app()
+    except SettingsInvalid as error:
+        sys.stderr.write(f"seggate: {error}\n")
+        sys.exit(2)
+    except StorageError as error:
+        sys.stderr.write(f"seggate: {error}\n")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,332 @@
+"""`seggate models import|list|show|verify`."""
+
+from __future__ import annotations
+
+import fcntl
+import getpass
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from gateway.commands.output import console, print_json, say, table
+from gateway.settings import Settings, load_settings
+from gateway.state import open_database, open_registry, prepare_state
+from storage import ledger
+from storage.database import Database
+from storage.errors import ModelChanged
+from storage.models import ModelRegistry, RegisteredModel
+
+
+def import_(
+    config: Path,
+    path: Path,
+    *,
+    name: str | None,
+    semver: str | None,
+    card: Path | None,
+    configurations: Sequence[str] | None,
+    folds: Sequence[str] | None,
+    orientation: str | None,
+    candidate: bool,
+    as_json: bool,
+) -> int:
+    """A finished bundle is verified and registered as it is; anything else is converted to one first.
+
+    A model whose voxel order nobody stated is registered as a candidate: a guess could turn left into right.
+    """
+    from engine.bundle import Bundle, load_bundle
+    from engine.errors import EngineError
+    from engine.manifest import MANIFEST
+
+    settings = load_settings(config)
+    if not path.exists():
+        say(f"seggate: {path} does not exist")
+        return 1
+    notes: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="seggate-import-") as scratch:
+        try:
+            bundle: Bundle
+            stated = True
+            if (path / MANIFEST).is_file():
+                if any((name, semver, card, configurations, folds, orientation)):
+                    say("seggate: a finished bundle is imported as it is; only --candidate applies to it")
+                    return 2
+                bundle = load_bundle(path, verify=True)
+            else:
+                bundle, stated = _convert(
+                    path,
+                    Path(scratch) / "bundle",
+                    name=name,
+                    semver=semver,
+                    card=card,
+                    configurations=configurations,
+                    folds=folds,
+                    orientation=orientation,
+                    notes=notes,
+                )
+            serve = stated and not candidate
+            model = register(settings, bundle, candidate=not serve, actor=f"user:{getpass.getuser()}")
+        except (EngineError, ModelChanged, ValueError) as error:
+            say(f"seggate: not imported: {error}")
+            return 1
+        if as_json:
+            print_json({**_document(model, bundle), "notes": notes})
+            return 0
+        for note in notes:
+            say(f"note: {note}")
+        state = "serves from now on" if model.state == "champion" else f"is registered as {model.state}"
+        say(f"{model.name} {model.semver} {state} (weights {model.weights_digest[:12]})")
+        if not stated:
+            say("to serve it, import it again with --orientation and the next --semver")
+    return 0
+
+
+def register(settings: Settings, bundle: Any, *, candidate: bool, actor: str) -> RegisteredModel:
+    """Register a verified bundle, one process at a time, with its ledger events; raises ModelChanged, ValueError.
+
+    The event of the import is written when the ledger lacks it, so that a crash between registry and ledger heals at
+    the next import; a change of what serves is an event of its own.
+    """
+    database = prepare_state(settings)
+    registry = open_registry(settings)
+    try:
+        with (settings.models_dir / "register.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            before = next((m.semver for m in registry.versions(bundle.name) if m.state == "champion"), None)
+            model = registry.register(
+                bundle.root,
+                name=bundle.name,
+                semver=bundle.semver,
+                weights_digest=bundle.weights_digest,
+                configuration_digest=bundle.configuration_digest,
+                licence=bundle.licence,
+                description=bundle.description,
+                serve=not candidate,
+            )
+            _record(settings, database, model, before=before, actor=actor)
+        return model
+    finally:
+        database.close()
+
+
+def _record(settings: Settings, database: Database, model: RegisteredModel, *, before: str | None, actor: str) -> None:
+    known = _recorded(settings).get((model.name, model.semver))
+    with database.session() as session:
+        if known != model.weights_digest:
+            ledger.append(
+                session,
+                subject=ledger.model_subject(model.name),
+                kind="model-imported",
+                actor=actor,
+                detail={
+                    "semver": model.semver,
+                    "registry_version": model.registry_version,
+                    "weights_digest": model.weights_digest,
+                    "configuration_digest": model.configuration_digest,
+                    "licence": model.licence,
+                    "state": model.state,
+                },
+            )
+        if model.state == "champion" and before != model.semver:
+            ledger.append(
+                session,
+                subject=ledger.model_subject(model.name),
+                kind="model-promoted",
+                actor=actor,
+                detail={"semver": model.semver, "weights_digest": model.weights_digest, "previous": before},
+            )
+
+
+def list_(config: Path, *, as_json: bool) -> int:
+    found = open_registry(load_settings(config)).all()
+    if as_json:
+        print_json([_row(m) for m in found])
+    elif not found:
+        say("no models; import one with `seggate models import PATH`")
+    else:
+        rows = [(m.name, m.semver, m.state, m.weights_digest[:12], _date(m), m.licence) for m in found]
+        table("", ("model", "version", "state", "weights", "registered", "licence"), rows)
+    return 0
+
+
+def show(config: Path, name: str, *, semver: str | None, as_json: bool) -> int:
+    from engine.bundle import load_bundle
+    from engine.errors import BundleInvalid
+
+    registry = open_registry(load_settings(config))
+    model = registry.get(name, semver) if semver else registry.champion(name)
+    try:
+        bundle = load_bundle(model.folder, verify=False)
+    except BundleInvalid as error:
+        say(f"seggate: {error}")
+        return 1
+    document = _document(model, bundle)
+    if as_json:
+        print_json(document)
+        return 0
+    out = console()
+    for key in ("name", "semver", "state", "description", "licence", "origin", "weights_digest", "registered_at"):
+        out.print(f"{key:15} {document[key]}", markup=False)
+    table(
+        "\nLabels",
+        ("value", "name", "code", "side", "volume range (ml)"),
+        [
+            (
+                s.value,
+                s.name,
+                f"{s.type.scheme} {s.type.value} {s.type.meaning}",
+                s.laterality,
+                _range(s.volume_range_ml),
+            )
+            for s in bundle.labels
+        ],
+    )
+    out.print("\nContract", markup=False)
+    for key, value in document["contract"].items():
+        out.print(f"  {key:22} {value}", markup=False)
+    table(
+        "\nNetworks",
+        ("configuration", "fold", "max difference to torch", "same labels"),
+        [(p.configuration, p.fold, f"{p.max_abs_difference:.2g}", f"{p.argmax_agreement:.6f}") for p in bundle.parity],
+    )
+    return 0
+
+
+def verify(config: Path, name: str | None, *, as_json: bool) -> int:
+    """0 when every file of every bundle is what was registered, else 1 with what differs."""
+    settings = load_settings(config)
+    registry = open_registry(settings)
+    found = [m for m in registry.all() if name in (None, m.name)]
+    if name is not None and not found:
+        say(f"seggate: no model {name!r} is registered")
+        return 1
+    recorded = _recorded(settings)
+    rows = [{**_row(m), "verdict": _verdict(registry, m, recorded)} for m in found]
+    if as_json:
+        print_json(rows)
+    else:
+        table("", ("model", "version", "verdict"), [(r["name"], r["semver"], r["verdict"]) for r in rows])
+    return 0 if all(r["verdict"] == "ok" for r in rows) else 1
+
+
+def _convert(
+    path: Path,
+    target: Path,
+    *,
+    name: str | None,
+    semver: str | None,
+    card: Path | None,
+    configurations: Sequence[str] | None,
+    folds: Sequence[str] | None,
+    orientation: str | None,
+    notes: list[str],
+) -> tuple[Any, bool]:
+    """nnU-Net → (bundle, whether its voxel order was stated); needs torch, and says how to get it where missing."""
+    from rich.progress import Progress
+
+    from engine.errors import ImportRefused
+    from engine.model_card import ModelCard, orientation_is_stated, read_card
+
+    try:
+        from engine.export import import_model
+    except ModuleNotFoundError as error:
+        if error.name in {"torch", "onnx"}:
+            raise ImportRefused(
+                f"importing an nnU-Net model needs the Python package {error.name}: install seggate with the extra "
+                "`train` (make install EXTRAS=train)"
+            ) from error
+        raise
+    described = read_card(card) if card is not None else ModelCard()
+    if orientation is not None:
+        described = replace(described, contract={**described.contract, "orientation": orientation})
+    with Progress(transient=True) as bar:
+        task = bar.add_task("importing", total=1.0)
+
+        def progress(fraction: float, what: str = "importing") -> None:
+            bar.update(task, completed=fraction, description=what)
+
+        bundle = import_model(
+            path,
+            target,
+            name=name,
+            semver=semver,
+            card=described,
+            configurations=configurations,
+            folds=folds,
+            progress=progress,
+            notice=notes.append,
+        )
+    return bundle, orientation_is_stated(bundle.plans, described)
+
+
+def _recorded(settings: Settings) -> dict[tuple[str, str], str]:
+    """(name, version) → weights digest as the ledger has it."""
+    from sqlalchemy import select
+
+    from storage.records import LedgerEvent
+
+    database = open_database(settings)
+    try:
+        with database.reading() as session:
+            events = session.scalars(select(LedgerEvent).where(LedgerEvent.kind == "model-imported")).all()
+            return {(e.subject.removeprefix("model:"), e.detail["semver"]): e.detail["weights_digest"] for e in events}
+    finally:
+        database.close()
+
+
+def _verdict(registry: ModelRegistry, model: RegisteredModel, recorded: dict[tuple[str, str], str]) -> str:
+    from engine.bundle import load_bundle
+    from engine.errors import BundleInvalid
+
+    del registry
+    try:
+        bundle = load_bundle(model.folder, verify=True)
+    except BundleInvalid as error:
+        return str(error)
+    if bundle.weights_digest != model.weights_digest:
+        return "the weights are not those that were registered"
+    if bundle.configuration_digest != model.configuration_digest:
+        return "the configuration is not the one that was registered"
+    if recorded.get((model.name, model.semver)) != model.weights_digest:
+        return "the registration differs from the ledger: someone changed the registry by hand"
+    return "ok"
+
+
+def _row(model: RegisteredModel) -> dict[str, Any]:
+    return {
+        "name": model.name,
+        "semver": model.semver,
+        "state": model.state,
+        "registry_version": model.registry_version,
+        "weights_digest": model.weights_digest,
+        "configuration_digest": model.configuration_digest,
+        "licence": model.licence,
+        "folder": str(model.folder),
+        "registered_at": _date(model),
+    }
+
+
+def _document(model: RegisteredModel, bundle: Any) -> dict[str, Any]:
+    return {
+        **_row(model),
+        "description": bundle.description,
+        "origin": bundle.origin,
+        "labels": [asdict(s) for s in bundle.labels],
+        "contract": asdict(bundle.contract),
+        "parity": [asdict(p) for p in bundle.parity],
+        "configurations": [
+            {"name": c.name, "folds": [f.fold for f in c.folds], "mirror_axes": c.mirror_axes}
+            for c in bundle.configurations
+        ],
+    }
+
+
+def _date(model: RegisteredModel) -> str:
+    return datetime.fromtimestamp(model.registered_at_ms / 1000, UTC).isoformat(timespec="seconds")
+
+
+def _range(bounds: tuple[float, float] | None) -> str:
+    return f"{bounds[0]:g} to {bounds[1]:g}" if bounds else ""

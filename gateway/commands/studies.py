@@ -1,0 +1,293 @@
+"""`seggate studies`, `show`, `retry`, `complete`."""
+
+from __future__ import annotations
+
+import getpass
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from gateway.commands.output import console, local, print_json, printable, say, table
+from gateway.settings import load_settings
+from storage import ledger
+from storage.database import Database
+from storage.records import (
+    Delivery,
+    Instance,
+    InstanceState,
+    LedgerEvent,
+    Result,
+    ResultObject,
+    Study,
+    StudyState,
+    StudyVersion,
+)
+
+
+def studies(config: Path, *, state: str | None, limit: int, as_json: bool) -> int:
+    """Newest first. Names are shown on the screen and in --json because a person asked; they are in no log."""
+    if state is not None and state not in set(StudyState):
+        say(f"seggate: unknown state {state!r}; choose from {', '.join(StudyState)}")
+        return 2
+    database = Database(load_settings(config).database_url)
+    with database.reading() as session:
+        query = select(Study).order_by(Study.last_received_at.desc()).limit(limit)
+        if state is not None:
+            query = query.where(Study.state == state)
+        rows = [_study_row(session, s) for s in session.scalars(query)]
+    if as_json:
+        print_json(rows)
+    elif not rows:
+        say("no studies")
+    else:
+        columns = ("study", "patient", "state", "objects", "version", "last object", "reason")
+        table(
+            "",
+            columns,
+            [
+                (
+                    r["study_uid"],
+                    " ".join(filter(None, (r["patient_name"], f"[{r['patient_id']}]" if r["patient_id"] else ""))),
+                    r["state"],
+                    r["objects"],
+                    r["version"],
+                    local(r["last_received_at"]),
+                    r["reason"],
+                )
+                for r in rows
+            ],
+        )
+    return 0
+
+
+def show(config: Path, study: str, *, as_json: bool) -> int:
+    """The ledger of one study, its results, deliveries and the routing rule by rule."""
+    database = Database(load_settings(config).database_url)
+    with database.reading() as session:
+        found = _find(session, study)
+        if found is None:
+            return 1
+        document = study_document(session, found)
+    if as_json:
+        print_json(document)
+    else:
+        _print_study(document)
+    return 0
+
+
+def retry(config: Path, study: str | None, *, all_parked: bool, as_json: bool) -> int:
+    """0 when something was put back on its queue (or nothing was parked with --all)."""
+    from gateway.durable import Enqueuer
+    from gateway.retrying import parked_studies, retry_study
+
+    if (study is None) == (not all_parked):
+        say("seggate: name one study, or give --all")
+        return 2
+    database = Database(load_settings(config).database_url)
+    if study is not None:
+        with database.reading() as session:
+            found = _find(session, study)
+            if found is None:
+                return 1
+            uids = [found.study_instance_uid]
+    else:
+        uids = parked_studies(database)
+    enqueuer = Enqueuer(database)
+    try:
+        retried = [retry_study(database, enqueuer, uid, actor=f"user:{getpass.getuser()}") for uid in uids]
+    finally:
+        enqueuer.close()
+    if as_json:
+        print_json([vars(r) for r in retried])
+    else:
+        for r in retried:
+            say(
+                f"{r.study_instance_uid}: "
+                + (
+                    f"back on the queue: {r.routing} routing, {r.results} results, {r.deliveries} deliveries"
+                    if r.anything
+                    else "nothing is parked"
+                )
+            )
+    return 0 if all_parked or any(r.anything for r in retried) else 1
+
+
+def complete(config: Path, study: str, *, wait: bool) -> int:
+    """Leave the operator's wish for the assembly, which acts at its next look; 1 when the study is not open."""
+    from gateway.intake.operator_wish import set_wish
+
+    database = Database(load_settings(config).database_url)
+    with database.session() as session:
+        found = _find(session, study)
+        if found is None:
+            return 1
+        uid = found.study_instance_uid
+        if not set_wish(session, uid, "wait" if wait else "complete", actor=f"user:{getpass.getuser()}"):
+            say(f"seggate: {uid} is not being received; its state is {found.state}")
+            return 1
+        say(f"{uid}: {'stays open' if wait else 'will be declared whole'}")
+    return 0
+
+
+def study_document(session: Session, study: Study) -> dict[str, Any]:
+    """Everything known of a study, as `show --json` prints it."""
+    from gateway.intake.routing_explanation import explain
+
+    results = session.scalars(
+        select(Result).where(Result.study_instance_uid == study.study_instance_uid).order_by(Result.created_at)
+    ).all()
+    return {
+        **_study_row(session, study),
+        "events": [_event(e) for e in ledger.events(session, ledger.study_subject(study.study_instance_uid))],
+        "versions": [
+            {"number": v.number, "declared_at": v.declared_at, "rule": v.rule, "evidence": v.evidence}
+            for v in session.scalars(
+                select(StudyVersion)
+                .where(StudyVersion.study_instance_uid == study.study_instance_uid)
+                .order_by(StudyVersion.number)
+            )
+        ],
+        "routing": [{"text": "\n".join(e.lines), **e.json} for e in explain(session, study.study_instance_uid)],
+        "results": [_result(session, r) for r in results],
+    }
+
+
+def _study_row(session: Session, study: Study) -> dict[str, Any]:
+    objects = session.scalar(
+        select(func.count())
+        .select_from(Instance)
+        .where(Instance.study_instance_uid == study.study_instance_uid, Instance.state == InstanceState.CURRENT)
+    )
+    return {
+        "study_uid": study.study_instance_uid,
+        "state": study.state,
+        "reason": study.state_reason,
+        "patient_name": study.patient_name,
+        "patient_id": study.patient_id,
+        "accession_number": study.accession_number,
+        "study_date": study.study_date,
+        "description": study.study_description,
+        "objects": objects,
+        "version": study.version,
+        "calling_ae": study.calling_ae,
+        "first_received_at": study.first_received_at,
+        "last_received_at": study.last_received_at,
+    }
+
+
+def _event(event: LedgerEvent) -> dict[str, Any]:
+    return {"n": event.sequence, "at": event.at, "kind": event.kind, "actor": event.actor, "detail": event.detail}
+
+
+def _result(session: Session, result: Result) -> dict[str, Any]:
+    objects = session.scalars(select(ResultObject).where(ResultObject.result_id == result.result_id)).all()
+    deliveries = session.scalars(select(Delivery).where(Delivery.result_id == result.result_id)).all()
+    fields = (
+        "result_id",
+        "series_instance_uid",
+        "part",
+        "rule",
+        "model_name",
+        "model_version",
+        "weights_digest",
+        "state",
+        "state_reason",
+        "verdict",
+        "checks",
+        "measurements",
+        "runtime",
+        "created_at",
+        "finished_at",
+        "supersedes",
+        "report_id",
+    )
+    object_fields = (
+        "role",
+        "encoding",
+        "sop_instance_uid",
+        "series_instance_uid",
+        "spool_path",
+        "size_bytes",
+        "repairs",
+    )
+    delivery_fields = ("destination", "kind", "state", "state_reason", "attempts", "updated_at", "objects")
+    return {
+        **{f: getattr(result, f) for f in fields},
+        "objects": [{f: getattr(o, f) for f in object_fields} for o in objects],
+        "deliveries": [{f: getattr(d, f) for f in delivery_fields} for d in deliveries],
+    }
+
+
+def _find(session: Session, beginning: str) -> Study | None:
+    """A study by its UID or the beginning of it; says what is wrong when it is none or more than one."""
+    exact = session.get(Study, beginning)
+    if exact is not None:
+        return exact
+    if not beginning or not all(c.isdigit() or c == "." for c in beginning):
+        say(f"seggate: {beginning!r} is not the beginning of a UID")
+        return None
+    found = session.scalars(
+        select(Study).where(Study.study_instance_uid.startswith(beginning, autoescape=True)).limit(3)
+    ).all()
+    if len(found) == 1:
+        return found[0]
+    say(f"seggate: {'no study' if not found else 'more than one study'} begins with {beginning}")
+    return None
+
+
+def _print_study(document: dict[str, Any]) -> None:
+    out = console()
+    out.print(f"study     {document['study_uid']}", markup=False)
+    patient = printable(f"{document['patient_name'] or ''} [{document['patient_id'] or ''}]")
+    out.print(f"patient   {patient}", markup=False)
+    out.print(f"state     {document['state']}  {document['reason'] or ''}".rstrip(), markup=False)
+    out.print(f"objects   {document['objects']}, version {document['version']}", markup=False)
+    table(
+        "\nLedger",
+        ("time", "event", "by", "evidence"),
+        [(local(e["at"]), e["kind"], e["actor"], _brief(e["detail"])) for e in document["events"]],
+    )
+    if document["routing"]:
+        out.print("\nRouting", markup=False)
+        for version in document["routing"]:
+            out.print(version["text"], markup=False)
+    for result in document["results"]:
+        out.print(
+            f"\nResult {result['result_id'][:12]}: {result['model_name']} {result['model_version']} on series "
+            f"{result['series_instance_uid']} {result['part']}: {result['state']} {result['state_reason'] or ''}",
+            markup=False,
+        )
+        if result["measurements"]:
+            rows = [
+                (m["name"], f"{m['volume_ml']:.2f}", m["voxels"], _number(m["confidence"]))
+                for m in result["measurements"]
+            ]
+            table("", ("segment", "volume (ml)", "voxels", "confidence"), rows)
+        for check in result["checks"] or []:
+            if check["verdict"] != "pass":
+                out.print(
+                    f"  {check['verdict']}: {check['name']} {check['segment'] or ''}: {check['value']} "
+                    f"(limit: {check['limit']})",
+                    markup=False,
+                )
+        if result["deliveries"]:
+            deliveries = [
+                (d["destination"], d["kind"], d["state"], d["attempts"], local(d["updated_at"]), d["state_reason"])
+                for d in result["deliveries"]
+            ]
+            table("", ("destination", "by", "state", "attempts", "at", "reason"), deliveries)
+
+
+def _brief(detail: dict[str, Any]) -> str:
+    """Evidence on one or few lines: `key: value`, long values cut (`--json` has them whole)."""
+    lines = []
+    for key, value in detail.items():
+        text = value if isinstance(value, str) else str(value)
+        lines.append(f"{key}: {text if len(text) <= 160 else text[:157] + '...'}")
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"

@@ -1,0 +1,243 @@
+"""Step `attempt` of a delivery: one attempt at one destination, its outcome in the row and the ledger.
+
+The circuit of a destination that is down lets one probe through per step of its schedule, so that a backlog of a
+thousand results does not knock a thousand times (QUE-29): the delivery at the head of the queue waits in its place,
+the others behind it. A delivery that waits for a reason of its own (a patient the EMR does not know yet, an object
+the PACS does not show yet) must not hold up the others: it gives its place up and comes back as a new turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import select, update
+from sqlalchemy.orm import Session
+
+from gateway import quarantine, study_state
+from gateway.delivery.attempt import QUERY_REFUSES, attempt
+from gateway.delivery.bookkeeping import cut_short, destination_row, note_contact, record_delivery, withheld_words
+from gateway.delivery.capability import Learned
+from gateway.delivery.destination import Destination, OutgoingObject
+from gateway.delivery.ladder import LadderState, park, requeue, withhold
+from gateway.delivery.reporting import Reporting
+from gateway.delivery.retry import Circuit
+from gateway.durable import Enqueuer, delivery_queue, next_workflow_id
+from gateway.parking import park_delivery
+from gateway.settings import DestinationSettings, FhirDestination, PacsDestination
+from gateway.workflows import DELIVER
+from storage.alarms import clear_alarms, raise_alarm
+from storage.database import Database
+from storage.records import Delivery, DeliveryState, DestinationState, Result, ResultState, utc_now
+
+ObjectsOf = Callable[[str, str], Sequence[OutgoingObject]]
+"""(result_id, encoding) → the objects to send in that encoding, image first, encoded when first asked for."""
+
+_FINISHED = {DeliveryState.VERIFIED, DeliveryState.STORED, DeliveryState.PARKED, DeliveryState.WITHHELD}
+_ENDED = {DeliveryState.PARKED, DeliveryState.WITHHELD}  # by somebody's decision, whatever is still planned
+_UNSENT = {DeliveryState.QUEUED, DeliveryState.SENT}
+_WAITS_IN_PLACE_S = 2.0
+
+
+class Dispatch:
+    """The delivery steps of the story."""
+
+    def __init__(
+        self,
+        *,
+        database: Database,
+        settings: DestinationSettings,
+        pacs: Mapping[str, Destination],
+        reporting: Reporting,
+        objects_of: ObjectsOf,
+        enqueuer: Enqueuer,
+    ) -> None:
+        self._database = database
+        self._settings = {d.name: d for d in settings.all}
+        self._pacs = pacs
+        self._reporting = reporting
+        self._objects_of = objects_of
+        self._enqueuer = enqueuer
+
+    def attempt(self, delivery_id: str, turn: str) -> dict[str, Any]:
+        """{"state", "retry_in_s"}; `retry_in_s` None when there is nothing left to do in this turn."""
+        now = utc_now()
+        with self._database.session() as session:
+            delivery = session.get_one(Delivery, delivery_id)
+            if delivery.workflow_id != turn:
+                return {"state": delivery.state, "retry_in_s": None}  # a later turn has it now
+            if delivery.state in _ENDED:
+                return _end(delivery)  # also where a next attempt was still planned
+            if delivery.state in _FINISHED and delivery.next_attempt_at is None:
+                return {"state": delivery.state, "retry_in_s": None}
+            destination = self._settings.get(delivery.destination)
+            if destination is None:
+                words = "destinations.toml no longer names this destination"
+                return {"state": park_delivery(session, delivery_id, words), "retry_in_s": None}
+            result = session.get_one(Result, delivery.result_id)
+            # A report is one message: until its receipt is here, nothing of it is known to have been sent.
+            unsent = _UNSENT if isinstance(destination, FhirDestination) else {DeliveryState.QUEUED}
+            if result.state == ResultState.SUPERSEDED and delivery.state in unsent:
+                return self._withhold(session, delivery, result, result.state_reason or "")
+            stop = quarantine.reason_to_stop(session, result.study_instance_uid)
+            if stop is not None and delivery.state in (DeliveryState.QUEUED, DeliveryState.SENT):
+                return self._withhold(session, delivery, result, stop)
+            row = destination_row(session, destination.name)
+            wait_s = _claim(session, row, destination)
+            if wait_s > 0:
+                return {"state": delivery.state, "retry_in_s": wait_s}
+            learned = Learned.from_record(row.capability)
+            recovered = cut_short(delivery)
+            # Counted in the row before anything leaves: an attempt that was cut short is recognised by it.
+            delivery.attempts += 1
+        if isinstance(destination, FhirDestination):
+            outcome = self._reporting.attempt(delivery_id, destination, now=now)
+        else:
+            outcome = self._send(delivery_id, destination, learned, recovered=recovered)
+        away = outcome.pop("away", False)
+        if not away and (outcome["retry_in_s"] or 0.0) > _WAITS_IN_PLACE_S:
+            return self._give_way(delivery_id, turn, outcome)
+        return outcome
+
+    def _give_way(self, delivery_id: str, turn: str, outcome: dict[str, Any]) -> dict[str, Any]:
+        """Back on the queue for later: what it waits for does not concern the others."""
+        with self._database.session() as session:
+            delivery = session.get_one(Delivery, delivery_id, with_for_update=True)
+            if delivery.workflow_id != turn:
+                return outcome
+            delivery.workflow_id = next_workflow_id(turn)
+            self._enqueuer.enqueue(
+                session,
+                queue=delivery_queue(delivery.destination),
+                workflow=DELIVER,
+                workflow_id=delivery.workflow_id,
+                argument=delivery_id,
+                delay_s=float(outcome["retry_in_s"]),
+            )
+        return {"state": outcome["state"], "retry_in_s": None}
+
+    def _send(
+        self, delivery_id: str, destination: PacsDestination, learned: Learned, *, recovered: bool
+    ) -> dict[str, Any]:
+        with self._database.reading() as session:
+            delivery = session.get_one(Delivery, delivery_id)
+            result_id, state = delivery.result_id, _ladder(delivery)
+        outcome = attempt(
+            self._pacs[destination.name],
+            destination,
+            lambda encoding: self._objects_of(result_id, encoding),
+            state,
+            learned=learned,
+            recovered=recovered,
+        )
+        with self._database.session() as session:
+            delivery = session.get_one(Delivery, delivery_id)
+            before = delivery.state
+            after = _unless_ended(outcome.state, delivery)
+            delivery.state, delivery.state_reason = after.state, after.reason or None
+            delivery.attempts = after.attempts
+            delivery.next_attempt_at, delivery.updated_at = after.next_attempt_at, utc_now()
+            delivery.objects = [after.as_dict()]
+            row = destination_row(session, destination.name)
+            row.capability = outcome.learned.as_record()
+            if outcome.away or outcome.answered:
+                note_contact(session, row, away=outcome.away, reason=outcome.state.reason)
+            if after.state is DeliveryState.VERIFIED:
+                clear_alarms(session, kind=QUERY_REFUSES, subject=f"destination:{destination.name}", by="gateway")
+            for alarm in outcome.alarms:
+                raise_alarm(session, kind=alarm.kind, subject=alarm.subject, message=alarm.message)
+            result = session.get_one(Result, delivery.result_id)
+            if delivery.state != before or after.finished:
+                record_delivery(session, result, delivery, {"objects": _statuses(after)})
+            session.flush()
+            study_state.refresh(session, result.study_instance_uid)
+            return {"state": delivery.state, "retry_in_s": after.retry_in_s(utc_now()), "away": outcome.away}
+
+    def park_delivery(self, delivery_id: str, step: str, reason: str) -> str:
+        """After a failure that is not the destination's: a missing file, an encoding that cannot be made."""
+        with self._database.session() as session:
+            return park_delivery(session, delivery_id, f"{step}: {reason}")
+
+    def _withhold(self, session: Session, delivery: Delivery, result: Result, reason: str) -> dict[str, Any]:
+        words = withheld_words(reason, unknown_end=cut_short(delivery) or delivery.state == DeliveryState.SENT)
+        quarantine.withhold_delivery(session, result, delivery, words)
+        session.flush()
+        study_state.refresh(session, result.study_instance_uid)
+        return {"state": delivery.state, "retry_in_s": None}
+
+
+def awaited_destinations(database: Database) -> list[str]:
+    """Destinations that unfinished deliveries wait for, whether or not destinations.toml still names them."""
+    with database.reading() as session:
+        return list(
+            session.scalars(
+                select(Delivery.destination)
+                .where(Delivery.state.in_([DeliveryState.QUEUED, DeliveryState.SENT, DeliveryState.STORED]))
+                .where(Delivery.next_attempt_at.is_not(None))
+                .distinct()
+                .order_by(Delivery.destination)
+            )
+        )
+
+
+def _claim(session: Session, row: DestinationState, destination: PacsDestination | FhirDestination) -> float:
+    """Seconds to wait before this destination may be contacted; 0 = go ahead (as the probe, when it is down)."""
+    now = utc_now()
+    circuit = Circuit(is_open=row.circuit == "open", since=row.since, failures=row.failures)
+    limits = {"first_retry_s": destination.first_retry_s, "max_retry_s": destination.max_retry_s}
+    circuit = circuit.righted(now, **limits)
+    row.since, row.failures = circuit.since, circuit.failures
+    session.flush()
+    wait_s = circuit.wait_s(now, **limits)
+    if wait_s > 0 or not circuit.is_open:
+        return wait_s
+    claimed = circuit.claim(now, **limits)
+    # Two deliveries may see the same due probe; the update of one of them finds the old count gone.
+    taken = session.execute(
+        update(DestinationState)
+        .where(DestinationState.name == row.name, DestinationState.failures == circuit.failures)
+        .values(failures=claimed.failures)
+    )
+    session.expire(row)
+    return 0.0 if getattr(taken, "rowcount", 0) else max(0.5, claimed.wait_s(now, **limits))
+
+
+def _end(delivery: Delivery) -> dict[str, Any]:
+    """Withheld or parked stays so; what an attempt was cut short by is said."""
+    delivery.next_attempt_at = None
+    if delivery.state == DeliveryState.WITHHELD:
+        delivery.state_reason = withheld_words(delivery.state_reason or "", unknown_end=cut_short(delivery))
+    return {"state": delivery.state, "retry_in_s": None}
+
+
+def _unless_ended(state: LadderState, delivery: Delivery) -> LadderState:
+    """The attempt's outcome; one that was withheld or parked while the attempt ran does not go on by itself."""
+    if delivery.state not in _ENDED or state.finished or state.state not in _UNSENT:
+        return state
+    reason = delivery.state_reason or ""
+    if delivery.state == DeliveryState.PARKED:
+        return park(state, reason)
+    return withhold(state, withheld_words(reason, unknown_end=state.state is DeliveryState.SENT))
+
+
+def _ladder(delivery: Delivery) -> LadderState:
+    """The kept state of a delivery, or a new one; after `seggate retry` with new patience."""
+    if not delivery.objects:
+        return LadderState.new(delivery.delivery_id, delivery.queued_at)
+    state = LadderState.from_dict(delivery.objects[0])
+    return requeue(state, utc_now()) if state.finished else state
+
+
+def _statuses(state: LadderState) -> list[dict[str, Any]]:
+    return [
+        {
+            "role": o.role,
+            "sop_instance_uid": o.sop_instance_uid,
+            "encoding": o.encoding,
+            "rung": str(o.rung),
+            "status": f"{o.code:04X}" if o.code is not None else None,
+            "meaning": o.meaning,
+            "checked": o.checked,
+        }
+        for o in state.objects
+    ]

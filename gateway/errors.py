@@ -1,0 +1,63 @@
+"""Transient, Permanent, Rejected: what the workflow does with a failure, and the table that decides it.
+
+Each package raises its own errors; this is the one place that says what they mean for a study.
+"""
+
+from __future__ import annotations
+
+import emr.errors
+import engine.errors
+import gateway.intake.errors
+import storage.errors
+
+
+class GatewayError(Exception):
+    """Root of the gateway's own errors."""
+
+
+class Transient(GatewayError):
+    """The other side or a resource is away; the same step may succeed later."""
+
+
+class Permanent(GatewayError):
+    """Will fail again until a person changes something; the work is parked and listed."""
+
+
+class Rejected(GatewayError):
+    """The input is at fault; the message names the attribute or file."""
+
+
+_MEANING: tuple[tuple[type[BaseException], type[GatewayError]], ...] = (
+    (gateway.intake.errors.IntakeRejected, Rejected),
+    (engine.errors.InputRejected, Rejected),
+    (engine.errors.BundleInvalid, Permanent),
+    (engine.errors.ImportRefused, Rejected),
+    (engine.errors.ParityFailed, Permanent),
+    (engine.errors.MemoryExceeded, Permanent),
+    (engine.errors.BackendFailed, Transient),
+    (emr.errors.Unavailable, Transient),
+    (emr.errors.Refused, Permanent),
+    (emr.errors.PatientNotResolved, Permanent),
+    (gateway.intake.errors.IntakeRejected, Rejected),
+    (storage.errors.SpoolFull, Transient),
+    (storage.errors.SpoolUnsafe, Transient),
+    (storage.errors.DatabaseAway, Transient),
+    (storage.errors.ObjectMissing, Permanent),
+    (storage.errors.ObjectChanged, Permanent),
+    (storage.errors.LedgerBroken, Permanent),
+    (storage.errors.ModelMissing, Permanent),
+    (storage.errors.ModelChanged, Permanent),
+    (ConnectionError, Transient),
+    (TimeoutError, Transient),
+)
+
+
+def meaning(error: BaseException) -> type[GatewayError]:
+    """Transient, Permanent or Rejected for any exception; unknown ones are Permanent (parked, never looped)."""
+    for own in (Transient, Permanent, Rejected):
+        if isinstance(error, own):
+            return own
+    for known, verdict in _MEANING:
+        if isinstance(error, known):
+            return verdict
+    return Permanent

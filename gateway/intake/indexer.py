@@ -1,0 +1,250 @@
+"""Turns what lies in `incoming/` into rows, then moves it to its place: one process per spool.
+
+The database may be away for as long as it likes: the objects wait in the spool, in their order (REC-03). The rows
+are committed first, with the final path, and the file is moved afterwards; a crash in between leaves a row whose
+object is found in `incoming/` and moved by the next round.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import stat
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pydicom.dataset import Dataset
+
+from gateway.intake.association_index import apply_event
+from gateway.intake.errors import IntakeRejected
+from gateway.intake.examination import Examined, examine
+from gateway.intake.study_index import ACTOR, GATEWAY_SUBJECT, StudyIndex
+from gateway.settings import Settings
+from storage.alarms import clear_alarms, raise_alarm
+from storage.database import Database
+from storage.errors import DatabaseAway, ObjectMissing, SpoolUnsafe
+from storage.spool import Incoming, Settlement, Spool
+
+LOG = logging.getLogger(__name__)
+
+_POLL_S = 0.05
+_BATCH = 100
+_FIRST_RETRY_S = 0.5
+_MAX_RETRY_S = 10.0
+_SKIPPED_RETRY_S = 60.0  # an entry that could not be indexed is tried again after so long
+_MAX_NAMED = 5  # entries named in an alarm
+
+ALARM_ENTRY_UNREADABLE = "spool-entry-unreadable"
+ALARM_INDEX_REFUSED = "index-refused"
+_WHAT_TO_DO = {
+    ALARM_ENTRY_UNREADABLE: "cannot be read; look at the disk, the owner and the kind of file",
+    ALARM_INDEX_REFUSED: "are refused by the database, also as faulty objects; the log names the error",
+}
+
+Event = tuple[str, dict[str, Any]]
+
+
+class _EntryUnreadable(Exception):
+    """One entry of `incoming/` cannot be read, or is no file; the others can."""
+
+
+def no_foreign_results(_dataset: Dataset) -> str | None:
+    """Recognises nothing: only the index of our own SOP Instance UIDs counts."""
+    return None
+
+
+class Indexer:
+    """`run` until stopped, or `run_once`. Used by one thread.
+
+    `is_own_result` says from a header why an object is some gateway's result, or None (OUT-46).
+    """
+
+    def __init__(
+        self,
+        spool: Spool,
+        database: Database,
+        settings: Settings,
+        *,
+        is_own_result: Callable[[Dataset], str | None] = no_foreign_results,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._spool = spool
+        self._database = database
+        self._policy = settings.gateway.receiver.conflict_policy
+        self._is_own_result = is_own_result
+        self._clock = clock
+        self._skipped: dict[str, tuple[str, str, float]] = {}  # entry id -> alarm kind, file name, when to try again
+        self._alarmed: dict[str, list[str]] | None = None  # names per kind as last told; None: not told yet
+
+    def run(self, stop: threading.Event) -> None:
+        """Index until `stop`; waits for the database and for the spool instead of failing."""
+        retry_s = _FIRST_RETRY_S
+        with self._only_one(stop):
+            while not stop.is_set():
+                try:
+                    done = self.run_once()
+                except (DatabaseAway, SpoolUnsafe) as error:
+                    LOG.warning("indexing waits %.1f s: %s", retry_s, error)
+                    stop.wait(retry_s)
+                    retry_s = min(retry_s * 2, _MAX_RETRY_S)
+                    continue
+                retry_s = _FIRST_RETRY_S
+                if not done:
+                    stop.wait(_POLL_S)
+
+    def run_once(self) -> int:
+        """Index everything that is in `incoming/` now; returns how many objects and events.
+
+        Raises DatabaseAway, SpoolUnsafe: what was not committed stays in `incoming/`. An entry that cannot be read,
+        or that the database refuses, stays there too: an alarm names it, and it is tried again every minute.
+        """
+        now = self._clock()
+        incoming = self._spool.incoming()
+        for gone in set(self._skipped) - {entry.id for entry in incoming}:
+            del self._skipped[gone]
+        waiting = [e for e in incoming if e.id not in self._skipped or self._skipped[e.id][2] <= now]
+        for start in range(0, len(waiting), _BATCH):
+            self._index(waiting[start : start + _BATCH])
+        self._tell_skipped()
+        return len(waiting)
+
+    def _index(self, batch: Sequence[Incoming]) -> None:
+        try:
+            self._commit(batch)
+        except (DatabaseAway, SpoolUnsafe):
+            raise
+        except Exception as error:  # noqa: BLE001 - the edge: one entry must not hold up the others
+            if len(batch) == 1:
+                self._index_alone(batch[0])
+                return
+            LOG.warning("a batch of %d is indexed one by one: %s", len(batch), _without_values(error))
+            for entry in batch:
+                self._index_alone(entry)
+
+    def _index_alone(self, entry: Incoming) -> None:
+        try:
+            self._commit([entry])
+        except (DatabaseAway, SpoolUnsafe):
+            raise
+        except _EntryUnreadable as error:
+            self._skip(entry, ALARM_ENTRY_UNREADABLE, str(error))
+        except Exception as error:  # noqa: BLE001 - the edge
+            LOG.error("%s cannot be indexed as it is: %s", entry.path.name, _without_values(error))
+            self._index_as_faulty(entry, IntakeRejected(f"the index cannot hold it ({type(error).__name__})"))
+
+    def _index_as_faulty(self, entry: Incoming, fault: IntakeRejected) -> None:
+        try:
+            self._commit([entry], fault=fault)
+        except (DatabaseAway, SpoolUnsafe):
+            raise
+        except _EntryUnreadable as error:
+            self._skip(entry, ALARM_ENTRY_UNREADABLE, str(error))
+        except Exception as error:  # noqa: BLE001 - the edge
+            self._skip(entry, ALARM_INDEX_REFUSED, _without_values(error))
+
+    def _skip(self, entry: Incoming, kind: str, why: str) -> None:
+        LOG.error("%s stays in incoming/ and is tried again in %.0f s: %s", entry.path.name, _SKIPPED_RETRY_S, why)
+        self._skipped[entry.id] = (kind, entry.path.name, self._clock() + _SKIPPED_RETRY_S)
+
+    def _tell_skipped(self) -> None:
+        """One alarm per kind, for as long as an entry is skipped; written when the entries change."""
+        names = {
+            kind: sorted(name for skipped_kind, name, _ in self._skipped.values() if skipped_kind == kind)
+            for kind in _WHAT_TO_DO
+        }
+        if names == self._alarmed:
+            return
+        with self._database.session() as session:
+            for kind, skipped in names.items():
+                if not skipped:
+                    clear_alarms(session, kind=kind, subject=GATEWAY_SUBJECT, by=ACTOR)
+                elif self._alarmed is None or skipped != self._alarmed[kind]:
+                    listed = ", ".join(skipped[:_MAX_NAMED]) + (", ..." if len(skipped) > _MAX_NAMED else "")
+                    raise_alarm(
+                        session,
+                        kind=kind,
+                        subject=GATEWAY_SUBJECT,
+                        message=f"{len(skipped)} entries of the spool's incoming/ {_WHAT_TO_DO[kind]}: {listed}",
+                    )
+        self._alarmed = names
+
+    def _commit(self, batch: Sequence[Incoming], *, fault: IntakeRejected | None = None) -> None:
+        """Read, write the rows in one transaction, then move the files. `fault` replaces what was found."""
+        read: list[tuple[Incoming, Examined | Event]] = []
+        for entry in batch:
+            content = self._read(entry)
+            if isinstance(content, Examined) and fault is not None:
+                content = _with_fault(content, fault)
+            if content is not None:
+                read.append((entry, content))
+        moves: list[Settlement] = []
+        with self._database.session() as session:
+            index = StudyIndex(session, self._spool, conflict_policy=self._policy, is_own_result=self._is_own_result)
+            index.prepare([content for _, content in read if isinstance(content, Examined)])
+            for entry, content in read:
+                if isinstance(content, Examined):
+                    moves.append(index.place(content))
+                    continue
+                kind, detail = content
+                try:
+                    apply_event(session, kind, detail)
+                except (KeyError, TypeError, ValueError):
+                    LOG.exception("the event %s is damaged and left out", entry.path.name)
+        self._spool.settle(moves)
+        for entry in batch:
+            self._skipped.pop(entry.id, None)
+            if entry.is_event:
+                self._spool.forget_event(entry.path)
+
+    def _read(self, entry: Incoming) -> Examined | Event | None:
+        try:
+            if not stat.S_ISREG(entry.path.stat().st_mode):
+                raise _EntryUnreadable("it is no regular file")
+            return self._spool.read_event(entry.path) if entry.is_event else examine(self._spool, entry)
+        except (ObjectMissing, FileNotFoundError):
+            return None  # moved or forgotten since the folder was listed
+        except ValueError:
+            LOG.exception("the event %s is damaged and left out", entry.path.name)
+            return None
+        except OSError as error:
+            raise _EntryUnreadable(f"it cannot be read: {error.strerror or type(error).__name__}") from error
+        except SpoolUnsafe as error:
+            raise _EntryUnreadable(str(error)) from error
+
+    @contextmanager
+    def _only_one(self, stop: threading.Event) -> Iterator[None]:
+        """Wait until no other indexer works on this spool; a crashed one's lock ended with its process."""
+        self._spool.prepare()
+        with (self._spool.root / "indexer.lock").open("w") as lock:
+            while not stop.is_set():
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    stop.wait(_FIRST_RETRY_S)
+            yield
+
+
+def _without_values(error: Exception) -> str:
+    """Type and place of an error: the message of a database error holds the row, which holds patient data."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    return f"{type(error).__name__}{place}"
+
+
+def _with_fault(item: Examined, fault: IntakeRejected) -> Examined:
+    return Examined(
+        object_id=item.object_id,
+        path=item.path,
+        evidence=item.evidence,
+        digest=item.digest,
+        size_bytes=item.size_bytes,
+        header=None,
+        fault=fault,
+        study_instance_uid=item.study_instance_uid,
+    )

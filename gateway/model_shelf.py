@@ -1,0 +1,111 @@
+"""The models at hand in a worker: champions resolved, bundles verified once, predictors kept warm."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import structlog
+
+from engine.backends import Device
+from engine.bundle import Bundle, load_bundle
+from engine.errors import EngineError
+from engine.predictor import Prediction, Predictor
+from engine.volume import Volume
+from storage.errors import ModelChanged, StorageError
+from storage.models import ModelRegistry, RegisteredModel
+
+_log = structlog.get_logger(__name__)
+_CHAMPION_FOR_S = 2.0
+
+
+class ModelShelf:
+    """Resolves names to the version that serves, and holds its loaded bundle and predictor.
+
+    Safe to use from several threads. Weights are hashed when a bundle is first loaded; what differs from its
+    registration is refused with ModelChanged and never run (INF-35).
+    """
+
+    def __init__(self, registry: ModelRegistry, *, device: Device = "auto", threads: int = 0) -> None:
+        self._registry = registry
+        self._device = device
+        self._threads = threads
+        self._lock = threading.RLock()
+        self._champions: dict[str, tuple[float, RegisteredModel]] = {}
+        self._bundles: dict[tuple[str, str], Bundle] = {}
+        self._predictors: dict[tuple[str, str], Predictor] = {}
+        self._turns: dict[tuple[str, str], threading.Lock] = {}
+
+    def champion(self, name: str) -> RegisteredModel:
+        """The version that serves now (asked again after two seconds); raises ModelMissing."""
+        with self._lock:
+            known = self._champions.get(name)
+            if known is not None and time.monotonic() - known[0] < _CHAMPION_FOR_S:
+                return known[1]
+            model = self._registry.champion(name)
+            self._champions[name] = (time.monotonic(), model)
+            return model
+
+    def version(self, name: str, semver: str) -> RegisteredModel:
+        return self._registry.get(name, semver)
+
+    def bundle(self, model: RegisteredModel) -> Bundle:
+        """The verified bundle of a registered model; raises BundleInvalid or ModelChanged."""
+        key = (model.name, model.semver)
+        with self._lock:
+            bundle = self._bundles.get(key)
+            if bundle is None:
+                bundle = load_bundle(model.folder, verify=True)
+                if (bundle.weights_digest, bundle.configuration_digest) != (
+                    model.weights_digest,
+                    model.configuration_digest,
+                ):
+                    raise ModelChanged(
+                        f"{model.name} {model.semver}: its files are not those that were registered; "
+                        "restore them or import the model again"
+                    )
+                self._bundles[key] = bundle
+            return bundle
+
+    def predictor(self, model: RegisteredModel) -> Predictor:
+        """A warm predictor for a registered model."""
+        bundle = self.bundle(model)
+        with self._lock:
+            predictor = self._predictors.get((model.name, model.semver))
+            if predictor is None:
+                predictor = Predictor(bundle, device=self._device, threads=self._threads or None)
+                self._predictors[(model.name, model.semver)] = predictor
+                self._turns[(model.name, model.semver)] = threading.Lock()
+            return predictor
+
+    def predict(self, model: RegisteredModel, volume: Volume, *, budget_bytes: int | None) -> Prediction:
+        """Run a model; two studies for the same model take turns. Raises what the predictor raises."""
+        predictor = self.predictor(model)
+        with self._turns[(model.name, model.semver)]:
+            return predictor.predict(volume, budget_bytes=budget_bytes)
+
+    def known(self) -> list[str]:
+        """Names and versions of all registered models; opens the registry."""
+        return [f"{m.name} {m.semver}" for m in self._registry.all()]
+
+    def warm(self) -> list[str]:
+        """Load every champion, so that the first study does not wait for it; returns the names of those loaded.
+
+        One that cannot be loaded is logged and left: only studies for it are parked, with the reason.
+        """
+        loaded = []
+        for model in self._registry.all():
+            if model.state == "champion":
+                try:
+                    self.predictor(model)
+                except (EngineError, StorageError) as error:
+                    _log.error("a model could not be loaded", model=f"{model.name} {model.semver}", error=str(error))
+                    continue
+                loaded.append(f"{model.name} {model.semver}")
+        return loaded
+
+    def close(self) -> None:
+        with self._lock:
+            for predictor in self._predictors.values():
+                predictor.close()
+            self._predictors.clear()

@@ -1,0 +1,198 @@
+"""Step `infer`: series → volume → labels and their statistics, written to the spool and the row."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sqlalchemy import select
+
+from engine.predictor import Prediction
+from engine.segment_statistics import SegmentStatistics
+from engine.volume import LabelMap
+from gateway import quarantine
+from gateway.errors import Permanent, Rejected
+from gateway.model_shelf import ModelShelf
+from gateway.results.orders import series_files
+from gateway.results.series import SeriesPart, decode, read_series
+from storage import ledger
+from storage.database import Database
+from storage.errors import ObjectMissing
+from storage.records import Result, ResultState, Study, StudyVersion, utc_now
+from storage.spool import Spool
+
+
+class Inference:
+    """Step `infer` of the story. `busy(result_id)` and `idle(result_id)` announce the work to the supervisor."""
+
+    def __init__(
+        self,
+        *,
+        database: Database,
+        spool: Spool,
+        shelf: ModelShelf,
+        attempts: int,
+        memory_budget_bytes: int | None,
+        busy: Callable[[str], None],
+        idle: Callable[[str], None],
+    ) -> None:
+        self._database = database
+        self._spool = spool
+        self._shelf = shelf
+        self._attempts = attempts
+        self._memory_budget_bytes = memory_budget_bytes
+        self._busy = busy
+        self._idle = idle
+
+    def infer(self, result_id: str) -> str:
+        """ "inferred"; "superseded" when a newer version of the study was declared whole before the start; "held" when
+        the study has been quarantined."""
+        with self._database.session() as session:
+            result = session.get_one(Result, result_id)
+            if result.state != ResultState.PENDING:
+                return str(result.state)  # a repeated step: it was superseded or parked, and that is recorded
+            if result.runtime is not None:
+                return "inferred"
+            version = session.get_one(StudyVersion, result.version_id)
+            newest = session.scalars(
+                select(Study.version).where(Study.study_instance_uid == result.study_instance_uid)
+            ).one()
+            if newest > version.number:
+                result.state, result.finished_at = ResultState.SUPERSEDED, utc_now()
+                result.state_reason = f"version {newest} of the study was declared whole before this one was processed"
+                ledger.append(
+                    session,
+                    subject=ledger.study_subject(result.study_instance_uid),
+                    kind="superseded",
+                    actor="worker",
+                    detail={"result_id": result_id, "reason": result.state_reason},
+                )
+                return "superseded"
+            stop = quarantine.reason_to_stop(session, result.study_instance_uid)
+            if stop is not None:
+                return quarantine.hold_result(session, result, stop)
+            # Counted before the work: a study that kills its worker each time is parked after `attempts`.
+            result.attempts += 1
+            attempt = result.attempts
+            files = series_files(session, self._spool, version, result)
+        if attempt > self._attempts:
+            raise Permanent(f"inference was begun {self._attempts} times and never finished; see the worker's log")
+        self._busy(result_id)
+        try:
+            return self._run(result_id, files)
+        finally:
+            self._idle(result_id)
+
+    def _run(self, result_id: str, files: tuple[Any, ...]) -> str:
+        with self._database.reading() as session:
+            result = session.get_one(Result, result_id)
+            study = session.get_one(Study, result.study_instance_uid)
+        began = time.monotonic()
+        part = decode(select_part(read_series(files, only_headers=True), result.part))
+        if part.volume is None:
+            raise Rejected(f"series {result.series_instance_uid}: no pixel data")
+        read_s = time.monotonic() - began
+        model = self._shelf.version(result.model_name, result.model_version)
+        if model.weights_digest != result.weights_digest:
+            raise Permanent(f"{model.name} {model.semver} has other weights than when the result was ordered")
+        prediction = self._shelf.predict(model, part.volume, budget_bytes=self._memory_budget_bytes)
+        # Named by content: a run repeated after a crash may differ in the last bit and must not clash.
+        packed = _packed(prediction.labels)
+        labels_path, labels_digest = self._spool.store_result_file(
+            study.study_key, result_id, f"labels-{hashlib.sha256(packed).hexdigest()[:16]}.npz", packed
+        )
+        regions = {spec.name: spec.region for spec in self._shelf.bundle(model).labels}
+        measurements = [_measurement(s, regions[s.name], prediction.labels) for s in prediction.segments]
+        runtime = _runtime(prediction, part, read_s)
+        runtime["labels"] = {"path": labels_path, "sha256": labels_digest}
+        with self._database.session() as session:
+            row = session.get_one(Result, result_id)
+            if row.state != ResultState.PENDING or row.runtime is not None:
+                # Another run of the same step was faster; what it wrote may have left the house already.
+                return "inferred"
+            row.measurements, row.runtime = measurements, runtime
+            ledger.append(
+                session,
+                subject=ledger.study_subject(row.study_instance_uid),
+                kind="inferred",
+                actor="worker",
+                detail={
+                    "result_id": result_id,
+                    "model": f"{row.model_name} {row.model_version}",
+                    "weights_digest": row.weights_digest,
+                    "runtime": {k: v for k, v in runtime.items() if k != "labels"},
+                    "volumes_ml": {m["name"]: m["volume_ml"] for m in measurements},
+                    "findings": [f"{f.kind}: {f.detail}" for f in part.findings],
+                },
+            )
+        return "inferred"
+
+
+def select_part(parts: tuple[SeriesPart, ...], key: str) -> SeriesPart:
+    """The part of a series that a result was ordered for."""
+    for part in parts:
+        if part.part == key:
+            return part
+    raise Rejected(f"the series no longer has a part {key!r}; its objects changed since the result was ordered")
+
+
+def load_labels(spool: Spool, result: Result) -> NDArray[np.uint8] | NDArray[np.uint16]:
+    """The label array (Z, Y, X) of a result, in the order of the series' slices."""
+    if result.runtime is None:
+        raise ObjectMissing(f"result {result.result_id} has no labels yet")
+    with np.load(spool.resolve(result.runtime["labels"]["path"]), allow_pickle=False) as archive:
+        labels: NDArray[np.uint8] | NDArray[np.uint16] = archive["labels"]
+    return labels
+
+
+def _packed(labels: LabelMap) -> bytes:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, labels=labels.array, affine_lps=labels.geometry.affine_lps)
+    return buffer.getvalue()
+
+
+def _measurement(segment: SegmentStatistics, region: tuple[int, ...], labels: LabelMap) -> dict[str, Any]:
+    """Statistics of one segment as JSON; the centroid is in patient coordinates (L, P, S), millimetres."""
+    return {
+        "value": segment.value,
+        "name": segment.name,
+        "voxels": segment.voxels,
+        "volume_ml": segment.volume_ml,
+        "confidence": segment.confidence,
+        "mean_intensity": list(segment.mean_intensity) if segment.mean_intensity is not None else None,
+        "components": segment.components,
+        "touches_border": list(segment.touches_border),
+        "fold_dice": segment.fold_dice,
+        "mirror_dice": segment.mirror_dice,
+        "centroid_lps_mm": _centroid(segment, region, labels),
+    }
+
+
+def _centroid(segment: SegmentStatistics, region: tuple[int, ...], labels: LabelMap) -> list[float] | None:
+    if segment.voxels == 0:
+        return None
+    z, y, x = np.nonzero(np.isin(labels.array, region))
+    point = labels.geometry.affine_lps @ np.array([x.mean(), y.mean(), z.mean(), 1.0])
+    return [round(float(v), 3) for v in point[:3]]
+
+
+def _runtime(prediction: Prediction, part: SeriesPart, read_s: float) -> dict[str, Any]:
+    info = prediction.runtime
+    return {
+        "backend": info.backend,
+        "provider": info.provider,
+        "precision": info.precision,
+        "threads": info.threads,
+        "versions": dict(info.versions),
+        "seconds": {"read": round(read_s, 4), **{k: round(v, 4) for k, v in info.seconds.items()}},
+        "peak_estimate_bytes": info.peak_estimate_bytes,
+        "mean_confidence": prediction.mean_confidence,
+        "unit": "[hnsf'U]" if part.modality == "CT" else "1",
+        "slices": len(part.frames),
+        "spacing_mm": list(part.geometry.spacing_mm),
+    }

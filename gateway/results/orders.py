@@ -1,0 +1,265 @@
+"""From routing decisions to results to be made: one per series part and model, with the model's identity fixed.
+
+A part of a series (CMP-20) that the model's contract excludes becomes a result `not_run` with the reason, so that
+"no result" can be told from "not arrived" and "failed" (INF-37).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from engine.errors import BundleInvalid
+from gateway import quarantine, study_state, superseding
+from gateway.durable import INFERENCE, ROUTINE, URGENT, Enqueuer
+from gateway.errors import Rejected, meaning
+from gateway.intake.routing import Verdict
+from gateway.model_shelf import ModelShelf
+from gateway.results.contract import judge
+from gateway.results.series import read_series
+from gateway.workflows import MAKE_RESULT
+from storage import ledger
+from storage.alarms import raise_alarm
+from storage.database import Database
+from storage.errors import ModelChanged, ModelMissing
+from storage.models import RegisteredModel
+from storage.records import (
+    Instance,
+    InstanceState,
+    Result,
+    ResultState,
+    RoutingDecision,
+    Study,
+    StudyState,
+    StudyVersion,
+    utc_now,
+)
+from storage.spool import Spool
+
+
+class Orders:
+    """Step `order` of the story."""
+
+    def __init__(self, *, database: Database, spool: Spool, shelf: ModelShelf, enqueuer: Enqueuer) -> None:
+        self._database = database
+        self._spool = spool
+        self._shelf = shelf
+        self._enqueuer = enqueuer
+
+    def order(self, version_id: str) -> str:
+        """Write a Result row per matched series part and enqueue what is to run; "ordered" or "nothing-to-run".
+
+        Repeated, it adds what is missing. A model that cannot be had stops no other: it has a FAILED row.
+        """
+        with self._database.reading() as session:
+            version = session.get_one(StudyVersion, version_id)
+            known = _ordered(session, version_id)
+            wanted = [(d, urgent) for d, urgent in _wanted(session, version_id) if _work(d) not in known]
+            files = {d.series_instance_uid: series_files(session, self._spool, version, d) for d, _ in wanted}
+            content = content_key(session, version)
+        planned = [
+            (result, urgent)
+            for decision, urgent in wanted
+            for result in self._plan(version, content, decision, files[decision.series_instance_uid])
+        ]
+        with self._database.session() as session:
+            # Another run of the same step may have been faster.
+            known = _ordered(session, version_id)
+            added = [(r, u) for r, u in planned if (r.series_instance_uid, r.model_name) not in known]
+            self._write(session, version, added)
+            superseding.no_longer_wanted(session, version)
+            study = session.get_one(Study, version.study_instance_uid)
+            if study.version == version.number and study.state == StudyState.PROCESSING:
+                study_state.refresh(session, study.study_instance_uid)
+        return "ordered" if known or any(r.state == ResultState.PENDING for r, _ in added) else "nothing-to-run"
+
+    def _write(self, session: Session, version: StudyVersion, added: Sequence[tuple[Result, bool]]) -> None:
+        """The rows, what they replace, their queue entries and the ledger event."""
+        if not added:
+            return
+        stop = quarantine.reason_to_stop(session, version.study_instance_uid)
+        for result, _ in added:
+            parts = {r.part for r, _ in added if _work(r) == _work(result)}
+            result.supersedes = superseding.predecessor(session, version, result, parts)
+        session.add_all([result for result, _ in added])
+        session.flush()
+        for result, urgent in added:
+            if result.state == ResultState.NOT_RUN:
+                superseding.replaced_by_none(session, result)
+            elif result.state == ResultState.FAILED:
+                _alarm_failed(session, result)
+            elif stop is not None:
+                quarantine.hold_result(session, result, stop)
+            else:
+                self._enqueuer.enqueue(
+                    session,
+                    queue=INFERENCE,
+                    workflow=MAKE_RESULT,
+                    workflow_id=result.workflow_id,
+                    argument=result.result_id,
+                    priority=URGENT if urgent else ROUTINE,
+                )
+        ledger.append(
+            session,
+            subject=ledger.study_subject(version.study_instance_uid),
+            kind="ordered",
+            actor="worker",
+            detail={
+                "version": version.number,
+                "results": [
+                    {
+                        "result_id": r.result_id,
+                        "series": r.series_instance_uid,
+                        "part": r.part,
+                        "model": f"{r.model_name} {r.model_version}".strip(),
+                        "weights_digest": r.weights_digest,
+                        "state": r.state,
+                        "reason": r.state_reason,
+                    }
+                    for r, _ in added
+                ],
+            },
+        )
+
+    def _plan(
+        self, version: StudyVersion, content: str, decision: RoutingDecision, files: Sequence[Path]
+    ) -> list[Result]:
+        try:
+            model = self._shelf.champion(str(decision.model))
+            bundle = self._shelf.bundle(model)
+        except (ModelMissing, ModelChanged, BundleInvalid) as error:
+            reason = f"order: {meaning(error).__name__}: {error}"
+            return [_planned(version, content, decision, None, state=ResultState.FAILED, reason=reason)]
+        try:
+            parts = read_series(files, only_headers=True)
+        except Rejected as error:
+            return [_planned(version, content, decision, model, state=ResultState.NOT_RUN, reason=str(error))]
+        planned = []
+        for part in parts:
+            failed = [f for f in judge(part, bundle.contract, channels=len(bundle.channels)) if not f.ok]
+            reason = "; ".join(f"{f.name}: {f.detail}" for f in failed)
+            state = ResultState.NOT_RUN if failed else ResultState.PENDING
+            planned.append(
+                _planned(version, content, decision, model, part=part.part, state=state, reason=reason or None)
+            )
+        return planned
+
+
+def _planned(
+    version: StudyVersion,
+    content: str,
+    decision: RoutingDecision,
+    model: RegisteredModel | None,
+    *,
+    part: str = "",
+    state: ResultState,
+    reason: str | None,
+) -> Result:
+    identity = (
+        (str(decision.model), "", "", "")
+        if model is None
+        else (model.name, model.semver, model.weights_digest, model.configuration_digest)
+    )
+    result_id = _result_id(version, content, decision.series_instance_uid, part, identity)
+    return Result(
+        result_id=result_id,
+        version_id=version.version_id,
+        study_instance_uid=version.study_instance_uid,
+        series_instance_uid=decision.series_instance_uid,
+        part=part,
+        rule=decision.rule,
+        model_name=identity[0],
+        model_version=identity[1],
+        weights_digest=identity[2],
+        configuration_digest=identity[3],
+        state=state,
+        state_reason=reason,
+        workflow_id=f"result-{result_id}",
+        created_at=utc_now(),
+        finished_at=None if state == ResultState.PENDING else utc_now(),
+        attempts=0,
+    )
+
+
+def _work(row: RoutingDecision | Result) -> tuple[str, str]:
+    """What is done once per version: one series by one model."""
+    return row.series_instance_uid, str(row.model if isinstance(row, RoutingDecision) else row.model_name)
+
+
+def _ordered(session: Session, version_id: str) -> set[tuple[str, str]]:
+    return {_work(r) for r in session.scalars(select(Result).where(Result.version_id == version_id))}
+
+
+def _wanted(session: Session, version_id: str) -> list[tuple[RoutingDecision, bool]]:
+    """One decision per series and model, and whether it is urgent.
+
+    Several rules may send the same series to the same model: one result, under the first rule, urgent if any says so.
+    """
+    true = [
+        d
+        for d in session.scalars(
+            select(RoutingDecision)
+            .where(RoutingDecision.version_id == version_id)
+            .order_by(RoutingDecision.decision_id)
+        )
+        if d.matched or d.explanation.get("verdict") == Verdict.ALREADY_ROUTED
+    ]
+    urgent = {_work(d) for d in true if d.explanation.get("priority") == "urgent"}
+    first: dict[tuple[str, str], RoutingDecision] = {}
+    for decision in true:
+        if decision.matched:
+            first.setdefault(_work(decision), decision)
+    return [(decision, work in urgent) for work, decision in first.items()]
+
+
+def _alarm_failed(session: Session, result: Result) -> None:
+    subject = ledger.study_subject(result.study_instance_uid)
+    message = f"{result.model_name}: {result.state_reason}"
+    raise_alarm(session, kind="parked", subject=subject, message=message)
+
+
+def series_files(
+    session: Session, spool: Spool, version: StudyVersion, series: RoutingDecision | Result
+) -> tuple[Path, ...]:
+    """The files of one series as they were when the version was declared whole."""
+    rows = session.scalars(
+        select(Instance).where(
+            Instance.study_instance_uid == version.study_instance_uid,
+            Instance.series_instance_uid == series.series_instance_uid,
+            Instance.state.in_([InstanceState.CURRENT, InstanceState.REPLACED]),
+        )
+    ).all()
+    wanted = set(version.object_ids)
+    return tuple(spool.resolve(r.spool_path) for r in sorted(rows, key=lambda r: r.object_id) if r.object_id in wanted)
+
+
+def content_key(session: Session, version: StudyVersion) -> str:
+    """What a result was made from. Content that comes back (A, B, A again) is another result with other UIDs.
+
+    The first version with a content has the content's own digest, so that the same work has the same identity
+    wherever it is done; a later one is told apart by its number.
+    """
+    earlier = session.scalars(
+        select(StudyVersion.number)
+        .where(
+            StudyVersion.study_instance_uid == version.study_instance_uid,
+            StudyVersion.content_digest == version.content_digest,
+            StudyVersion.number < version.number,
+        )
+        .limit(1)
+    ).first()
+    if earlier is None:
+        return version.content_digest
+    return hashlib.sha256(f"{version.content_digest}\n{version.number}".encode()).hexdigest()
+
+
+def _result_id(
+    version: StudyVersion, content: str, series_instance_uid: str, part: str, identity: tuple[str, str, str, str]
+) -> str:
+    """Fixed by what goes in: ordering the same work twice gives the same result."""
+    key = "\n".join((version.study_instance_uid, content, series_instance_uid, part, *identity))
+    return hashlib.sha256(key.encode()).hexdigest()[:40]

@@ -1,0 +1,255 @@
+"""Stored pixel values of one object: every transfer syntax that pydicom's decoders read, checked before allocation.
+
+Values are those of the sender: PixelRepresentation and BitsStored are applied, rescale is not (see `series`).
+MONOCHROME1 only says how a display draws the values (PS3.3 C.7.6.3.1.2) and changes none. PixelPaddingValue
+(0028,0120) is left in place, as converters to NIfTI leave it: the models were trained with it. Colour images,
+one-bit segmentations and floating point pixel data are not images a model reads; they are refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydicom import dcmread
+from pydicom.dataset import Dataset
+from pydicom.pixels.decoders.base import Decoder, get_decoder
+from pydicom.tag import Tag
+from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, RLELossless
+
+from gateway.results.attributes import (
+    PARSER_ERRORS,
+    READ_ERRORS,
+    AttributeRejected,
+    Where,
+    absent,
+    damaged,
+    integer,
+    text,
+)
+
+StoredValues = NDArray[Any]
+"""(rows, columns), any integer type."""
+PIXEL_DATA = Tag("PixelData")
+_UNREAD_SYNTAXES = {
+    "1.2.840.10008.1.2.4.53": "JPEG Spectral Selection, Process 6 and 8, retired",
+    "1.2.840.10008.1.2.4.55": "JPEG Full Progression, Process 10 and 12, retired",
+    "1.2.840.10008.1.2.8.1": "Deflated Image Frame Compression",
+}
+MAX_FRAMES = 65_535
+"""More frames than this in one object are refused unread."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelFormat:
+    """How the pixels of one object are encoded. frames counts from 1; native = not encapsulated."""
+
+    transfer_syntax_uid: str
+    rows: int
+    columns: int
+    frames: int
+    bits_allocated: int
+    bits_stored: int
+    high_bit: int
+    signed: bool
+    photometric_interpretation: str
+    native: bool
+
+    @property
+    def frame_bytes(self) -> int:
+        """Bytes of one uncompressed frame."""
+        return self.rows * self.columns * self.bits_allocated // 8
+
+
+def number_of_frames(header: Dataset, where: Where) -> int:
+    """NumberOfFrames, 1 when absent."""
+    frames = integer(header, "NumberOfFrames", where)
+    if frames is None:
+        return 1
+    if not 1 <= frames <= MAX_FRAMES:
+        problem = f"is {frames}, outside 1 to {MAX_FRAMES},"
+        raise AttributeRejected("NumberOfFrames", problem, where, "correct it at the sender")
+    return frames
+
+
+def read_pixel_format(header: Dataset, transfer_syntax_uid: str, where: Where) -> PixelFormat:
+    """Check the Image Pixel module (PS3.3 C.7.6.3) and that a decoder exists.
+
+    Raises AttributeRejected for what is absent, contradictory, coloured, one bit deep or not decodable.
+    """
+    frames = number_of_frames(header, where)
+    native = not UID(transfer_syntax_uid).is_encapsulated if UID(transfer_syntax_uid).is_transfer_syntax else False
+    if not native:
+        _decoder(transfer_syntax_uid, where)
+    rows, columns = (_positive(header, keyword, 65_535, where) for keyword in ("Rows", "Columns"))
+    samples = integer(header, "SamplesPerPixel", where)
+    if samples not in (None, 1):
+        problem = f"is {samples}"
+        raise AttributeRejected("SamplesPerPixel", problem, where, "only images of one value per pixel are read")
+    photometric = text(header, "PhotometricInterpretation", where) or "MONOCHROME2"
+    if photometric not in ("MONOCHROME1", "MONOCHROME2"):
+        problem = f"is {photometric[:16]!r}"
+        advice = "only MONOCHROME1 and MONOCHROME2 images are read"
+        raise AttributeRejected("PhotometricInterpretation", problem, where, advice)
+    allocated = _positive(header, "BitsAllocated", 32, where)
+    if allocated not in (8, 16, 32):
+        problem = f"is {allocated}"
+        raise AttributeRejected("BitsAllocated", problem, where, "only images of 8, 16 or 32 bits are read")
+    stored = integer(header, "BitsStored", where)
+    stored = allocated if stored is None else stored
+    if not 1 <= stored <= allocated:
+        problem = f"is {stored} with BitsAllocated {allocated}"
+        raise AttributeRejected("BitsStored", problem, where, "correct it at the sender")
+    high_bit = integer(header, "HighBit", where)
+    high_bit = stored - 1 if high_bit is None else high_bit
+    if not stored - 1 <= high_bit < allocated:
+        problem = f"is {high_bit} with BitsStored {stored} and BitsAllocated {allocated}"
+        raise AttributeRejected("HighBit", problem, where, "correct it at the sender")
+    representation = integer(header, "PixelRepresentation", where)
+    if representation not in (0, 1):
+        problem = "is absent or neither 0 nor 1"
+        raise AttributeRejected("PixelRepresentation", problem, where, "only integer pixel data are read")
+    return PixelFormat(
+        transfer_syntax_uid=transfer_syntax_uid,
+        rows=rows,
+        columns=columns,
+        frames=frames,
+        bits_allocated=allocated,
+        bits_stored=stored,
+        high_bit=high_bit,
+        signed=representation == 1,
+        photometric_interpretation=photometric,
+        native=native,
+    )
+
+
+def check_length(pixel_format: PixelFormat, file: Path, where: Where) -> None:
+    """Refuse an uncompressed object whose file is smaller than its pixels."""
+    if not pixel_format.native or pixel_format.transfer_syntax_uid == DeflatedExplicitVRLittleEndian:
+        return
+    expected = pixel_format.frame_bytes * pixel_format.frames
+    found = file.stat().st_size
+    if found < expected:
+        raise _short(f"the file has {found} bytes", expected, where)
+
+
+def stored_frames(
+    file: Path, pixel_format: PixelFormat, indices: Sequence[int], where: Where
+) -> Iterator[StoredValues]:
+    """Yield the stored values (rows, columns) of the frames at `indices` (from 0), in that order.
+
+    Raises AttributeRejected naming PixelData or TransferSyntaxUID when they cannot be decoded.
+    """
+    try:
+        ds = dcmread(file)
+        element = ds.get_item(PIXEL_DATA) if PIXEL_DATA in ds else None
+    except READ_ERRORS as error:
+        if not damaged(error):
+            raise
+        raise AttributeRejected("PixelData", "cannot be read", where, "the object is damaged; send it again") from error
+    if element is None or not element.value:
+        raise absent("PixelData", where, "the object holds no image; send the image itself")
+    if pixel_format.native:
+        yield from _native_frames(element.value, str(element.VR), pixel_format, indices, where)
+    else:
+        yield from _decoded_frames(ds, pixel_format, indices, where)
+
+
+def _native_frames(
+    data: bytes, vr: str, pixel_format: PixelFormat, indices: Sequence[int], where: Where
+) -> Iterator[StoredValues]:
+    expected = pixel_format.frame_bytes * pixel_format.frames
+    if len(data) < expected:
+        raise _short(f"has {len(data)} bytes", expected, where)
+    big_endian = pixel_format.transfer_syntax_uid == ExplicitVRBigEndian
+    if big_endian and pixel_format.bits_allocated == 8 and vr == "OW":
+        # PS3.5 A.3: bytes of an OW element are swapped pairwise, also when a pixel is one byte.
+        data = np.frombuffer(data[: len(data) // 2 * 2], dtype=">u2").astype("<u2").tobytes()
+    dtype = np.dtype(f"{'>' if big_endian else '<'}u{pixel_format.bits_allocated // 8}")
+    for index in indices:
+        frame = np.frombuffer(
+            data,
+            dtype=dtype,
+            count=pixel_format.rows * pixel_format.columns,
+            offset=index * pixel_format.frame_bytes,
+        )
+        yield _without_unused_bits(frame.reshape(pixel_format.rows, pixel_format.columns), pixel_format)
+
+
+def _decoded_frames(
+    ds: Dataset, pixel_format: PixelFormat, indices: Sequence[int], where: Where
+) -> Iterator[StoredValues]:
+    decoder = _decoder(pixel_format.transfer_syntax_uid, where)
+    found = 0
+    shape = (pixel_format.rows, pixel_format.columns)
+    try:
+        for frame, _ in decoder.iter_array(ds, indices=list(indices), raw=True):
+            if frame.shape != shape:
+                problem = f"decodes to {frame.shape[0]}x{frame.shape[1]} instead of {shape[0]}x{shape[1]} pixels"
+                raise AttributeRejected("PixelData", problem, where, "the object is damaged; send it again")
+            found += 1
+            if pixel_format.transfer_syntax_uid == RLELossless:
+                frame = _without_unused_bits(frame.view(f"u{frame.dtype.itemsize}"), pixel_format)
+            yield frame
+    except AttributeRejected:
+        raise
+    except PARSER_ERRORS as error:
+        name = UID(pixel_format.transfer_syntax_uid).name
+        problem = f"cannot be decoded as {name}"
+        raise AttributeRejected("PixelData", problem, where, "send the image again or uncompressed") from error
+    if found != len(indices):
+        problem = f"holds {found} of {len(indices)} frames"
+        raise AttributeRejected("PixelData", problem, where, "the object is damaged; send it again")
+
+
+def _without_unused_bits(unsigned: StoredValues, pixel_format: PixelFormat) -> StoredValues:
+    """Keep the BitsStored bits that end at HighBit; bits outside may hold overlays (retired) or garbage."""
+    allocated, stored = pixel_format.bits_allocated, pixel_format.bits_stored
+    native_order = unsigned.astype(unsigned.dtype.newbyteorder("="), copy=False)
+    if not pixel_format.signed:
+        if stored == allocated:
+            return native_order
+        shift = pixel_format.high_bit + 1 - stored
+        kept: StoredValues = (native_order >> shift) & ((1 << stored) - 1)
+        return kept
+    signed = native_order.view(f"i{allocated // 8}")
+    if stored == allocated:
+        return signed
+    # Move the sign bit to the top, then back with sign extension.
+    extended: StoredValues = (signed << (allocated - 1 - pixel_format.high_bit)) >> (allocated - stored)
+    return extended
+
+
+def _decoder(transfer_syntax_uid: str, where: Where) -> Decoder:
+    try:
+        decoder = get_decoder(UID(transfer_syntax_uid))
+    except (NotImplementedError, ValueError) as error:
+        raise _not_decodable(transfer_syntax_uid, where) from error
+    if not decoder.is_available:
+        raise _not_decodable(transfer_syntax_uid, where)
+    return decoder
+
+
+def _not_decodable(transfer_syntax_uid: str, where: Where) -> AttributeRejected:
+    name = _UNREAD_SYNTAXES.get(transfer_syntax_uid, UID(transfer_syntax_uid).name)
+    shown = transfer_syntax_uid if name == transfer_syntax_uid else f"{transfer_syntax_uid} ({name})"
+    problem = f"is {shown}, for which there is no decoder,"
+    return AttributeRejected("TransferSyntaxUID", problem, where, "send the image in another transfer syntax")
+
+
+def _short(found: str, expected: int, where: Where) -> AttributeRejected:
+    problem = f"is truncated ({found} of {expected})"
+    return AttributeRejected("PixelData", problem, where, "the object is incomplete; send it again")
+
+
+def _positive(header: Dataset, keyword: str, largest: int, where: Where) -> int:
+    value = integer(header, keyword, where)
+    if value is None:
+        raise absent(keyword, where, "the object is no image that can be read")
+    if not 1 <= value <= largest:
+        raise AttributeRejected(keyword, f"is {value}", where, "correct it at the sender")
+    return value

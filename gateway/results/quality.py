@@ -1,0 +1,180 @@
+"""The QA module: judges a result from its statistics and says pass, review or hold (CARD-02).
+
+Every check has a name, a value, a limit and a verdict. The verdict of a result is the worst of its checks.
+
+| check | pass | review | hold |
+| --- | --- | --- | --- |
+| empty | every expected segment has voxels | an expected segment is empty | all segments are empty |
+| volume | inside the population range | outside it | beyond twice the upper or half the lower end |
+| border | no segment touches the edge of the volume | one does | |
+| components | at most the model's limit | more | |
+| laterality | left lies to the patient's left of right | | left and right are swapped |
+| pair | both sides present, or neither | only one side present | |
+| confidence | at least the model's minimum | below | below half of it |
+| fold-agreement | Dice at least the model's minimum | below | below half of it |
+| mirror-agreement | Dice at least the model's minimum | below | below half of it |
+
+`empty` expects a segment whose population range starts above zero, or that has no range. A check that cannot be made
+(one fold, no mirroring, no range) is absent: it is never reported as passed.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from engine.bundle import Bundle
+from engine.manifest import LabelSpec
+
+
+class Verdict(enum.StrEnum):
+    PASS = "pass"  # noqa: S105 - a verdict, not a password
+    REVIEW = "review"
+    HOLD = "hold"
+
+
+_ORDER = (Verdict.PASS, Verdict.REVIEW, Verdict.HOLD)
+CHECKS = (
+    "empty",
+    "volume",
+    "border",
+    "components",
+    "laterality",
+    "pair",
+    "confidence",
+    "fold-agreement",
+    "mirror-agreement",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One check on one segment (or on the whole result: segment None)."""
+
+    name: str
+    segment: str | None
+    value: float | str
+    limit: str
+    verdict: Verdict
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"verdict": str(self.verdict)}
+
+
+def worst(checks: Sequence[Check]) -> Verdict:
+    """The verdict of a result; pass when there are no checks."""
+    return max((c.verdict for c in checks), key=_ORDER.index, default=Verdict.PASS)
+
+
+def judge(
+    measurements: Sequence[Mapping[str, Any]],
+    *,
+    mean_confidence: float | None,
+    bundle: Bundle,
+    disabled: Collection[str] = (),
+) -> tuple[Verdict, tuple[Check, ...]]:
+    """Judge the statistics of one result (the rows that `infer` wrote, one per segment of the bundle)."""
+    by_name = {str(m["name"]): m for m in measurements}
+    specs = [s for s in bundle.labels if s.name in by_name]
+    checks: list[Check] = []
+    checks += _empty(specs, by_name)
+    for spec in specs:
+        measured = by_name[spec.name]
+        checks += _volume(spec, measured)
+        if not measured["voxels"]:
+            continue
+        checks += _border(spec, measured)
+        limit = bundle.quality.max_components.get(spec.name)
+        if limit is not None:
+            over = measured["components"] > limit
+            checks.append(_check("components", spec, float(measured["components"]), f"at most {limit}", over))
+        checks += _at_least("confidence", spec, measured["confidence"], bundle.quality.min_confidence)
+        checks += _at_least("fold-agreement", spec, measured["fold_dice"], bundle.quality.min_fold_dice)
+        checks += _at_least("mirror-agreement", spec, measured["mirror_dice"], bundle.quality.min_mirror_dice)
+    checks += _pairs(specs, by_name)
+    if mean_confidence is not None:
+        checks += _at_least("confidence", None, mean_confidence, bundle.quality.min_confidence)
+    kept = tuple(c for c in checks if c.name not in disabled)
+    return worst(kept), kept
+
+
+def _check(name: str, spec: LabelSpec | None, value: float | str, limit: str, review: bool) -> Check:
+    return Check(
+        name=name,
+        segment=spec.name if spec else None,
+        value=round(value, 4) if isinstance(value, float) else value,
+        limit=limit,
+        verdict=Verdict.REVIEW if review else Verdict.PASS,
+    )
+
+
+def _empty(specs: Sequence[LabelSpec], measured: Mapping[str, Mapping[str, Any]]) -> list[Check]:
+    # Nothing measured counts as nothing found: a result without statistics never leaves.
+    if all(not measured[s.name]["voxels"] for s in specs):
+        return [Check(name="empty", segment=None, value="all", limit="some segment", verdict=Verdict.HOLD)]
+    checks = []
+    for spec in specs:
+        expected = spec.volume_range_ml is None or spec.volume_range_ml[0] > 0
+        if expected:
+            voxels = float(measured[spec.name]["voxels"])
+            checks.append(_check("empty", spec, voxels, "more than 0 voxels", voxels == 0))
+    return checks
+
+
+def _volume(spec: LabelSpec, measured: Mapping[str, Any]) -> list[Check]:
+    if spec.volume_range_ml is None or not measured["voxels"]:
+        return []
+    low, high = spec.volume_range_ml
+    volume_ml = float(measured["volume_ml"])
+    verdict = Verdict.PASS
+    if not low <= volume_ml <= high:
+        verdict = Verdict.HOLD if volume_ml > 2 * high or volume_ml < low / 2 else Verdict.REVIEW
+    limit = f"{low:g} to {high:g} ml"
+    return [Check(name="volume", segment=spec.name, value=round(volume_ml, 4), limit=limit, verdict=verdict)]
+
+
+def _border(spec: LabelSpec, measured: Mapping[str, Any]) -> list[Check]:
+    sides = ", ".join(measured["touches_border"])
+    return [_check("border", spec, sides or "none", "touches no edge of the volume", bool(sides))]
+
+
+def _at_least(name: str, spec: LabelSpec | None, value: float | None, minimum: float) -> list[Check]:
+    if value is None:
+        return []
+    verdict = Verdict.PASS
+    if math.isnan(value) or value < minimum / 2:
+        verdict = Verdict.HOLD
+    elif value < minimum:
+        verdict = Verdict.REVIEW
+    segment = spec.name if spec else None
+    return [Check(name=name, segment=segment, value=round(value, 4), limit=f"at least {minimum:g}", verdict=verdict)]
+
+
+def _pairs(specs: Sequence[LabelSpec], measured: Mapping[str, Mapping[str, Any]]) -> list[Check]:
+    """Left and right of a pair: both there, and the left one at greater L (patient coordinates LPS)."""
+    checks = []
+    for left in specs:
+        if left.laterality != "left" or left.pair is None or left.pair not in measured:
+            continue
+        right = measured[left.pair]
+        here, there = measured[left.name]["centroid_lps_mm"], right["centroid_lps_mm"]
+        one_sided = (here is None) != (there is None)
+        present = left.name if there is None else left.pair
+        checks.append(
+            _check("pair", left, f"only {present}" if one_sided else "complete", f"with {left.pair}", one_sided)
+        )
+        if here is not None and there is not None:
+            apart_mm = round(float(here[0]) - float(there[0]), 2)
+            checks.append(
+                Check(
+                    name="laterality",
+                    segment=left.name,
+                    value=apart_mm,
+                    limit=f"left of {left.pair} (more than 0 mm)",
+                    verdict=Verdict.HOLD if apart_mm <= 0 else Verdict.PASS,
+                )
+            )
+    return checks

@@ -1,0 +1,162 @@
+"""The scheduler: APScheduler fires cron lines from the configuration; its jobs live in memory only.
+
+`sweep` looks for work that was left behind: versions, results and deliveries whose workflow was never enqueued are
+enqueued; those whose workflow has ended without them (it ran into its recovery limit, or failed in a way that nobody
+foresaw) are parked with the reason, so that an operator sees them and `seggate retry` puts them back. Enqueuing twice
+is once (the workflow id), so several schedulers may sweep at the same time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+
+import structlog
+from apscheduler.schedulers.background import BackgroundScheduler
+from apscheduler.triggers.cron import CronTrigger
+from sqlalchemy import exists, select
+from sqlalchemy.orm import Session
+
+from gateway import parking
+from gateway.durable import INFERENCE, STUDIES, Enqueuer, delivery_queue
+from gateway.settings import Settings
+from gateway.workflows import DELIVER, MAKE_RESULT, PROCESS_STUDY
+from storage.database import Database
+from storage.errors import DatabaseAway
+from storage.records import (
+    Delivery,
+    DeliveryState,
+    Result,
+    ResultState,
+    Study,
+    StudyState,
+    StudyVersion,
+    utc_now,
+)
+
+_log = structlog.get_logger(__name__)
+_LEFT_BEHIND_AFTER = timedelta(minutes=5)
+
+
+class Scheduler:
+    """Fires the configured jobs until stopped."""
+
+    def __init__(self, settings: Settings, database: Database) -> None:
+        self._settings = settings
+        self._database = database
+        self._enqueuer: Enqueuer | None = None
+        self._scheduler = BackgroundScheduler(timezone="UTC", job_defaults={"coalesce": True, "max_instances": 1})
+
+    def start(self) -> None:
+        """Raises ValueError on a malformed cron line."""
+        cron = self._settings.gateway.scheduler.sweep_cron
+        if cron:
+            self._scheduler.add_job(self._sweep, CronTrigger.from_crontab(cron, timezone="UTC"), id="sweep")
+        self._enqueuer = Enqueuer(self._database)
+        self._scheduler.start()
+
+    def stop(self) -> None:
+        self._scheduler.shutdown(wait=True)
+        if self._enqueuer is not None:
+            self._enqueuer.close()
+
+    def _sweep(self) -> None:
+        if self._enqueuer is None:
+            return
+        try:
+            found = sweep(self._database, self._enqueuer)
+        except DatabaseAway as error:
+            _log.warning("sweep skipped", error=str(error))
+            return
+        if found:
+            _log.info("sweep found work that was left behind", count=found)
+
+
+def sweep(database: Database, enqueuer: Enqueuer) -> int:
+    """Enqueue what has no workflow and park what has lost it; returns how much was looked at.
+
+    Work whose workflow waits or runs is untouched: the same workflow id is the same workflow.
+    """
+    before = utc_now() - _LEFT_BEHIND_AFTER
+    with database.reading() as session:
+        workflow_ids = [
+            *(version.workflow_id for version in _versions(session, before)),
+            *(result.workflow_id for result in _results(session, before)),
+            *(delivery.workflow_id for delivery in _deliveries(session, before)),
+        ]
+    ended = enqueuer.ended(workflow_ids)
+    with database.session() as session:
+        # Looked up again: what a workflow did before it ended is seen now.
+        versions, results, deliveries = (
+            _versions(session, before),
+            _results(session, before),
+            _deliveries(session, before),
+        )
+        for version in versions:
+            if version.workflow_id in ended:
+                parking.park_study(session, version.version_id, "sweep", _lost(ended[version.workflow_id]))
+                continue
+            enqueuer.enqueue(
+                session,
+                queue=STUDIES,
+                workflow=PROCESS_STUDY,
+                workflow_id=version.workflow_id,
+                argument=version.version_id,
+            )
+        for result in results:
+            if result.workflow_id in ended:
+                parking.park_result(session, result.result_id, "sweep", _lost(ended[result.workflow_id]))
+                continue
+            enqueuer.enqueue(
+                session,
+                queue=INFERENCE,
+                workflow=MAKE_RESULT,
+                workflow_id=result.workflow_id,
+                argument=result.result_id,
+            )
+        for delivery in deliveries:
+            if delivery.workflow_id in ended:
+                parking.park_delivery(session, delivery.delivery_id, _lost(ended[delivery.workflow_id]))
+                continue
+            enqueuer.enqueue(
+                session,
+                queue=delivery_queue(delivery.destination),
+                workflow=DELIVER,
+                workflow_id=delivery.workflow_id,
+                argument=delivery.delivery_id,
+            )
+    return len(versions) + len(results) + len(deliveries)
+
+
+def _lost(how: str) -> str:
+    return f"its workflow ended ({how.lower()}) and left it unfinished; see the log"
+
+
+def _versions(session: Session, before: datetime) -> Sequence[StudyVersion]:
+    """Newest versions that wait for routing or for their results to be ordered."""
+    return session.scalars(
+        select(StudyVersion)
+        .join(Study, Study.study_instance_uid == StudyVersion.study_instance_uid)
+        .where(
+            Study.state.in_([StudyState.WHOLE, StudyState.PROCESSING]),
+            Study.version == StudyVersion.number,
+            StudyVersion.declared_at < before,
+            ~exists().where(Result.version_id == StudyVersion.version_id),
+        )
+    ).all()
+
+
+def _results(session: Session, before: datetime) -> Sequence[Result]:
+    return session.scalars(select(Result).where(Result.state == ResultState.PENDING, Result.created_at < before)).all()
+
+
+def _deliveries(session: Session, before: datetime) -> Sequence[Delivery]:
+    """Deliveries under way whose next attempt is long due."""
+    return session.scalars(
+        select(Delivery).where(
+            Delivery.state.in_([DeliveryState.QUEUED, DeliveryState.SENT, DeliveryState.STORED]),
+            Delivery.next_attempt_at.is_not(None),
+            Delivery.next_attempt_at < before,
+            Delivery.updated_at < before,
+        )
+    ).all()

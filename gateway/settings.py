@@ -1,0 +1,430 @@
+"""Configuration: `config/*.toml` read once into frozen, typed settings; unknown keys are errors.
+
+Order of precedence: environment (`SEGGATE_<SECTION>__<KEY>`), then the file, then the defaults below.
+Secrets are never in the files: a `..._file` key names a file and a `..._env` key an environment variable.
+Every key is described in the commented files of `config/`; a test proves that both say the same.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+# PS3.5 6.2: an AE title has 1 to 16 characters of the default repertoire, no backslash, no control characters.
+AeTitle = Annotated[
+    str, StringConstraints(pattern=r"^[\x20-\x5b\x5d-\x7e]{1,16}$", min_length=1, strip_whitespace=True)
+]
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+Port = Annotated[int, Field(ge=0, le=65535)]
+Seconds = Annotated[float, Field(ge=0)]
+T = TypeVar("T", bound=BaseModel)
+
+
+class SettingsInvalid(Exception):
+    """A configuration file cannot be used; the message names the file, the key and what is expected."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ReceiverSettings(Section):
+    """[receiver] in gateway.toml: the DICOM listener."""
+
+    ae_title: AeTitle = "SEGGATE"
+    host: str = "0.0.0.0"  # noqa: S104 - scanners come from the network; the allow-list guards it
+    port: Port = 11112
+    check_called_ae: bool = True
+    max_associations: int = Field(default=64, ge=1)
+    max_pdu_bytes: int = Field(default=131072, ge=4096, le=1 << 20)
+    acse_timeout_s: Seconds = 30
+    dimse_timeout_s: Seconds = 60
+    network_timeout_s: Seconds = 60
+    drain_timeout_s: Seconds = 30
+    unknown_sop_classes: Literal["refuse", "store"] = "refuse"
+    reserve_mb: int = Field(default=2048, ge=0)
+    conflict_policy: Literal["keep-first", "newest", "quarantine"] = "keep-first"
+
+
+class PeerAddress(Section):
+    """A DICOM application entity that we call."""
+
+    ae_title: AeTitle
+    host: str
+    port: Annotated[int, Field(ge=1, le=65535)]
+
+
+class Completeness(Section):
+    """When a study counts as whole. `quiet_s` runs from the last object of the study."""
+
+    quiet_s: Seconds = 30  # after the association was released
+    quiet_open_s: Seconds = 300  # while no release was seen (aborted, lost, still open)
+    give_up_s: Seconds = 7200  # declared whole with what is there, alarmed, gaps judged by the model's contract
+    expected_count: Literal["off", "wait"] = "off"  # ask `query` how many instances the study has
+    gap_check: bool = True  # slice gaps prolong the wait up to `quiet_open_s`
+
+
+class SenderSettings(Section):
+    """[[senders]] in gateway.toml: who may send, and how its studies are declared whole."""
+
+    ae_title: AeTitle
+    addresses: tuple[str, ...] = ()  # IP addresses or CIDR networks; empty = any address
+    description: str = ""
+    completeness: Completeness | None = None  # None = [completeness]
+    query: PeerAddress | None = None  # answers C-FIND with the number of instances
+
+    @model_validator(mode="after")
+    def _networks(self) -> Self:
+        import ipaddress
+
+        for address in self.addresses:
+            try:
+                ipaddress.ip_network(address, strict=False)
+            except ValueError as error:
+                raise ValueError(f"addresses: {address!r} is neither an IP address nor a network") from error
+        return self
+
+
+class DatabaseSettings(Section):
+    """[database]: SQLite file in the state folder by default, PostgreSQL by URL."""
+
+    url: str = ""  # empty = sqlite in the state folder
+    url_file: Path | None = None  # file that holds the URL (it may contain a password)
+    pool_size: int = Field(default=5, ge=1)
+    registry_url: str = ""  # MLflow's own database; empty = SQLite in the models folder
+
+
+class WorkerSettings(Section):
+    """[worker]: routing, inference, results."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int = Field(default=0, ge=0)  # 0 = all cores
+    concurrency: int = Field(default=1, ge=1)  # inferences at a time in one worker
+    memory_budget_mb: int = Field(default=0, ge=0)  # 0 = what is free
+    inference_deadline_s: Seconds = 3600  # a call that takes longer is ended and tried again
+    attempts: int = Field(default=3, ge=1)  # then the result is parked
+    poll_s: Annotated[float, Field(gt=0)] = 0.2
+    heartbeat_s: Annotated[float, Field(gt=0)] = 5
+    takeover_s: Annotated[float, Field(gt=0)] = 30  # a worker silent for so long is dead; another takes over
+
+
+class WebSettings(Section):
+    """[web]: health, readiness, metrics. Any address but loopback needs a token or client certificates."""
+
+    host: str = "127.0.0.1"
+    port: Port = 8080
+    token_file: Path | None = None
+    token_env: str = ""
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+    client_ca: Path | None = None
+
+    @model_validator(mode="after")
+    def _guarded(self) -> Self:
+        loopback = self.host in {"127.0.0.1", "::1", "localhost"}
+        if not loopback and not (self.token_file or self.token_env or self.client_ca):
+            raise ValueError("host: an address beyond loopback needs token_file, token_env or client_ca")
+        if self.client_ca and not (self.tls_certificate and self.tls_key):
+            raise ValueError("client_ca: needs tls_certificate and tls_key as well")
+        return self
+
+
+class QualitySettings(Section):
+    """[quality]: what happens on a hold."""
+
+    notice_on_hold: bool = False  # send an SR without measurements: "result held for review"
+    disabled_checks: tuple[str, ...] = ()
+
+
+class SchedulerSettings(Section):
+    """[scheduler]: cron lines (minute hour day month weekday); empty = never."""
+
+    sweep_cron: str = "*/5 * * * *"  # outbox sweep, executor takeover, expired alarms
+
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+class LoggingSettings(Section):
+    """logging.toml: structured lines on standard error, free of patient data at every level."""
+
+    level: LogLevel = "info"
+    format: Literal["console", "json"] = "console"
+    loggers: dict[str, LogLevel] = {
+        "pynetdicom": "error",
+        "pydicom": "error",
+        "highdicom": "error",
+        "dbos": "warning",
+        "alembic": "warning",
+        "apscheduler": "warning",
+        "httpx": "warning",
+        "httpcore": "warning",
+        "mlflow": "error",
+        "uvicorn": "warning",
+    }
+
+
+class GatewaySettings(BaseSettings):
+    """gateway.toml."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", env_prefix="SEGGATE_", env_nested_delimiter="__")
+
+    state_dir: Path = Path("state")
+    models_dir: Path | None = None  # None = <state_dir>/models
+    spool_dir: Path | None = None  # None = <state_dir>/spool
+    institution: str = ""
+    receiver: ReceiverSettings = ReceiverSettings()
+    senders: tuple[SenderSettings, ...] = ()
+    completeness: Completeness = Completeness()
+    late_window_s: Seconds = 86400  # late objects within this time make a new version of the study
+    database: DatabaseSettings = DatabaseSettings()
+    worker: WorkerSettings = WorkerSettings()
+    quality: QualitySettings = QualitySettings()
+    scheduler: SchedulerSettings = SchedulerSettings()
+    web: WebSettings = WebSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The environment wins over the file (which arrives as init arguments)."""
+        return env_settings, init_settings
+
+
+class _Destination(Section):
+    name: Name
+    concurrency: int = Field(default=1, ge=1, le=16)
+    first_retry_s: Annotated[float, Field(gt=0)] = 5
+    max_retry_s: Annotated[float, Field(gt=0)] = 300
+    give_up_after_s: Seconds = 7 * 86400  # then parked, never dropped
+
+
+class PacsDestination(_Destination):
+    """Common to all three ways to a PACS."""
+
+    encodings: tuple[Literal["LABELMAP", "BINARY", "SC"], ...] = ("BINARY", "SC")  # tried in this order
+    send_sr: bool = True
+
+
+class DimseDestination(PacsDestination):
+    """[[dimse]]: C-STORE, verified by C-FIND."""
+
+    ae_title: AeTitle
+    host: str
+    port: Annotated[int, Field(ge=1, le=65535)]
+    calling_ae_title: AeTitle | None = None  # None = the receiver's
+    verify: Literal["c-find", "none"] = "c-find"
+    query: PeerAddress | None = None  # where to ask, when not the same AE
+    timeout_s: Annotated[float, Field(gt=0)] = 30
+
+
+class DicomWebDestination(PacsDestination):
+    """[[dicomweb]]: STOW-RS, verified by QIDO-RS."""
+
+    url: str  # the DICOMweb root, e.g. https://pacs.example/dicom-web
+    verify: Literal["qido", "none"] = "qido"
+    token_file: Path | None = None
+    token_env: str = ""
+    username: str = ""
+    password_file: Path | None = None
+    ca_file: Path | None = None
+    timeout_s: Annotated[float, Field(gt=0)] = 60
+
+
+class OrthancDestination(PacsDestination):
+    """[[orthanc]]: Orthanc's REST interface through orthanc-api-client."""
+
+    url: str
+    username: str = ""
+    password_file: Path | None = None
+    timeout_s: Annotated[float, Field(gt=0)] = 60
+
+
+class SmartBackend(Section):
+    """SMART Backend Services: a signed JWT is exchanged for a token (SMART App Launch 2.2)."""
+
+    client_id: str
+    key_file: Path  # PEM private key (RSA or EC P-384)
+    key_id: str
+    scope: str = (
+        "system/Patient.rs system/Device.crs system/Observation.crs system/DocumentReference.crs "
+        "system/DiagnosticReport.crs"
+    )
+    token_url: str = ""  # empty = read from .well-known/smart-configuration
+
+
+class FhirDestination(_Destination):
+    """[[fhir]]: an EMR with a FHIR R4 interface."""
+
+    url: str  # the FHIR base URL
+    patient_identifier_system: str  # e.g. urn:oid:1.2.36.146.595.217.0.1
+    accepted_issuers: tuple[str, ...] = ()  # Issuer of Patient ID (0010,0021) that mean this system; empty = all
+    wado_root: str = ""  # DICOMweb root under which the EMR's users reach the PACS; empty = no links
+    auth: Literal["none", "token", "basic", "smart"] = "none"
+    token_file: Path | None = None
+    token_env: str = ""
+    username: str = ""
+    password_file: Path | None = None
+    smart: SmartBackend | None = None
+    ca_file: Path | None = None
+    timeout_s: Annotated[float, Field(gt=0)] = 30
+
+    @model_validator(mode="after")
+    def _credentials(self) -> Self:
+        if self.auth == "token" and not (self.token_file or self.token_env):
+            raise ValueError("auth = 'token' needs token_file or token_env")
+        if self.auth == "basic" and not (self.username and self.password_file):
+            raise ValueError("auth = 'basic' needs username and password_file")
+        if self.auth == "smart" and self.smart is None:
+            raise ValueError("auth = 'smart' needs a [fhir.smart] table")
+        return self
+
+
+class DestinationSettings(Section):
+    """destinations.toml: where results go. Every result goes to all of them."""
+
+    dimse: tuple[DimseDestination, ...] = ()
+    dicomweb: tuple[DicomWebDestination, ...] = ()
+    orthanc: tuple[OrthancDestination, ...] = ()
+    fhir: tuple[FhirDestination, ...] = ()
+
+    @property
+    def pacs(self) -> tuple[DimseDestination | DicomWebDestination | OrthancDestination, ...]:
+        return (*self.dimse, *self.dicomweb, *self.orthanc)
+
+    @property
+    def all(
+        self,
+    ) -> tuple[DimseDestination | DicomWebDestination | OrthancDestination | FhirDestination, ...]:
+        return (*self.pacs, *self.fhir)
+
+    @model_validator(mode="after")
+    def _unique(self) -> Self:
+        names = [d.name for d in self.all]
+        twice = sorted({n for n in names if names.count(n) > 1})
+        if twice:
+            raise ValueError(f"two destinations have the same name: {', '.join(twice)}")
+        return self
+
+
+class Settings(Section):
+    """Everything from `config/`, plus where it was read from."""
+
+    folder: Path
+    gateway: GatewaySettings
+    destinations: DestinationSettings
+    logging: LoggingSettings = LoggingSettings()
+
+    @property
+    def state_dir(self) -> Path:
+        return self._resolved(self.gateway.state_dir)
+
+    @property
+    def spool_dir(self) -> Path:
+        return self._resolved(self.gateway.spool_dir) if self.gateway.spool_dir else self.state_dir / "spool"
+
+    @property
+    def models_dir(self) -> Path:
+        return self._resolved(self.gateway.models_dir) if self.gateway.models_dir else self.state_dir / "models"
+
+    @property
+    def routes_file(self) -> Path:
+        return self.folder / "routes.toml"
+
+    @property
+    def database_url(self) -> str:
+        database = self.gateway.database
+        if database.url_file is not None:
+            return read_secret(database.url_file, "database.url_file")
+        return database.url or f"sqlite:///{self.state_dir / 'seggate.sqlite'}"
+
+    def sender(self, calling_ae: str) -> SenderSettings | None:
+        return next((s for s in self.gateway.senders if s.ae_title == calling_ae), None)
+
+    def completeness_of(self, calling_ae: str) -> Completeness:
+        sender = self.sender(calling_ae)
+        return sender.completeness if sender and sender.completeness else self.gateway.completeness
+
+    def _resolved(self, path: Path) -> Path:
+        """Relative paths are relative to the folder above `config/`, wherever the command was started."""
+        return path if path.is_absolute() else (self.folder.resolve().parent / path)
+
+
+def read_secret(path: Path, key: str) -> str:
+    """The content of a secret file without the final newline."""
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise SettingsInvalid(f"{key}: cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise SettingsInvalid(f"{key}: {path} is not UTF-8 text") from error
+
+
+def secret(*, file: Path | None, env: str, key: str) -> str:
+    """A secret from a file or an environment variable; empty when neither is configured."""
+    if file is not None:
+        value = read_secret(file, key)
+        if not value:
+            raise SettingsInvalid(f"{key}: {file} is empty")
+        return value
+    if env:
+        value = os.environ.get(env, "")
+        if not value:
+            raise SettingsInvalid(f"{key}: the environment variable {env} is not set")
+        return value
+    return ""
+
+
+def load_settings(folder: Path) -> Settings:
+    """Read gateway.toml, destinations.toml and logging.toml from `folder`.
+
+    Raises SettingsInvalid naming file and key of every fault in all of them, a line each.
+    """
+    if not (folder / "gateway.toml").is_file():
+        raise SettingsInvalid(
+            f"{folder / 'gateway.toml'} does not exist; give the folder with --config or SEGGATE_CONFIG"
+        )
+    faults: list[str] = []
+
+    def part(kind: type[T], name: str) -> T | None:
+        try:
+            return _validated(kind, folder / name) if (folder / name).is_file() else kind()
+        except SettingsInvalid as error:
+            faults.append(str(error))
+            return None
+
+    gateway = part(GatewaySettings, "gateway.toml")
+    destinations = part(DestinationSettings, "destinations.toml")
+    logging = part(LoggingSettings, "logging.toml")
+    if gateway is None or destinations is None or logging is None:
+        raise SettingsInvalid("\n".join(faults))
+    return Settings(folder=folder, gateway=gateway, destinations=destinations, logging=logging)
+
+
+def _validated(kind: type[T], path: Path) -> T:
+    try:
+        table: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsInvalid(f"{path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsInvalid(f"{path}: not valid TOML: {error}") from error
+    try:
+        return kind(**table)
+    except ValidationError as error:
+        lines = [f"{path}: {_location(e['loc'])}: {e['msg']}" for e in error.errors()]
+        raise SettingsInvalid("\n".join(lines)) from error
+
+
+def _location(loc: tuple[int | str, ...]) -> str:
+    return re.sub(r"\.\[", "[", ".".join(f"[{p}]" if isinstance(p, int) else p for p in loc)) or "(file)"

@@ -1,0 +1,152 @@
+"""The story of a study, as durable workflows. Read this first; each step's module is named in docs/architecture.md.
+
+    study declared whole ─▶ process_study: route ▸ order
+                                    │ one result per series (part) and model
+                                    ▼
+                            make_result: infer ▸ judge ▸ encode ▸ release
+                                    │ one delivery per destination
+                                    ▼
+                            deliver: attempt, wait, attempt … until verified, stored or parked
+                                     (a long wait gives the place in the queue up and comes back as a new turn)
+
+Every arrow is an enqueue in the transaction that made it due. A step may run twice (its process can die after the
+work and before DBOS's note of it), so every step first looks at its row and does nothing when it is already done.
+Arguments and results of steps are identifiers and states, never arrays or patient data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, Protocol
+
+import structlog
+from dbos import DBOS
+
+from gateway import durable
+from gateway.errors import Transient, meaning
+
+PROCESS_STUDY, MAKE_RESULT, DELIVER = "process_study", "make_result", "deliver"
+
+_log = structlog.get_logger(__name__)
+
+
+class StudySteps(Protocol):
+    """What the story needs done; gateway/app.py plugs in who does it."""
+
+    def route(self, version_id: str) -> str: ...  # "matched" | "unmatched" | "review"
+    def order(self, version_id: str) -> str: ...  # "ordered" | "nothing-to-run"
+    def park_study(self, version_id: str, step: str, reason: str) -> str: ...
+
+
+class ResultSteps(Protocol):
+    def infer(self, result_id: str) -> str: ...  # "inferred" | "superseded" | "held"
+    def judge(self, result_id: str) -> str: ...  # "pass" | "review" | "hold"
+    def encode(self, result_id: str) -> str: ...  # "encoded"
+    def release(self, result_id: str) -> str: ...  # "released" | "held" | "superseded"
+    def park_result(self, result_id: str, step: str, reason: str) -> str: ...
+
+
+class DeliverySteps(Protocol):
+    # {"state": ..., "retry_in_s": float | None}; `turn` is the workflow that asks
+    def attempt(self, delivery_id: str, turn: str) -> dict[str, Any]: ...
+    def park_delivery(self, delivery_id: str, step: str, reason: str) -> str: ...
+
+
+class Parked(Exception):
+    """A step failed for good; the work is parked with the reason."""
+
+    def __init__(self, step: str, reason: str) -> None:
+        super().__init__(f"{step}: {reason}")
+        self.step = step
+        self.reason = reason
+
+
+@dataclass(frozen=True, kw_only=True)
+class Story:
+    """The workflows, given who does the steps. `boundary` is told of every step's begin and end."""
+
+    attempts: int
+    boundary: Callable[[str], None] = lambda _name: None
+    wait: Callable[[float], None] = durable.sleep
+    step: Callable[..., Any] = durable.step
+
+    def process_study(self, steps: StudySteps, version_id: str) -> str:
+        try:
+            routed = self._do("route", steps.route, version_id)
+            if routed != "matched":
+                return str(routed)
+            return str(self._do("order", steps.order, version_id))
+        except Parked as parked:
+            return str(self._do("park", steps.park_study, version_id, parked.step, parked.reason, patient=True))
+
+    def make_result(self, steps: ResultSteps, result_id: str) -> str:
+        try:
+            inferred = self._do("infer", steps.infer, result_id)
+            if inferred != "inferred":
+                return str(inferred)
+            self._do("judge", steps.judge, result_id)
+            self._do("encode", steps.encode, result_id)
+            return str(self._do("release", steps.release, result_id))
+        except Parked as parked:
+            return str(self._do("park", steps.park_result, result_id, parked.step, parked.reason, patient=True))
+
+    def deliver(self, steps: DeliverySteps, delivery_id: str, turn: str) -> str:
+        """`turn` is the id of this workflow: a delivery that was put back on its queue has another one."""
+        try:
+            while True:
+                outcome = self._do("attempt", steps.attempt, delivery_id, turn, patient=True)
+                if outcome["retry_in_s"] is None:
+                    return str(outcome["state"])
+                self.wait(float(outcome["retry_in_s"]))
+        except Parked as parked:
+            return str(self._do("park", steps.park_delivery, delivery_id, parked.step, parked.reason, patient=True))
+
+    def _do(self, name: str, function: Callable[..., Any], *args: str, patient: bool = False) -> Any:
+        """One step: Transient failures are waited for and tried again, everything else parks the work.
+
+        `patient`: a Transient failure never parks. A delivery has its own end of patience (give_up_after_s), and what
+        cannot be parked would be lost to the operator.
+        """
+        for attempt in count(1):
+            outcome = self.step(name, self._guarded, name, function, *args)
+            if outcome["ok"]:
+                return outcome["value"]
+            if not outcome["transient"] or (attempt >= self.attempts and not patient):
+                break
+            self.wait(min(2.0 ** min(attempt, 6), 60.0))
+        raise Parked(name, outcome["reason"])
+
+    def _guarded(self, name: str, function: Callable[..., Any], *args: str) -> dict[str, Any]:
+        """Run a step and turn what it raises into data: the edge of the worker, the one broad except."""
+        self.boundary(f"{name}:begin")
+        try:
+            value = function(*args)
+        except Exception as error:  # noqa: BLE001 - the edge: recorded with its reason, never swallowed
+            kind = meaning(error)
+            reason = f"{kind.__name__}: {error}" if str(error) else f"{kind.__name__}: {type(error).__name__}"
+            _log.warning("step failed", step=name, subject=args[0], error=type(error).__name__, exc_info=True)
+            return {"ok": False, "transient": kind is Transient, "reason": reason}
+        self.boundary(f"{name}:end")
+        return {"ok": True, "value": value}
+
+
+def register_study_workflows(story: Story, studies: StudySteps, results: ResultSteps, *, attempts: int) -> None:
+    """Tell DBOS the workflows of a worker. `attempts` bounds how often a crashing workflow is recovered."""
+
+    @DBOS.workflow(name=PROCESS_STUDY, max_recovery_attempts=attempts + 20)
+    def process_study(version_id: str) -> str:
+        return story.process_study(studies, version_id)
+
+    @DBOS.workflow(name=MAKE_RESULT, max_recovery_attempts=attempts + 20)
+    def make_result(result_id: str) -> str:
+        return story.make_result(results, result_id)
+
+
+def register_delivery_workflows(story: Story, deliveries: DeliverySteps) -> None:
+    """Tell DBOS the workflow of the delivery role; a delivery may be recovered any number of times."""
+
+    @DBOS.workflow(name=DELIVER, max_recovery_attempts=None)
+    def deliver(delivery_id: str) -> str:
+        return story.deliver(deliveries, delivery_id, str(DBOS.workflow_id))

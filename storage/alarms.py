@@ -1,0 +1,40 @@
+"""Alarms: what a person must look at. Repeats of an open alarm are counted, not multiplied."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from storage.records import Alarm, utc_now
+
+
+def raise_alarm(session: Session, *, kind: str, subject: str, message: str) -> Alarm:
+    """Open an alarm, or count one more occurrence of the open one of the same kind and subject."""
+    now = utc_now()
+    alarm = session.scalars(
+        select(Alarm).where(Alarm.kind == kind, Alarm.subject == subject, Alarm.cleared_at.is_(None)).limit(1)
+    ).first()
+    if alarm is None:
+        alarm = Alarm(kind=kind, subject=subject, message=message, raised_at=now, last_at=now, count=1)
+        session.add(alarm)
+    else:
+        alarm.message, alarm.last_at, alarm.count = message, now, alarm.count + 1
+    session.flush()
+    return alarm
+
+
+def clear_alarms(session: Session, *, kind: str, subject: str, by: str) -> int:
+    """Clear the open alarms of a kind and subject; returns how many there were."""
+    open_ones = session.scalars(
+        select(Alarm).where(Alarm.kind == kind, Alarm.subject == subject, Alarm.cleared_at.is_(None))
+    ).all()
+    for alarm in open_ones:
+        alarm.cleared_at, alarm.cleared_by = utc_now(), by
+    return len(open_ones)
+
+
+def open_alarms(session: Session) -> Sequence[Alarm]:
+    """All open alarms, newest first."""
+    return session.scalars(select(Alarm).where(Alarm.cleared_at.is_(None)).order_by(Alarm.last_at.desc())).all()

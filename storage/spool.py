@@ -1,0 +1,467 @@
+"""The spool: acknowledged objects and result files on a local file system, durable before anyone is told.
+
+Layout and naming: docs/architecture.md, "State". A name in `incoming/` sorts by arrival. The rule that everything
+rests on (REC-01): bytes go to `tmp/`, are synced, get their name by a rename, the folder is synced, and only then
+does the caller hear that the object is kept. Readers never see a partial file.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import secrets
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, BinaryIO, Self
+
+from storage.errors import ObjectChanged, ObjectMissing, SpoolFull, SpoolUnsafe
+from storage.part10 import ObjectEvidence, encode_preamble_and_meta, read_meta
+
+ByteString = bytes | bytearray | memoryview
+
+_CHUNK_BYTES = 1 << 20
+_SPACE_CHECK_BYTES = 16 << 20  # free space is looked at again after so many bytes of one object
+_STALE_TMP_S = 3600.0
+_OBJECT_ID = re.compile(r"[0-9a-f]{32}")
+_STUDY_KEY = re.compile(r"[0-9a-f]{32}")
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_FOLDERS = ("tmp", "incoming", "studies", "quarantine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Incoming:
+    """One name in `incoming/`: an acknowledged object or an event, not yet indexed."""
+
+    id: str
+    path: Path
+    is_event: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settlement:
+    """Where an indexed object belongs: the move that `Spool.settle` makes."""
+
+    object_id: str
+    spool_path: str  # relative to the root, as the index row says
+
+
+def study_key(study_instance_uid: str) -> str:
+    """Folder name of a study: the first 32 hex digits of SHA-256 of its UID (no UID appears in a path)."""
+    return hashlib.sha256(study_instance_uid.encode("ascii", "replace")).hexdigest()[:32]
+
+
+def object_path(key: str, object_id: str) -> str:
+    """Final place of an object of a study, relative to the spool's root."""
+    return f"studies/{_checked(_STUDY_KEY, key)}/objects/{_checked(_OBJECT_ID, object_id)}.dcm"
+
+
+def quarantine_path(object_id: str) -> str:
+    """Final place of an unreadable or illegal object, relative to the spool's root."""
+    return f"quarantine/{_checked(_OBJECT_ID, object_id)}.dcm"
+
+
+class Spool:
+    """The spool folder. Safe to share between threads; several processes may use the same folder.
+
+    `reserve_bytes`: free space that is never used up by intake (REC-02).
+    """
+
+    def __init__(self, root: Path, reserve_bytes: int) -> None:
+        self.root = root
+        self.reserve_bytes = reserve_bytes
+        self._last_ns = 0
+        self._clock = threading.Lock()
+
+    def prepare(self) -> None:
+        """Make the folders. Raises SpoolUnsafe."""
+        try:
+            for name in _FOLDERS:
+                (self.root / name).mkdir(parents=True, exist_ok=True)
+            _sync_folder(self.root)
+        except OSError as error:
+            raise _unsafe(error, self.root) from error
+
+    def new_id(self) -> str:
+        """16 hex digits of the time in ns (never going back within a process) + 16 random hex digits."""
+        with self._clock:
+            self._last_ns = max(time.time_ns(), self._last_ns + 1)
+            return f"{self._last_ns:016x}{secrets.token_hex(8)}"
+
+    # -- writing -----------------------------------------------------------------------------------------------
+
+    def open_object(self, evidence: ObjectEvidence) -> ObjectWriter:
+        """Begin an object in `tmp/`; nothing is kept before `commit`. Raises SpoolFull, SpoolUnsafe."""
+        _checked(_OBJECT_ID, evidence.object_id)
+        return ObjectWriter(self, f"{evidence.object_id}.dcm", encode_preamble_and_meta(evidence))
+
+    def write_object(self, dataset: ByteString | BinaryIO, *, evidence: ObjectEvidence) -> Path:
+        """Keep one data set, byte for byte, as a DICOM file; returns its path in `incoming/` once it is durable.
+
+        `dataset`: bytes-like, or a binary stream that is read to its end. Raises SpoolFull or SpoolUnsafe; then
+        nothing of the object is kept.
+        """
+        with self.open_object(evidence) as writer:
+            if isinstance(dataset, (bytes, bytearray, memoryview)):
+                writer.write(dataset)
+            else:
+                while chunk := dataset.read(_CHUNK_BYTES):
+                    writer.write(chunk)
+            return writer.commit()
+
+    def write_event(self, kind: str, detail: dict[str, Any]) -> Path:
+        """Keep one association event (JSON) among the objects, in their order. Raises SpoolFull, SpoolUnsafe."""
+        event_id = self.new_id()
+        content = json.dumps({"event_id": event_id, "kind": kind, "detail": detail}, sort_keys=True).encode()
+        with ObjectWriter(self, f"{event_id}.json", content) as writer:
+            return writer.commit()
+
+    def store_result_file(self, key: str, result_id: str, name: str, data: bytes) -> tuple[str, str]:
+        """Write a result's file once; returns (path relative to the root, SHA-256 of the bytes).
+
+        The same bytes again are fine (a retried step); other bytes raise ObjectChanged. The reserve does not apply:
+        it is kept for this. Raises SpoolFull, SpoolUnsafe.
+        """
+        relative = (
+            f"studies/{_checked(_STUDY_KEY, key)}/results/"
+            f"{_checked(_PLAIN_NAME, result_id)}/{_checked(_PLAIN_NAME, name)}"
+        )
+        digest = hashlib.sha256(data).hexdigest()
+        target = self.root / relative
+        try:
+            self._make_folders(target.parent)
+            if not target.exists():
+                partial = self.root / "tmp" / f"{self.new_id()}.{os.getpid()}.part"
+                try:
+                    _write_file(partial, data)
+                    # A link fails where a rename would replace what another process wrote meanwhile.
+                    os.link(partial, target)
+                    _sync_folder(target.parent)
+                except FileExistsError:
+                    pass
+                finally:
+                    partial.unlink(missing_ok=True)
+            if _file_digest(target) != digest:
+                raise ObjectChanged(
+                    f"{relative} exists with other bytes; results are written once, so this step is not repeatable"
+                )
+        except OSError as error:
+            raise _storage_error(error, self.root) from error
+        return relative, digest
+
+    # -- after indexing ----------------------------------------------------------------------------------------
+
+    def incoming(self) -> list[Incoming]:
+        """All acknowledged and not yet indexed objects and events, oldest first. Raises SpoolUnsafe."""
+        found = []
+        try:
+            with os.scandir(self.root / "incoming") as entries:
+                names = sorted(entry.name for entry in entries)
+        except OSError as error:
+            raise _unsafe(error, self.root) from error
+        for name in names:
+            stem, _, suffix = name.partition(".")
+            if suffix in {"dcm", "json"} and _OBJECT_ID.fullmatch(stem):
+                found.append(Incoming(id=stem, path=self.root / "incoming" / name, is_event=suffix == "json"))
+        return found
+
+    def read_event(self, path: Path) -> tuple[str, dict[str, Any]]:
+        """(kind, detail) of an event file. Raises ValueError when it is not one of ours, ObjectMissing, SpoolUnsafe."""
+        try:
+            event = json.loads(path.read_bytes())
+        except FileNotFoundError as error:
+            raise ObjectMissing(f"the event {path.name} is not in the spool") from error
+        except OSError as error:
+            raise _unsafe(error, self.root) from error
+        if not isinstance(event, dict) or not isinstance(event.get("detail"), dict):
+            raise ValueError(f"{path.name} is not an event file")
+        return str(event.get("kind")), event["detail"]
+
+    def forget_event(self, path: Path) -> None:
+        """Remove an event file after its content is committed to the database."""
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise _unsafe(error, self.root) from error
+
+    def settle(self, moves: Iterable[Settlement]) -> None:
+        """Move indexed objects from `incoming/` to the place their rows name; repeating it is harmless.
+
+        Raises SpoolUnsafe; then the objects are still found by `resolve`, and the call can be repeated.
+        """
+        folders: set[Path] = set()
+        try:
+            for move in moves:
+                target = self._inside(move.spool_path)
+                source = self.root / "incoming" / f"{_checked(_OBJECT_ID, move.object_id)}.dcm"
+                if not source.exists():
+                    continue
+                self._make_folders(target.parent)
+                source.rename(target)
+                folders.add(target.parent)
+            for folder in sorted(folders):
+                _sync_folder(folder)
+            if folders:
+                _sync_folder(self.root / "incoming")
+        except OSError as error:
+            raise _unsafe(error, self.root) from error
+
+    def quarantine(self, object_id: str) -> str:
+        """Move an object from `incoming/` to `quarantine/`; returns its path relative to the root."""
+        relative = quarantine_path(object_id)
+        self.settle([Settlement(object_id=object_id, spool_path=relative)])
+        return relative
+
+    # -- reading -----------------------------------------------------------------------------------------------
+
+    def resolve(self, spool_path: str) -> Path:
+        """The file behind a row's path: the final place, else `incoming/`. Raises ObjectMissing."""
+        final = self._inside(spool_path)
+        early = self.root / "incoming" / final.name
+        # The file may move between the two looks, so the final place is looked at twice.
+        for candidate in (final, early, final):
+            if candidate.is_file():
+                return candidate
+        raise ObjectMissing(f"{spool_path} is in the index but not in the spool")
+
+    def read_evidence(self, path: Path) -> ObjectEvidence:
+        """What the file meta information says about how the object came here. Raises ObjectMissing, ValueError."""
+        with _opened(path) as file:
+            return read_meta(file)[0]
+
+    def dataset_offset(self, path: Path) -> int:
+        """Where the data set begins in the file. Raises ObjectMissing, ValueError."""
+        with _opened(path) as file:
+            return read_meta(file)[1]
+
+    def dataset_digest(self, path: Path) -> str:
+        """SHA-256 of the data set bytes as received (what follows the file meta information)."""
+        digest = hashlib.sha256()
+        with _opened(path) as file:
+            file.seek(read_meta(file)[1])
+            while chunk := file.read(_CHUNK_BYTES):
+                digest.update(chunk)
+        return digest.hexdigest()
+
+    # -- state of the folder -----------------------------------------------------------------------------------
+
+    def free_bytes(self) -> int:
+        """Free space for an unprivileged writer. Raises SpoolUnsafe."""
+        try:
+            state = os.statvfs(self.root)
+        except OSError as error:
+            raise _unsafe(error, self.root) from error
+        return state.f_bavail * state.f_frsize
+
+    def has_space(self) -> bool:
+        return self.free_bytes() >= self.reserve_bytes
+
+    def sweep_tmp(self) -> int:
+        """Remove partial writes of processes that are gone; returns how many. Raises SpoolUnsafe."""
+        removed = 0
+        try:
+            for path in (self.root / "tmp").iterdir():
+                if path.suffix == ".part" and _is_abandoned(path):
+                    path.unlink(missing_ok=True)
+                    removed += 1
+        except OSError as error:
+            raise _unsafe(error, self.root) from error
+        return removed
+
+    def check_sync(self) -> float:
+        """Write, sync, rename and sync the folder once, as for an object; returns the seconds it took.
+
+        Raises SpoolUnsafe naming what failed.
+        """
+        probe = self.root / "tmp" / f"{self.new_id()}.{os.getpid()}.part"
+        renamed = probe.with_suffix(".probe")
+        begin = time.monotonic()
+        try:
+            _write_file(probe, b"\0" * 65536)
+            probe.rename(renamed)
+            _sync_folder(renamed.parent)
+            if renamed.stat().st_size != 65536:
+                raise SpoolUnsafe(f"{self.root}: a synced file has the wrong size")
+        except OSError as error:
+            raise _unsafe(error, self.root) from error
+        finally:
+            probe.unlink(missing_ok=True)
+            renamed.unlink(missing_ok=True)
+        return time.monotonic() - begin
+
+    # -- inside ------------------------------------------------------------------------------------------------
+
+    def _inside(self, spool_path: str) -> Path:
+        """The absolute path, after a check that it cannot leave the root."""
+        parts = spool_path.split("/")
+        if parts[0] not in {"studies", "quarantine"} or not all(_PLAIN_NAME.fullmatch(part) for part in parts):
+            raise ValueError(f"{spool_path!r} is not a path inside the spool")
+        return self.root.joinpath(*parts)
+
+    def _make_folders(self, folder: Path) -> None:
+        """mkdir -p, with every new name synced in its parent."""
+        missing: list[Path] = []
+        while not folder.is_dir():
+            missing.append(folder)
+            folder = folder.parent
+        for new in reversed(missing):
+            new.mkdir(exist_ok=True)
+            _sync_folder(new.parent)
+
+
+class ObjectWriter:
+    """One object on its way into `incoming/`: write, then `commit` or `discard`. Used by one thread at a time."""
+
+    def __init__(self, spool: Spool, name: str, head: bytes) -> None:
+        self._spool = spool
+        self._target = spool.root / "incoming" / name
+        self._partial = spool.root / "tmp" / f"{name}.{os.getpid()}.part"
+        self._since_check = 0
+        self._file = -1
+        if not spool.has_space():
+            raise SpoolFull(_full_message(spool.root))
+        try:
+            self._file = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
+        except OSError as error:
+            raise _storage_error(error, spool.root) from error
+        self.write(head)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.discard()
+
+    def write(self, data: ByteString) -> None:
+        """Append bytes. Raises SpoolFull, SpoolUnsafe; then the object is already discarded."""
+        try:
+            size = _write_all(self._file, data)
+            self._since_check += size
+            if self._since_check >= _SPACE_CHECK_BYTES:
+                self._since_check = 0
+                if not self._spool.has_space():
+                    raise SpoolFull(_full_message(self._spool.root))
+        except OSError as error:
+            self.discard()
+            raise _storage_error(error, self._spool.root) from error
+        except SpoolFull:
+            self.discard()
+            raise
+
+    def commit(self) -> Path:
+        """Make the object durable and visible; returns its path.
+
+        Raises SpoolFull, SpoolUnsafe: the sender must not hear Success. When only the sync of the folder failed, the
+        file stays (its name may or may not survive a power cut, and the indexer may already know it); the sender's
+        next try then counts as a duplicate and harms nothing.
+        """
+        try:
+            os.fsync(self._file)
+            self._close()
+            self._partial.rename(self._target)
+        except OSError as error:
+            self.discard()
+            raise _storage_error(error, self._spool.root) from error
+        try:
+            _sync_folder(self._target.parent)
+        except OSError as error:
+            raise _storage_error(error, self._spool.root) from error
+        return self._target
+
+    def discard(self) -> None:
+        """Drop what was written, unless it was committed; may be called again."""
+        self._close()
+        self._partial.unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        if self._file >= 0:
+            file, self._file = self._file, -1
+            os.close(file)
+
+
+def received_at(object_id: str) -> datetime:
+    """Arrival time that an object or event id carries."""
+    return datetime.fromtimestamp(int(_checked(_OBJECT_ID, object_id)[:16], 16) / 1e9, UTC)
+
+
+def _write_all(file: int, data: ByteString) -> int:
+    """os.write until everything is written: a short write is no success. Returns the number of bytes."""
+    view = memoryview(data).cast("B")
+    written = 0
+    while written < len(view):
+        count = os.write(file, view[written:])
+        if count <= 0:
+            raise OSError(errno.EIO, "write made no progress")
+        written += count
+    return written
+
+
+def _write_file(path: Path, data: bytes) -> None:
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
+    try:
+        _write_all(file, data)
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except FileNotFoundError as error:
+        raise ObjectMissing(f"{path.name} is not in the spool") from error
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_abandoned(path: Path) -> bool:
+    """The writer's process is gone, or the file is so old that its process id may have been given out again."""
+    pieces: Sequence[str] = path.name.rsplit(".", 2)
+    try:
+        os.kill(int(pieces[-2]), 0)
+    except (ValueError, IndexError, ProcessLookupError):
+        return True
+    except PermissionError:
+        pass
+    try:
+        return time.time() - path.stat().st_mtime > _STALE_TMP_S
+    except FileNotFoundError:
+        return False
+
+
+def _checked(pattern: re.Pattern[str], value: str) -> str:
+    if not pattern.fullmatch(value):
+        raise ValueError(f"{value!r} cannot be part of a path in the spool")
+    return value
+
+
+def _full_message(root: Path) -> str:
+    return f"free space in {root} is below the reserve; remove delivered studies or enlarge the disk"
+
+
+def _storage_error(error: OSError, root: Path) -> SpoolFull | SpoolUnsafe:
+    if error.errno in _FULL:
+        return SpoolFull(f"the file system of {root} is full: {error.strerror}")
+    return _unsafe(error, root)
+
+
+def _unsafe(error: OSError, root: Path) -> SpoolUnsafe:
+    return SpoolUnsafe(f"the spool {root} cannot promise durability: {error.strerror or error}")

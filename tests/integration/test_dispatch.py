@@ -1,0 +1,298 @@
+"""One attempt of a delivery with its rows: what ends it, what it teaches about the destination, who waits for whom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from emr.client import EmrClient
+from emr.content import ReportContent
+from emr.errors import Unavailable
+from emr.receipt import ReceiptEntry, ReportReceipt
+from gateway.delivery.destination import (
+    Capability,
+    DestinationAway,
+    DestinationRefuses,
+    EchoReport,
+    ObjectStatus,
+    OutgoingObject,
+    Verification,
+)
+from gateway.delivery.dispatch import Dispatch
+from gateway.delivery.release import kind_of
+from gateway.delivery.reporting import Reporting
+from gateway.settings import DestinationSettings
+from storage.alarms import open_alarms
+from storage.database import Database
+from storage.records import (
+    Delivery,
+    DeliveryState,
+    DestinationState,
+    Result,
+    ResultState,
+    StudyState,
+    utc_now,
+)
+from tests.support.report_content import report_content
+from tests.support.story_rows import NotedQueue, add_delivery, add_result, add_study, add_version
+
+_SETTINGS: dict[str, Any] = {
+    "dimse": [{"name": "pacs", "ae_title": "PACS", "host": "127.0.0.1", "port": 104}],
+    "fhir": [{"name": "emr", "url": "http://127.0.0.1/fhir", "patient_identifier_system": "urn:oid:1.2"}],
+}
+_RECEIPT = ReportReceipt(
+    report_id="DiagnosticReport/1",
+    entries=(ReceiptEntry(resource_type="DiagnosticReport", reference="DiagnosticReport/1", created=True),),
+    created=True,
+    how="transaction",
+)
+
+
+@dataclass
+class Peer:
+    """A PACS and an EMR in one: does what `sending` and `asking` say, and notes how often it was asked."""
+
+    sending: Callable[[], None] = lambda: None
+    asking: Callable[[], None] = lambda: None
+    sent: list[str] = field(default_factory=list)
+    name: str = "pacs"
+
+    def send(self, what: Any) -> Any:
+        self.sent.append("report" if isinstance(what, ReportContent) else "objects")
+        self.sending()
+        if isinstance(what, ReportContent):
+            return _RECEIPT
+        return tuple(
+            ObjectStatus(sop_instance_uid=o.sop_instance_uid, code=0, outcome="stored", meaning="success")
+            for o in cast(Sequence[OutgoingObject], what)
+        )
+
+    def verify(self, what: Any, result_id: str = "") -> Any:
+        self.asking()
+        if result_id:
+            return True
+        return tuple(
+            Verification(sop_instance_uid=o.sop_instance_uid, outcome="verified", detail="found") for o in what
+        )
+
+    def capability(self) -> Capability:
+        return Capability(sop_classes={})
+
+    def echo(self) -> EchoReport:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        pass
+
+
+class PlainReporting(Reporting):
+    """Reporting with an invented content: what a report says is another test's matter."""
+
+    def _content(self, *_: Any) -> ReportContent:
+        return report_content(2, result_id="r1")
+
+
+class House:
+    """A database with one released result, and a Dispatch over it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.database = Database(f"sqlite:///{folder / 'test.sqlite'}")
+        self.database.create_all()
+        self.queue = NotedQueue()
+        self.peer = Peer()
+        self.folder = folder
+        self.settings = DestinationSettings.model_validate(_SETTINGS)
+        with self.database.session() as session:
+            add_study(session, StudyState.DELIVERING)
+            add_version(session)
+            add_result(session, ResultState.RELEASED)
+
+    def add(self, destination: str, state: DeliveryState = DeliveryState.QUEUED, **columns: Any) -> str:
+        kinds = {d.name: kind_of(d) for d in self.settings.all}
+        with self.database.session() as session:
+            planned = columns.pop("next_attempt_at", utc_now())
+            delivery = add_delivery(session, state, destination=destination, next_attempt_at=planned, **columns)
+            delivery.kind = kinds[destination]
+            return delivery.delivery_id
+
+    def attempt(self, delivery_id: str) -> dict[str, Any]:
+        reporting = PlainReporting(
+            database=self.database,
+            clients={"emr": cast(EmrClient, self.peer)},
+            bundle_of=lambda name, version: pytest.fail(f"{name} {version} is not needed"),
+            institution="",
+            software_version="0",
+        )
+        dispatch = Dispatch(
+            database=self.database,
+            settings=self.settings,
+            pacs={"pacs": self.peer},
+            reporting=reporting,
+            objects_of=self.objects,
+            enqueuer=self.queue,
+        )
+        return dispatch.attempt(delivery_id, self.row(delivery_id).workflow_id)
+
+    def objects(self, result_id: str, encoding: str) -> Sequence[OutgoingObject]:
+        return [
+            OutgoingObject(
+                sop_instance_uid="1.2.3.9",
+                sop_class_uid="1.2.840.10008.5.1.4.1.1.66.4",
+                transfer_syntax_uid="1.2.840.10008.1.2.1",
+                series_instance_uid="1.2.3.8",
+                study_instance_uid="1.2.3",
+                path=self.folder / "seg.dcm",
+                role="SEG",
+            )
+        ]
+
+    def row(self, delivery_id: str) -> Delivery:
+        with self.database.reading() as session:
+            return session.get_one(Delivery, delivery_id)
+
+    def destination(self, name: str) -> DestinationState:
+        with self.database.reading() as session:
+            return session.get_one(DestinationState, name)
+
+    def alarms(self) -> set[str]:
+        with self.database.reading() as session:
+            return {a.kind for a in open_alarms(session)}
+
+    def change(self, delivery_id: str, **columns: Any) -> None:
+        with self.database.session() as session:
+            delivery = session.get_one(Delivery, delivery_id)
+            for name, value in columns.items():
+                setattr(delivery, name, value)
+
+    def supersede(self) -> None:
+        with self.database.session() as session:
+            result = session.get_one(Result, "r1")
+            result.state, result.state_reason = ResultState.SUPERSEDED, "replaced by result r2"
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Iterator[House]:
+    house = House(tmp_path)
+    yield house
+    house.database.close()
+
+
+def fails(error: Exception) -> Callable[[], None]:
+    def raising() -> None:
+        raise error
+
+    return raising
+
+
+@pytest.mark.parametrize("state", [DeliveryState.WITHHELD, DeliveryState.PARKED])
+@pytest.mark.parametrize("destination", ["pacs", "emr"])
+def test_withheld_and_parked_deliveries_never_go_out_whatever_was_planned(
+    house: House, state: DeliveryState, destination: str
+) -> None:
+    delivery = house.add(destination, state, next_attempt_at=utc_now(), state_reason="because")
+    assert house.attempt(delivery) == {"state": state, "retry_in_s": None}
+    assert house.peer.sent == []
+    row = house.row(delivery)
+    assert (row.next_attempt_at, row.state_reason) == (None, "because")
+
+
+@pytest.mark.requirement("CMP-17")
+@pytest.mark.parametrize("state", [DeliveryState.QUEUED, DeliveryState.SENT])
+def test_a_superseded_report_is_withheld_before_it_is_known_to_have_arrived(house: House, state: DeliveryState) -> None:
+    delivery = house.add("emr", state)
+    house.supersede()
+    assert house.attempt(delivery)["state"] == DeliveryState.WITHHELD
+    assert house.peer.sent == []
+
+
+@pytest.mark.requirement("CMP-17")
+def test_a_report_superseded_while_the_emr_is_away_is_not_tried_again(house: House) -> None:
+    delivery = house.add("emr")
+
+    def superseded_meanwhile() -> None:
+        house.supersede()
+        house.change(delivery, state=DeliveryState.WITHHELD, state_reason="replaced by result r2", next_attempt_at=None)
+        raise Unavailable("transaction: no answer in time")
+
+    house.peer.sending = superseded_meanwhile
+    assert house.attempt(delivery) == {"state": DeliveryState.WITHHELD, "retry_in_s": None}
+    row = house.row(delivery)
+    assert row.next_attempt_at is None
+    assert "may have arrived" in str(row.state_reason)
+
+
+@pytest.mark.requirement("CMP-17")
+def test_a_result_superseded_while_its_pacs_is_away_stays_withheld(house: House) -> None:
+    delivery = house.add("pacs")
+
+    def superseded_meanwhile() -> None:
+        house.supersede()
+        house.change(delivery, state=DeliveryState.WITHHELD, state_reason="replaced by result r2", next_attempt_at=None)
+        raise DestinationAway("pacs cannot be reached")
+
+    house.peer.sending = superseded_meanwhile
+    assert house.attempt(delivery) == {"state": DeliveryState.WITHHELD, "retry_in_s": None}
+    assert house.row(delivery).state_reason == "replaced by result r2"
+    assert house.row(delivery).next_attempt_at is None
+
+
+@pytest.mark.parametrize("destination", ["pacs", "emr"])
+def test_a_withheld_delivery_says_that_an_attempt_was_cut_short(house: House, destination: str) -> None:
+    delivery = house.add(destination, attempts=1)  # counted in the row, and nothing is known of how it ended
+    house.supersede()
+    house.attempt(delivery)
+    assert house.row(delivery).state_reason == (
+        "replaced by result r2; an earlier attempt was cut short, so it may have arrived"
+    )
+
+
+@pytest.mark.requirement("QUE-29", open="rate cap, order of the backlog")
+@pytest.mark.parametrize(
+    ("error", "alarms"),
+    [
+        (DestinationAway("the query service does not answer"), set()),
+        (DestinationRefuses("the query service refuses"), {"query-refuses"}),
+    ],
+)
+def test_a_query_service_that_is_away_does_not_stop_the_sending(
+    house: House, error: Exception, alarms: set[str]
+) -> None:
+    doubtful = house.add("pacs", attempts=1)
+    with house.database.session() as session:
+        add_result(session, ResultState.RELEASED, result_id="r2")
+    fresh = house.add("pacs", result_id="r2")
+    house.peer.asking = fails(error)
+    assert house.attempt(doubtful) == {"state": DeliveryState.QUEUED, "retry_in_s": None}  # asked first, in vain
+    assert house.queue.ids == [house.row(doubtful).workflow_id]  # comes back on its own
+    assert house.destination("pacs").circuit == "closed"
+    assert house.alarms() == alarms
+    assert house.attempt(fresh)["state"] == DeliveryState.STORED
+    assert house.peer.sent == ["objects"]
+    house.peer.asking = lambda: None
+    assert house.attempt(fresh)["state"] == DeliveryState.VERIFIED
+    assert house.alarms() == set()
+
+
+def test_a_probe_that_could_only_ask_leaves_the_circuit_open_and_makes_way(house: House) -> None:
+    waiting = house.add("pacs", attempts=1)
+    with house.database.session() as session:
+        since = utc_now() - timedelta(seconds=60)
+        session.add(DestinationState(name="pacs", circuit="open", since=since, failures=1))
+    house.peer.asking = fails(DestinationAway("the query service does not answer"))
+    assert house.attempt(waiting)["retry_in_s"] is None
+    assert len(house.queue.ids) == 1
+    assert house.destination("pacs").circuit == "open"
+
+
+def test_a_pacs_that_takes_nothing_opens_its_circuit_and_the_head_of_the_queue_waits_in_place(house: House) -> None:
+    delivery = house.add("pacs")
+    house.peer.sending = fails(DestinationAway("pacs cannot be reached"))
+    assert float(house.attempt(delivery)["retry_in_s"]) > 0
+    assert house.queue.ids == []
+    assert house.destination("pacs").circuit == "open"
+    assert house.alarms() == {"destination-away"}

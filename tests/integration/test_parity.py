@@ -1,0 +1,121 @@
+"""The engine against nnU-Net v2 itself: label maps that nnU-Net predicted with the same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engine.errors import MemoryExceeded
+from engine.export import import_model
+from engine.model_card import ModelCard
+from engine.nifti import read_label_map, read_nifti
+from engine.predictor import Prediction, Predictor
+from tests.support.peers import require_peer, shared_root
+
+pytestmark = [pytest.mark.peer("torch", "shared-data")]
+
+# nnU-Net sees voxels as the file stores them.
+AS_STORED = ModelCard(contract={"orientation": "as-stored"})
+SAME_VOXELS = 0.9999
+SAME_DICE = 0.999
+
+HIPPOCAMPUS: Mapping[str, Mapping[str, Any]] = {
+    "3d_fold0_mirror": {"configurations": ["3d_fullres"], "folds": ["0"]},
+    "3d_fold0_plain": {"configurations": ["3d_fullres"], "folds": ["0"], "mirroring": False},
+    "3d_folds01_mirror": {"configurations": ["3d_fullres"]},
+    "2d_fold0_mirror": {"configurations": ["2d"]},
+    "2d_3d_ensemble": {"configurations": ["2d", "3d_fullres"]},
+}
+IMAGES = (
+    "hippocampus_023",
+    "hippocampus_107",
+    "hippocampus_212",
+    "hippocampus_286",
+    "hippocampus_311",
+    "hippocampus_359",
+    "hippocrop_study1",
+    "hippocrop_study3",
+)
+CT_IMAGES = ("ct_organs", "ct_torso", "ct_torso_thick")
+
+
+def imported(folder: str, out_dir: Path) -> Predictor:
+    require_peer("torch")
+    bundle = import_model(
+        shared_root() / "models" / folder, out_dir, card=AS_STORED, configurations=None, name="reference"
+    )
+    return Predictor(bundle, device="cpu", threads=2)
+
+
+@pytest.fixture(scope="module")
+def hippocampus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Predictor]:
+    with imported("Dataset004_Hippocampus", tmp_path_factory.mktemp("hippocampus") / "bundle") as predictor:
+        yield predictor
+
+
+@pytest.fixture(scope="module")
+def ct(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Predictor]:
+    with imported("Dataset900_CTsmall", tmp_path_factory.mktemp("ct") / "bundle") as predictor:
+        yield predictor
+
+
+def check(result: Prediction, reference_file: Path) -> None:
+    """Identical grid, 99.99 % of the voxels, and a Dice of 0.999 for every label."""
+    reference = read_label_map(reference_file)
+    found, wanted = result.labels.array, reference.array
+    assert result.labels.geometry.same_grid(reference.geometry, tolerance_mm=1e-6)
+    differing = int((found != wanted).sum())
+    assert 1 - differing / wanted.size >= SAME_VOXELS, f"{differing} of {wanted.size} voxels differ"
+    for label in np.unique(wanted[wanted > 0]):
+        mine, theirs = found == label, wanted == label
+        dice = 2 * int((mine & theirs).sum()) / int(mine.sum() + theirs.sum())
+        assert dice >= SAME_DICE, f"label {label}: Dice {dice:.5f}"
+
+
+@pytest.mark.requirement("INF-36", open="GPU against CPU, and memory over 1000 volumes")
+@pytest.mark.requirement("ART-14")
+@pytest.mark.parametrize("image", IMAGES)
+@pytest.mark.parametrize("case", HIPPOCAMPUS)
+def test_hippocampus_labels_are_those_of_nnunet(
+    hippocampus: Predictor, shared_root: Path, case: str, image: str
+) -> None:
+    reference = shared_root / "reference"
+    volume = read_nifti([reference / "inputs" / f"{image}_0000.nii.gz"])
+    check(hippocampus.predict(volume, **HIPPOCAMPUS[case]), reference / "predictions" / case / f"{image}.nii.gz")
+
+
+@pytest.mark.requirement("INF-36", open="GPU against CPU, and memory over 1000 volumes")
+@pytest.mark.requirement("ART-14")
+@pytest.mark.parametrize("image", CT_IMAGES)
+def test_ct_labels_are_those_of_nnunet_on_finer_equal_and_thicker_slices(
+    ct: Predictor, shared_root: Path, image: str
+) -> None:
+    reference = shared_root / "reference"
+    volume = read_nifti([reference / "inputs_ct" / f"{image}_0000.nii.gz"])
+    check(ct.predict(volume, mirroring=False), reference / "predictions" / "ct_plain" / f"{image}.nii.gz")
+
+
+def test_a_turned_image_gets_the_same_labels_when_the_contract_turns_it_back(
+    hippocampus: Predictor, shared_root: Path, tmp_path: Path
+) -> None:
+    """The training images are stored as RAS: with that contract, the order of the file does not matter."""
+    folder = shared_root / "models" / "Dataset004_Hippocampus" / "nnUNetTrainer__nnUNetSmallPlans__3d_fullres"
+    card = ModelCard(contract={"orientation": "RAS"})
+    bundle = import_model(folder, tmp_path / "bundle", card=card, folds=["0"], name="reference")
+    volume = read_nifti([shared_root / "reference" / "inputs" / "hippocampus_023_0000.nii.gz"])
+    turned, change = volume.reoriented("PSR")
+    with Predictor(bundle, device="cpu", threads=2) as predictor:
+        result = predictor.predict(turned, mirroring=False)
+    straight = hippocampus.predict(volume, **HIPPOCAMPUS["3d_fold0_plain"])
+    np.testing.assert_array_equal(change.restore(result.labels.array), straight.labels.array)
+
+
+@pytest.mark.requirement("INF-34", open="the ladder of cheaper ways before a refusal")
+def test_a_real_volume_that_does_not_fit_is_refused_before_it_starts(ct: Predictor, shared_root: Path) -> None:
+    volume = read_nifti([shared_root / "reference" / "inputs_ct" / "ct_torso_0000.nii.gz"])
+    with pytest.raises(MemoryExceeded, match="200 MiB may be used"):
+        ct.predict(volume, budget_bytes=200 * 2**20)

@@ -1,0 +1,151 @@
+"""Rows of a study on its way, for tests of what works on rows: study, version, result, deliveries."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from gateway.durable import Enqueuer
+from storage.records import (
+    Delivery,
+    DeliveryState,
+    Result,
+    ResultState,
+    Study,
+    StudyState,
+    StudyVersion,
+    utc_now,
+)
+
+STUDY_UID = "1.2.3.4"
+SERIES_UID = "1.2.3.4.5"
+
+
+@dataclass
+class NotedQueue(Enqueuer):
+    """Notes what is enqueued instead of doing it; `gone` are workflows that have ended, with how."""
+
+    gone: dict[str, str] = field(default_factory=dict)
+    calls: list[dict[str, Any]] = field(default_factory=list)
+
+    def enqueue(self, session: Session, **how: Any) -> None:
+        assert session.in_transaction()
+        self.calls.append(how)
+
+    def ended(self, workflow_ids: Collection[str]) -> dict[str, str]:
+        return {w: self.gone[w] for w in workflow_ids if w in self.gone}
+
+    def close(self) -> None:
+        pass
+
+    @property
+    def ids(self) -> list[str]:
+        return [str(call["workflow_id"]) for call in self.calls]
+
+
+def add_study(session: Session, state: StudyState, *, version: int = 1, uid: str = STUDY_UID) -> Study:
+    now = utc_now()
+    study = Study(
+        study_instance_uid=uid,
+        study_key=f"key of {uid}",
+        state=state,
+        version=version,
+        first_received_at=now,
+        last_received_at=now,
+        calling_ae="CT1",
+    )
+    session.add(study)
+    session.flush()
+    return study
+
+
+def add_version(
+    session: Session,
+    number: int = 1,
+    *,
+    content_digest: str = "",
+    declared_at: datetime | None = None,
+    routed: bool = True,
+    uid: str = STUDY_UID,
+) -> StudyVersion:
+    now = utc_now()
+    version = StudyVersion(
+        version_id=f"{uid} v{number}",
+        study_instance_uid=uid,
+        number=number,
+        content_digest=content_digest or f"{number}" * 64,
+        declared_at=declared_at or now,
+        rule="quiet-after-release",
+        evidence={},
+        object_ids=[],
+        workflow_id=f"study {uid} {number}",
+        routed_at=now if routed else None,
+    )
+    session.add(version)
+    session.flush()
+    return version
+
+
+def add_result(
+    session: Session,
+    state: ResultState,
+    *,
+    result_id: str = "r1",
+    version: int = 1,
+    created_at: datetime | None = None,
+    uid: str = STUDY_UID,
+    **columns: Any,
+) -> Result:
+    result = Result(
+        result_id=result_id,
+        version_id=f"{uid} v{version}",
+        study_instance_uid=uid,
+        series_instance_uid=SERIES_UID,
+        part="",
+        rule="hippocampus",
+        model_name="tiny",
+        model_version="1.0.0",
+        weights_digest="w" * 64,
+        configuration_digest="c" * 64,
+        state=state,
+        workflow_id=f"result {result_id}",
+        created_at=created_at or utc_now(),
+        attempts=0,
+        **columns,
+    )
+    session.add(result)
+    session.flush()
+    return result
+
+
+def add_delivery(
+    session: Session,
+    state: DeliveryState,
+    *,
+    destination: str = "pacs",
+    result_id: str = "r1",
+    updated_at: datetime | None = None,
+    next_attempt_at: datetime | None = None,
+    **columns: Any,
+) -> Delivery:
+    now = utc_now()
+    delivery = Delivery(
+        delivery_id=f"{result_id} to {destination}",
+        result_id=result_id,
+        destination=destination,
+        kind="dimse",
+        state=state,
+        attempts=columns.pop("attempts", 0),
+        queued_at=now,
+        updated_at=updated_at or now,
+        next_attempt_at=next_attempt_at,
+        workflow_id=f"delivery {result_id} {destination}",
+        **columns,
+    )
+    session.add(delivery)
+    session.flush()
+    return delivery

@@ -1,0 +1,266 @@
+"""engine.export and engine.onnx_graph: every kind of model becomes a bundle that computes the same."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engine.bundle import load_bundle
+from engine.errors import ImportRefused, MemoryExceeded, ParityFailed
+from engine.model_card import parse_card, read_card
+from gateway.demo import make_model
+from tests.support.peers import require_peer, shared_root
+
+require_peer("torch")
+
+import onnx  # noqa: E402
+import onnxruntime  # noqa: E402
+import torch  # noqa: E402
+
+from engine import export  # noqa: E402
+from engine.checkpoint import load_network, read_checkpoint  # noqa: E402
+from engine.export import check_parity, import_model  # noqa: E402
+from engine.labels import LabelManager  # noqa: E402
+from engine.onnx_graph import write_onnx  # noqa: E402
+from engine.plans import Configuration, read_plans  # noqa: E402
+from tests.support.nnunet_results import TWO_D, TrainedModel, dataset_json, plans_json, write_results  # noqa: E402
+
+RESIDUAL = TrainedModel(network="ResidualEncoderUNet")
+REGIONS = TrainedModel(
+    labels={"background": 0, "whole": [1, 2], "core": [2], "ignore": 3}, regions_class_order=(1, 2), heads=2
+)
+CHANNELS = TrainedModel(channels=("T1", "T2", "FLAIR"), network="ResidualEncoderUNet")
+IGNORE = TrainedModel(labels={"background": 0, "liver": 1, "spleen": 2, "ignore": 3})
+LOWRES = TrainedModel(name="3d_lowres", spacing=(4.0, 2.0, 2.0))
+CASCADE = TrainedModel(name="3d_cascade_fullres", previous_stage="3d_lowres", extra_channels=2)
+
+
+@pytest.mark.requirement("ART-13", open="GPU")
+@pytest.mark.parametrize(
+    "model",
+    [TrainedModel(), RESIDUAL, TWO_D, replace(TWO_D, network="ResidualEncoderUNet"), REGIONS, CHANNELS, IGNORE],
+    ids=["plain", "residual", "2D", "residual 2D", "regions and ignore", "three channels", "ignore"],
+)
+def test_every_kind_of_network_is_exported_with_proven_parity(tmp_path: Path, model: TrainedModel) -> None:
+    write_results(tmp_path / "Dataset901_Tiny", model, folds=(0, 1))
+    bundle = import_model(tmp_path / "Dataset901_Tiny", tmp_path / "bundle")
+    assert bundle.name == "tiny"
+    assert bundle.root == tmp_path / "bundle"
+    assert bundle.label_manager.num_heads == model.heads
+    assert bundle.configurations[0].mirror_axes == model.mirror_axes
+    assert len(bundle.parity) == 2
+    for parity in bundle.parity:
+        assert parity.max_abs_difference < 1e-3
+        assert parity.argmax_agreement >= 0.9999
+    assert load_bundle(bundle.root).weights_digest == bundle.weights_digest
+
+
+def test_cascade_brings_its_previous_stage_and_one_channel_per_label(tmp_path: Path) -> None:
+    plans = plans_json(LOWRES, CASCADE)
+    write_results(tmp_path / "D", LOWRES, plans=plans)
+    folder = write_results(tmp_path / "D", CASCADE, plans=plans)
+    bundle = import_model(folder, tmp_path / "bundle")
+    assert [c.name for c in bundle.configurations] == ["3d_cascade_fullres", "3d_lowres"]
+    assert [c.name for c in bundle.final_configurations] == ["3d_cascade_fullres"]
+    graph = onnx.load(bundle.configuration("3d_cascade_fullres").folds[0].file).graph
+    assert graph.input[0].type.tensor_type.shape.dim[1].dim_value == 3
+
+
+def test_old_plans_format_gives_the_same_network(tmp_path: Path) -> None:
+    model = TrainedModel(features=(4, 8, 8))
+    write_results(tmp_path / "new", model)
+    write_results(tmp_path / "old", model, plans=plans_json(model, old=True))
+    new = import_model(tmp_path / "new", tmp_path / "a")
+    old = import_model(tmp_path / "old", tmp_path / "b")
+    assert new.weights_digest == old.weights_digest
+
+
+def test_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
+    write_results(tmp_path / "D", TrainedModel())
+    import_model(tmp_path / "D", tmp_path / "a")
+    import_model(tmp_path / "D", tmp_path / "b")
+    names = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file())
+    assert len(names) == 4
+    for name in names:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_card_and_arguments_name_the_bundle_and_notices_reach_the_caller(tmp_path: Path) -> None:
+    write_results(tmp_path / "D", TrainedModel())
+    notices: list[str] = []
+    shares: list[float] = []
+    bundle = import_model(
+        tmp_path / "D",
+        tmp_path / "bundle",
+        semver="2.1.0",
+        card=parse_card({"name": "from-card", "semver": "9.9.9", "licence": "CC0"}),
+        progress=lambda share, _text: shares.append(share),
+        notice=notices.append,
+    )
+    assert (bundle.name, bundle.semver, bundle.licence) == ("from-card", "2.1.0", "CC0")
+    assert shares[-1] == 1.0
+    assert any("orientation" in notice for notice in notices)
+    assert not any("licence" in notice for notice in notices)
+
+
+def test_postprocessing_of_nnunet_goes_into_the_bundle_without_its_paths(tmp_path: Path) -> None:
+    folder = write_results(tmp_path / "D", TrainedModel())
+    crossval = folder / "crossval_results_folds_0"
+    crossval.mkdir()
+    (crossval / "postprocessing.json").write_text(
+        json.dumps(
+            {
+                "input_folder": "/home/somebody/results",
+                "postprocessing_fns": ["remove_all_but_largest_component_from_segmentation"],
+                "postprocessing_kwargs": [{"labels_or_regions": [1, 2]}],
+            }
+        )
+    )
+    bundle = import_model(folder, tmp_path / "bundle")
+    assert bundle.postprocessing is not None
+    assert bundle.postprocessing["postprocessing_kwargs"] == [{"labels_or_regions": [1, 2], "background_label": 0}]
+    assert "somebody" not in (tmp_path / "bundle" / "postprocessing.json").read_text()
+
+
+def _network_and_configuration(tmp_path: Path) -> tuple[Any, Configuration, LabelManager]:
+    model = TrainedModel()
+    folder = write_results(tmp_path / "D", model)
+    configuration = read_plans(plans_json(model)).configurations["3d_fullres"]
+    checkpoint = read_checkpoint(folder / "fold_0" / "checkpoint_final.pth")
+    network = load_network(checkpoint, configuration.architecture, channels=1, heads=3, where="fold 0")
+    return network, configuration, LabelManager.from_dataset_json(dataset_json(model))
+
+
+def _write(path: Path, network: Any, configuration: Configuration, **limits: int) -> list[Path]:
+    weights = {name: value.numpy() for name, value in network.state_dict().items()}
+    return write_onnx(
+        path,
+        configuration.architecture,
+        weights,
+        channels=1,
+        heads=3,
+        patch_size=configuration.patch_size,
+        **limits,
+    )
+
+
+@pytest.mark.parametrize("change", [1.0, 0.001], ids=["grossly", "slightly"])
+def test_export_that_computes_something_else_fails(tmp_path: Path, change: float) -> None:
+    network, configuration, labels = _network_and_configuration(tmp_path)
+    _write(tmp_path / "n.onnx", network, configuration)
+    with torch.no_grad():
+        network.decoder.transpconvs[1].weight.mul_(1 + change)
+        network.decoder.seg_layers[1].bias[1] += change * 2
+    with pytest.raises(ParityFailed, match="differs from torch"):
+        check_parity(network, tmp_path / "n.onnx", configuration, channels=1, label_manager=labels, fold="0")
+
+
+def test_large_weights_lie_beside_the_graph(tmp_path: Path) -> None:
+    network, configuration, labels = _network_and_configuration(tmp_path)
+    written = _write(tmp_path / "n.onnx", network, configuration, external_data_bytes=1000)
+    assert [path.name for path in written] == ["n.onnx", "n.onnx.data"]
+    parity = check_parity(network, tmp_path / "n.onnx", configuration, channels=1, label_manager=labels, fold="0")
+    assert parity.max_abs_difference < 1e-4
+
+
+def test_graph_is_small_names_no_path_and_takes_any_batch(tmp_path: Path) -> None:
+    network, configuration, _ = _network_and_configuration(tmp_path)
+    _write(tmp_path / "n.onnx", network, configuration)
+    model = onnx.load(tmp_path / "n.onnx")
+    assert model.opset_import[0].version == 17
+    weights = sum(value.numel() * 4 for name, value in network.state_dict().items() if "seg_layers.0" not in name)
+    size = (tmp_path / "n.onnx").stat().st_size
+    assert weights < size < weights + 20_000
+    names = [initializer.name for initializer in model.graph.initializer]
+    assert len(names) == len(set(names))
+    assert b"/" not in b"".join(node.SerializeToString() for node in model.graph.node)
+    session = onnxruntime.InferenceSession(tmp_path / "n.onnx", providers=["CPUExecutionProvider"])
+    image = np.zeros((3, 1, *configuration.patch_size), dtype=np.float32)
+    assert session.run(None, {"image": image})[0].shape == (3, 3, *configuration.patch_size)
+
+
+def test_nothing_is_left_behind_when_the_import_is_refused(tmp_path: Path) -> None:
+    folder = write_results(tmp_path / "D", TrainedModel(), folds=(0, 1))
+    content = torch.load(folder / "fold_1" / "checkpoint_final.pth", weights_only=False)
+    del content["network_weights"]["decoder.seg_layers.1.bias"]
+    torch.save(content, folder / "fold_1" / "checkpoint_final.pth")
+    with pytest.raises(ImportRefused, match=r"3d_fullres fold 1: parameter decoder\.seg_layers\.1\.bias is missing"):
+        import_model(folder, tmp_path / "models" / "bundle")
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_existing_target_is_not_touched(tmp_path: Path) -> None:
+    folder = write_results(tmp_path / "D", TrainedModel())
+    (tmp_path / "bundle").mkdir()
+    with pytest.raises(ImportRefused, match="exists already"):
+        import_model(folder, tmp_path / "bundle")
+    assert list((tmp_path / "bundle").iterdir()) == []
+
+
+def test_checkpoint_of_another_configuration_is_refused(tmp_path: Path) -> None:
+    folder = write_results(tmp_path / "D", TrainedModel(), plans=plans_json(TrainedModel(), LOWRES))
+    folder.rename(folder.with_name("nnUNetTrainer__nnUNetPlans__3d_lowres"))
+    with pytest.raises(ImportRefused, match="trained as '3d_fullres'"):
+        import_model(tmp_path / "D", tmp_path / "bundle")
+
+
+def test_network_that_does_not_fit_into_memory_is_refused_with_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_results(tmp_path / "D", TrainedModel())
+    monkeypatch.setattr(export, "available_bytes", lambda: 1000)
+    with pytest.raises(MemoryExceeded, match="GiB"):
+        import_model(folder, tmp_path / "bundle")
+
+
+@pytest.mark.parametrize(("name", "semver"), [("../x", None), ("Ä", None), (None, "1"), (None, "1.0.0/..")])
+def test_name_and_version_that_could_lead_astray_are_refused(
+    tmp_path: Path, name: str | None, semver: str | None
+) -> None:
+    folder = write_results(tmp_path / "D", TrainedModel())
+    with pytest.raises(ImportRefused, match=r"name|semver"):
+        import_model(folder, tmp_path / "bundle", name=name, semver=semver)
+
+
+@pytest.mark.requirement("ART-13", open="GPU")
+@pytest.mark.peer("shared-data")
+def test_demo_model_is_what_nnunets_own_folder_gives_and_the_zip_gives_the_same(tmp_path: Path) -> None:
+    models = shared_root() / "models"
+    assert make_model.main([str(models / "Dataset004_Hippocampus"), "--out", str(tmp_path / "folder")]) == 0
+    assert make_model.main([str(models / "hippocampus_3d.zip"), "--out", str(tmp_path / "zip")]) == 0
+    shipped = load_bundle(make_model.MODEL)
+    for made in (load_bundle(tmp_path / "folder"), load_bundle(tmp_path / "zip")):
+        assert made.weights_digest == shipped.weights_digest
+        assert made.configuration_digest == shipped.configuration_digest
+    assert shipped.description == read_card(make_model.CARD).description
+
+
+@pytest.mark.peer("shared-data")
+def test_ensemble_of_2d_and_3d_is_imported_from_the_dataset_folder(tmp_path: Path) -> None:
+    bundle = import_model(shared_root() / "models" / "Dataset004_Hippocampus", tmp_path / "bundle")
+    assert {c.name: (len(c.folds), c.mirror_axes) for c in bundle.final_configurations} == {
+        "2d": (1, (0, 1)),
+        "3d_fullres": (2, (0, 1, 2)),
+    }
+    assert all(parity.argmax_agreement == 1.0 for parity in bundle.parity)
+
+
+@pytest.mark.peer("shared-data")
+def test_ct_model_is_imported(tmp_path: Path) -> None:
+    bundle = import_model(shared_root() / "models" / "Dataset900_CTsmall", tmp_path / "bundle")
+    assert bundle.contract.modalities == ("CT",)
+    assert [label.type.meaning for label in bundle.labels] == ["Liver", "Spleen", "Kidney", "Hip", "Bladder"]
+
+
+def test_refusal_of_the_demo_script_is_said_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with zipfile.ZipFile(tmp_path / "empty.zip", "w"):
+        pass
+    assert make_model.main([str(tmp_path / "empty.zip"), "--out", str(tmp_path / "out")]) == 1
+    assert "refused" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from numpy.typing import NDArray
+
+from engine.errors import InputRejected
+from engine.nifti import read_label_map, read_nifti, write_nifti
+from engine.volume import Geometry, LabelMap
+from tests.unit.test_volume import oblique
+
+
+def write_image(path: Path, array: NDArray[Any], spacing: tuple[float, ...] = (1.0, 1.0, 1.0)) -> Path:
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing(spacing)
+    sitk.WriteImage(image, str(path))
+    return path
+
+
+def test_channels_are_stacked_in_order_with_the_grid_of_the_file(tmp_path: Path) -> None:
+    first = write_image(tmp_path / "a.nii.gz", np.full((2, 3, 4), 7, dtype=np.int16), (0.5, 0.6, 2.0))
+    second = write_image(tmp_path / "b.nii.gz", np.full((2, 3, 4), 9, dtype=np.float64), (0.5, 0.6, 2.0))
+    volume = read_nifti([first, second])
+    assert volume.array.shape == (2, 2, 3, 4)
+    assert volume.array[:, 0, 0, 0].tolist() == [7.0, 9.0]
+    assert volume.geometry.spacing_mm == pytest.approx((2.0, 0.6, 0.5))
+
+
+def test_an_oblique_label_map_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    labels = LabelMap(array=np.arange(60, dtype=np.uint16).reshape(3, 4, 5) * 10, geometry=oblique())
+    write_nifti(labels, tmp_path / "labels.nii.gz")
+    back = read_label_map(tmp_path / "labels.nii.gz")
+    assert back.array.dtype == np.uint16
+    np.testing.assert_array_equal(back.array, labels.array)
+    assert back.geometry.same_grid(labels.geometry)
+
+
+def test_a_channel_on_another_grid_is_refused(tmp_path: Path) -> None:
+    first = write_image(tmp_path / "a.nii.gz", np.zeros((2, 3, 4), dtype=np.float32))
+    second = write_image(tmp_path / "b.nii.gz", np.zeros((2, 3, 4), dtype=np.float32), (1.0, 1.0, 1.5))
+    with pytest.raises(InputRejected, match=r"b\.nii\.gz: lies on another grid"):
+        read_nifti([first, second])
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "a.mha"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_not_finite_are_refused(tmp_path: Path, value: float, dtype: type, name: str) -> None:
+    array: NDArray[Any] = np.zeros((2, 3, 4), dtype=dtype)
+    array[1, 1, 1] = value
+    with pytest.raises(InputRejected, match="NaN or infinity"):
+        read_nifti([write_image(tmp_path / name, array)])
+
+
+def test_what_is_no_image_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "a.nii.gz").write_bytes(b"no image")
+    with pytest.raises(InputRejected, match=r"a\.nii\.gz: not readable"):
+        read_nifti([tmp_path / "a.nii.gz"])
+
+
+def test_a_label_map_with_fractions_is_refused(tmp_path: Path) -> None:
+    path = write_image(tmp_path / "a.nii.gz", np.full((2, 3, 4), 0.5, dtype=np.float32))
+    with pytest.raises(InputRejected, match="whole numbers"):
+        read_label_map(path)
+
+
+def test_a_sheared_grid_is_not_written_as_if_it_were_straight(tmp_path: Path) -> None:
+    labels = LabelMap(array=np.zeros((3, 4, 5), dtype=np.uint8), geometry=oblique(shear=1.5))
+    with pytest.raises(ValueError, match="sheared"):
+        write_nifti(labels, tmp_path / "labels.nii.gz")
+
+
+def test_a_single_2d_image_is_one_slice(tmp_path: Path) -> None:
+    image = sitk.GetImageFromArray(np.ones((3, 4), dtype=np.float32))
+    sitk.WriteImage(image, str(tmp_path / "a.mha"))
+    volume = read_nifti([tmp_path / "a.mha"])
+    assert volume.array.shape == (1, 1, 3, 4)
+    assert isinstance(volume.geometry, Geometry)

@@ -1,0 +1,230 @@
+"""The QA module: each check at its limits, and what the checks make of a result together."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import gateway
+from engine.bundle import Bundle, load_bundle
+from engine.manifest import Code, LabelSpec, QualityThresholds
+from gateway.results.quality import CHECKS, Check, Verdict, judge, worst
+
+MODEL = Path(gateway.__file__).parent / "demo" / "model"
+KIDNEY = Code(scheme="SCT", value="64033007", meaning="Kidney")
+PASS, REVIEW, HOLD = Verdict.PASS, Verdict.REVIEW, Verdict.HOLD
+
+
+def label(value: int, name: str, **changes: Any) -> LabelSpec:
+    spec = LabelSpec(
+        value=value,
+        name=name,
+        region=(value,),
+        category=KIDNEY,
+        type=KIDNEY,
+        laterality=None,
+        pair=None,
+        colour=(1, 2, 3),
+        volume_range_ml=(1.0, 6.0),
+    )
+    return dataclasses.replace(spec, **changes)
+
+
+LEFT = label(1, "left kidney", laterality="left", pair="right kidney")
+RIGHT = label(2, "right kidney", laterality="right", pair="left kidney")
+
+
+def bundle(*labels: LabelSpec, components: dict[str, int] | None = None) -> Bundle:
+    return dataclasses.replace(
+        load_bundle(MODEL, verify=False),
+        labels=labels,
+        quality=QualityThresholds(
+            min_confidence=0.8, min_fold_dice=0.7, min_mirror_dice=0.7, max_components=components or {}
+        ),
+    )
+
+
+def measured(name: str = "organ", **changes: Any) -> dict[str, Any]:
+    row = {
+        "name": name,
+        "voxels": 3000,
+        "volume_ml": 3.0,
+        "touches_border": [],
+        "components": 1,
+        "confidence": 0.95,
+        "fold_dice": 0.9,
+        "mirror_dice": 0.9,
+        "centroid_lps_mm": [0.0, 0.0, 0.0],
+    }
+    return row | changes
+
+
+def empty(name: str = "organ") -> dict[str, Any]:
+    return measured(
+        name, voxels=0, volume_ml=0.0, components=0, confidence=None, fold_dice=None, mirror_dice=None,
+        centroid_lps_mm=None,
+    )  # fmt: skip
+
+
+def verdict_of(check: str, *rows: dict[str, Any], of: Bundle, mean_confidence: float | None = 0.95) -> Verdict | None:
+    """The worst verdict among the checks of this name; None where there is none."""
+    found = [c for c in judge(rows, mean_confidence=mean_confidence, bundle=of)[1] if c.name == check]
+    return worst(found) if found else None
+
+
+@pytest.mark.requirement("CARD-02")
+def test_a_good_result_passes_every_check_and_each_has_name_value_limit_and_verdict() -> None:
+    of = bundle(LEFT, RIGHT, components={"left kidney": 1, "right kidney": 1})
+    rows = [
+        measured("left kidney", centroid_lps_mm=[40.0, 0.0, 0.0]),
+        measured("right kidney", centroid_lps_mm=[-40.0, 0.0, 0.0]),
+    ]
+    verdict, checks = judge(rows, mean_confidence=0.95, bundle=of)
+    assert verdict is PASS
+    assert {c.name for c in checks} == set(CHECKS)
+    for check in checks:
+        assert check.limit
+        assert check.value not in ("", None)
+        assert check.verdict is PASS
+        assert json.loads(json.dumps(check.to_json()))["verdict"] == "pass"
+
+
+@pytest.mark.requirement("CARD-02")
+def test_the_verdict_of_a_result_is_its_worst_check() -> None:
+    def check(verdict: Verdict) -> Check:
+        return Check(name="volume", segment=None, value=1.0, limit="", verdict=verdict)
+
+    assert worst([check(PASS), check(HOLD), check(REVIEW)]) is HOLD
+    assert worst([check(PASS), check(REVIEW)]) is REVIEW
+    assert worst([]) is PASS
+
+
+@pytest.mark.requirement("CARD-02")
+def test_all_segments_empty_hold_and_one_expected_segment_empty_is_reviewed() -> None:
+    of = bundle(label(1, "organ"), label(2, "other"))
+    assert verdict_of("empty", empty(), empty("other"), of=of) is HOLD
+    assert verdict_of("empty", empty(), measured("other"), of=of) is REVIEW
+    assert verdict_of("empty", measured(), measured("other"), of=of) is PASS
+
+
+@pytest.mark.requirement("CARD-02")
+def test_a_result_without_any_statistics_is_held() -> None:
+    assert judge([], mean_confidence=None, bundle=bundle(label(1, "organ")))[0] is HOLD
+
+
+def test_a_segment_that_may_be_absent_is_not_expected() -> None:
+    of = bundle(label(1, "organ"), label(2, "tumour", volume_range_ml=(0.0, 500.0)))
+    assert judge([measured(), empty("tumour")], mean_confidence=0.9, bundle=of)[0] is PASS
+    without_range = bundle(label(1, "organ"), label(2, "other", volume_range_ml=None))
+    assert verdict_of("empty", measured(), empty("other"), of=without_range) is REVIEW
+
+
+@pytest.mark.requirement("CARD-02")
+@pytest.mark.parametrize(
+    ("volume_ml", "expected"),
+    [
+        (0.49, HOLD), (0.5, REVIEW), (0.99, REVIEW), (1.0, PASS),
+        (6.0, PASS), (6.01, REVIEW), (12.0, REVIEW), (12.01, HOLD),
+    ],
+)  # fmt: skip
+def test_volume_against_the_population_range(volume_ml: float, expected: Verdict) -> None:
+    assert verdict_of("volume", measured(volume_ml=volume_ml), of=bundle(label(1, "organ"))) is expected
+
+
+def test_without_a_population_range_no_volume_is_judged() -> None:
+    assert verdict_of("volume", measured(), of=bundle(label(1, "organ", volume_range_ml=None))) is None
+
+
+@pytest.mark.requirement("CARD-02")
+def test_a_segment_at_the_edge_of_the_volume_is_reviewed_and_the_sides_are_named() -> None:
+    of = bundle(label(1, "organ"))
+    assert verdict_of("border", measured(), of=of) is PASS
+    assert verdict_of("border", measured(touches_border=["L", "S"]), of=of) is REVIEW
+    checks = judge([measured(touches_border=["L", "S"])], mean_confidence=0.9, bundle=of)[1]
+    assert next(c for c in checks if c.name == "border").value == "L, S"
+
+
+@pytest.mark.requirement("CARD-02")
+def test_more_components_than_the_model_allows_are_reviewed() -> None:
+    of = bundle(label(1, "organ"), components={"organ": 2})
+    assert verdict_of("components", measured(components=2), of=of) is PASS
+    assert verdict_of("components", measured(components=3), of=of) is REVIEW
+    assert verdict_of("components", measured(components=99), of=bundle(label(1, "organ"))) is None
+
+
+@pytest.mark.requirement("CARD-02")
+def test_left_and_right_swapped_hold() -> None:
+    """LPS: x grows towards the patient's left, so the left organ has the greater x."""
+    left, right = (
+        measured("left kidney", centroid_lps_mm=[40.0, 0.0, 0.0]),
+        measured("right kidney", centroid_lps_mm=[-40.0, 0.0, 0.0]),
+    )
+    of = bundle(LEFT, RIGHT)
+    assert verdict_of("laterality", left, right, of=of) is PASS
+    swapped = left | {"centroid_lps_mm": [-40.0, 0.0, 0.0]}, right | {"centroid_lps_mm": [40.0, 0.0, 0.0]}
+    assert verdict_of("laterality", *swapped, of=of) is HOLD
+    same_place = left | {"centroid_lps_mm": [-40.0, 0.0, 0.0]}, right
+    assert verdict_of("laterality", *same_place, of=of) is HOLD
+
+
+@pytest.mark.requirement("CARD-02")
+def test_one_side_of_a_pair_alone_is_reviewed_and_named() -> None:
+    of = bundle(LEFT, RIGHT)
+    for rows, present in (
+        ((measured("left kidney"), empty("right kidney")), "left kidney"),
+        ((empty("left kidney"), measured("right kidney")), "right kidney"),
+    ):
+        check = next(c for c in judge(rows, mean_confidence=0.9, bundle=of)[1] if c.name == "pair")
+        assert (check.verdict, check.value) == (REVIEW, f"only {present}")
+        assert verdict_of("laterality", *rows, of=of) is None
+
+
+@pytest.mark.requirement("CARD-02")
+@pytest.mark.requirement("ART-16", open="calibrated lower bound; HD95; with a reference")
+@pytest.mark.parametrize(
+    ("check", "key", "minimum"),
+    [
+        ("confidence", "confidence", 0.8),
+        ("fold-agreement", "fold_dice", 0.7),
+        ("mirror-agreement", "mirror_dice", 0.7),
+    ],
+)
+def test_an_estimate_below_its_minimum_is_reviewed_and_below_half_of_it_held(
+    check: str, key: str, minimum: float
+) -> None:
+    of = bundle(label(1, "organ"))
+    for value, expected in (
+        (minimum, PASS),
+        (minimum - 0.001, REVIEW),
+        (minimum / 2, REVIEW),
+        (minimum / 2 - 0.001, HOLD),
+        (math.nan, HOLD),
+        (None, None),
+    ):
+        assert verdict_of(check, measured() | {key: value}, of=of, mean_confidence=None) is expected, value
+
+
+@pytest.mark.requirement("CARD-02")
+def test_the_lowest_organ_is_found_behind_a_good_mean() -> None:
+    of = bundle(label(1, "organ"), label(2, "other"))
+    verdict, checks = judge([measured(), measured("other", confidence=0.5)], mean_confidence=0.93, bundle=of)
+    assert verdict is REVIEW
+    assert [(c.name, c.segment) for c in checks if c.verdict is not PASS] == [("confidence", "other")]
+    assert [c.verdict for c in checks if c.name == "confidence" and c.segment is None] == [PASS]
+
+
+def test_a_mean_confidence_below_the_minimum_is_reviewed() -> None:
+    of = bundle(label(1, "organ"))
+    assert judge([measured()], mean_confidence=0.79, bundle=of)[0] is REVIEW
+
+
+def test_a_disabled_check_is_absent_and_never_called_passed() -> None:
+    of = bundle(label(1, "organ"))
+    verdict, checks = judge([measured(volume_ml=99.0)], mean_confidence=0.9, bundle=of, disabled=("volume",))
+    assert verdict is PASS
+    assert "volume" not in {c.name for c in checks}

@@ -1,0 +1,113 @@
+"""The sweep: what was never enqueued is, what lost its workflow is parked, the rest is left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from gateway.scheduler import Scheduler, sweep
+from gateway.settings import DestinationSettings, GatewaySettings, SchedulerSettings, Settings
+from storage.database import Database
+from storage.records import Delivery, DeliveryState, Result, ResultState, Study, StudyState, utc_now
+from tests.support.story_rows import (
+    STUDY_UID,
+    NotedQueue,
+    add_delivery,
+    add_result,
+    add_study,
+    add_version,
+)
+
+_LONG_AGO = timedelta(minutes=6)
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Iterator[Database]:
+    database = Database(f"sqlite:///{tmp_path / 'test.sqlite'}")
+    database.create_all()
+    yield database
+    database.close()
+
+
+def test_work_that_was_left_behind_is_enqueued_under_its_own_id(database: Database) -> None:
+    long_ago = utc_now() - _LONG_AGO
+    with database.session() as session:
+        add_study(session, StudyState.WHOLE, uid="1.1")
+        add_version(session, uid="1.1", declared_at=long_ago, routed=False)
+        add_study(session, StudyState.PROCESSING, uid="1.2")
+        add_version(session, uid="1.2", declared_at=long_ago)
+        add_result(session, ResultState.PENDING, uid="1.2", result_id="r2", created_at=long_ago)
+        add_study(session, StudyState.DELIVERING, uid="1.3")
+        add_version(session, uid="1.3", declared_at=long_ago)
+        add_result(session, ResultState.RELEASED, uid="1.3", result_id="r3", created_at=long_ago)
+        add_delivery(session, DeliveryState.QUEUED, result_id="r3", updated_at=long_ago, next_attempt_at=long_ago)
+    queue = NotedQueue()
+    assert sweep(database, queue) == 3
+    assert queue.ids == ["study 1.1 1", "result r2", "delivery r3 pacs"]
+    assert [call["queue"] for call in queue.calls] == ["studies", "inference", "deliver-pacs"]
+    assert [call["workflow"] for call in queue.calls] == ["process_study", "make_result", "deliver"]
+
+
+def test_a_study_that_was_routed_but_never_ordered_is_found(database: Database) -> None:
+    with database.session() as session:
+        add_study(session, StudyState.PROCESSING)
+        add_version(session, declared_at=utc_now() - _LONG_AGO)
+    queue = NotedQueue()
+    assert sweep(database, queue) == 1
+    assert queue.ids == [f"study {STUDY_UID} 1"]
+
+
+def test_what_is_young_finished_or_waits_for_its_time_is_left_alone(database: Database) -> None:
+    long_ago, later = utc_now() - _LONG_AGO, utc_now() + timedelta(minutes=1)
+    with database.session() as session:
+        add_study(session, StudyState.WHOLE, uid="1.1")
+        add_version(session, uid="1.1", routed=False)
+        add_study(session, StudyState.DELIVERING, uid="1.2", version=2)
+        add_version(session, 1, uid="1.2", declared_at=long_ago, routed=False)
+        add_version(session, 2, uid="1.2", declared_at=long_ago)
+        add_result(session, ResultState.RELEASED, uid="1.2", version=2, created_at=long_ago)
+        add_delivery(session, DeliveryState.QUEUED, updated_at=long_ago, next_attempt_at=later)
+        add_delivery(session, DeliveryState.STORED, destination="vna", updated_at=long_ago)
+    queue = NotedQueue()
+    assert sweep(database, queue) == 0
+    assert queue.calls == []
+
+
+@pytest.mark.parametrize("how", ["ERROR", "MAX_RECOVERY_ATTEMPTS_EXCEEDED", "CANCELLED"])
+def test_work_whose_workflow_has_ended_without_it_is_parked_for_the_operator(database: Database, how: str) -> None:
+    long_ago = utc_now() - _LONG_AGO
+    with database.session() as session:
+        add_study(session, StudyState.WHOLE, uid="1.1")
+        add_version(session, uid="1.1", declared_at=long_ago, routed=False)
+        add_study(session, StudyState.PROCESSING, uid="1.2")
+        add_version(session, uid="1.2", declared_at=long_ago)
+        add_result(session, ResultState.PENDING, uid="1.2", result_id="r2", created_at=long_ago)
+        add_study(session, StudyState.DELIVERING, uid="1.3")
+        add_version(session, uid="1.3", declared_at=long_ago)
+        add_result(session, ResultState.RELEASED, uid="1.3", result_id="r3", created_at=long_ago)
+        sent = add_delivery(session, DeliveryState.SENT, result_id="r3", updated_at=long_ago, next_attempt_at=long_ago)
+    queue = NotedQueue()
+    queue.gone = dict.fromkeys(("study 1.1 1", "result r2", "delivery r3 pacs"), how)
+    assert sweep(database, queue) == 3
+    assert queue.calls == []
+    with database.reading() as session:
+        assert [session.get_one(Study, uid).state for uid in ("1.1", "1.2", "1.3")] == [StudyState.FAILED] * 3
+        assert session.get_one(Result, "r2").state == ResultState.FAILED
+        delivery = session.get_one(Delivery, sent.delivery_id)
+        assert delivery.state == DeliveryState.PARKED
+        assert how.lower() in str(delivery.state_reason)
+    assert sweep(database, queue) == 0
+
+
+def test_a_malformed_cron_line_is_refused_at_the_start(tmp_path: Path, database: Database) -> None:
+    settings = Settings(
+        folder=tmp_path,
+        gateway=GatewaySettings(scheduler=SchedulerSettings(sweep_cron="every minute")),
+        destinations=DestinationSettings(),
+    )
+    scheduler = Scheduler(settings, database)
+    with pytest.raises(ValueError, match="fields"):
+        scheduler.start()

@@ -1,0 +1,249 @@
+"""The spool: durable before told, written once, nothing outside its folder."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import os
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pydicom
+import pytest
+
+from storage.errors import ObjectChanged, ObjectMissing, SpoolFull, SpoolUnsafe
+from storage.part10 import ObjectEvidence
+from storage.spool import Settlement, Spool, object_path, quarantine_path, received_at, study_key
+
+DATASET = b"\x08\x00\x18\x00UI\x08\x001.2.3.4\x00" + b"\x10\x00\x20\x00LO\x04\x00AB C"
+
+
+@pytest.fixture
+def spool(tmp_path: Path) -> Spool:
+    made = Spool(tmp_path / "spool", reserve_bytes=0)
+    made.prepare()
+    return made
+
+
+def evidence(spool: Spool, **changes: Any) -> ObjectEvidence:
+    values: dict[str, Any] = {
+        "object_id": spool.new_id(),
+        "association_id": "a" * 32,
+        "peer_address": "192.0.2.7",
+        "calling_ae": "CT1",
+        "called_ae": "SEGGATE",
+        "received_at": datetime(2024, 2, 29, 12, 0, 0, 123456, UTC),
+        "sop_class_uid": "1.2.840.10008.5.1.4.1.1.2",
+        "sop_instance_uid": "1.2.3.4",
+        "transfer_syntax_uid": "1.2.840.10008.1.2.1",
+    }
+    return ObjectEvidence(**(values | changes))
+
+
+def left_in_tmp(spool: Spool) -> list[str]:
+    return os.listdir(spool.root / "tmp")
+
+
+def test_object_is_a_dicom_file_with_the_bytes_and_the_evidence(spool: Spool) -> None:
+    told = evidence(spool)
+    path = spool.write_object(DATASET, evidence=told)
+    assert path.read_bytes().endswith(DATASET)
+    assert spool.read_evidence(path) == told
+    assert spool.dataset_digest(path) == hashlib.sha256(DATASET).hexdigest()
+    read = pydicom.dcmread(path)
+    assert read.file_meta.TransferSyntaxUID == told.transfer_syntax_uid
+    assert read.file_meta.SendingApplicationEntityTitle == "CT1"
+    assert read.file_meta.ReceivingApplicationEntityTitle == "SEGGATE"
+    assert read.PatientID == "AB C"
+    assert path.name == f"{told.object_id}.dcm"
+    assert left_in_tmp(spool) == []
+
+
+def test_stream_and_memoryview_give_the_same_bytes(spool: Spool) -> None:
+    big = os.urandom(3 << 20)
+    digest = hashlib.sha256(big).hexdigest()
+    for source in (io.BytesIO(big), memoryview(big), bytearray(big)):
+        assert spool.dataset_digest(spool.write_object(source, evidence=evidence(spool))) == digest
+
+
+@pytest.mark.requirement("REC-01", open="power cut by a block-layer recorder")
+def test_file_and_folder_are_synced_before_the_object_counts(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[str] = []
+    real_fsync, real_rename = os.fsync, Path.rename
+
+    def fsync(file: int) -> None:
+        steps.append("sync " + os.path.relpath(os.readlink(f"/proc/self/fd/{file}"), spool.root).split("/")[0])
+        real_fsync(file)
+
+    def rename(self: Path, target: Path) -> Path:
+        steps.append("rename")
+        return real_rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "rename", rename)
+    spool.write_object(DATASET, evidence=evidence(spool))
+    assert steps == ["sync tmp", "rename", "sync incoming"]
+
+
+def test_short_writes_are_completed(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda file, data: real(file, memoryview(data)[:7]))
+    path = spool.write_object(DATASET, evidence=evidence(spool))
+    assert spool.dataset_digest(path) == hashlib.sha256(DATASET).hexdigest()
+
+
+@pytest.mark.requirement("REC-02", open="the association side is in test_scp")
+@pytest.mark.parametrize(
+    ("number", "expected"), [(errno.ENOSPC, SpoolFull), (errno.EDQUOT, SpoolFull), (errno.EIO, SpoolUnsafe)]
+)
+@pytest.mark.parametrize("call", ["write", "fsync"])
+def test_failed_write_or_sync_keeps_nothing(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch, number: int, expected: type[Exception], call: str
+) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(expected):
+        spool.write_object(DATASET, evidence=evidence(spool))
+    monkeypatch.undo()
+    assert left_in_tmp(spool) == []
+    assert spool.incoming() == []
+
+
+def test_free_space_under_the_reserve_refuses_at_once(tmp_path: Path) -> None:
+    full = Spool(tmp_path / "full", reserve_bytes=1 << 62)
+    full.prepare()
+    assert not full.has_space()
+    with pytest.raises(SpoolFull, match="reserve"):
+        full.write_object(DATASET, evidence=evidence(full))
+    assert left_in_tmp(full) == []
+
+
+def test_reserve_is_watched_inside_a_large_object(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([True, False])
+    monkeypatch.setattr(Spool, "has_space", lambda self: next(answers))
+    with pytest.raises(SpoolFull):
+        spool.write_object(io.BytesIO(bytes(20 << 20)), evidence=evidence(spool))
+    assert left_in_tmp(spool) == []
+
+
+def test_folder_that_vanished_is_unsafe(tmp_path: Path) -> None:
+    gone = Spool(tmp_path / "gone", reserve_bytes=0)
+    with pytest.raises(SpoolUnsafe):
+        gone.write_object(DATASET, evidence=evidence(gone))
+    with pytest.raises(SpoolUnsafe):
+        gone.incoming()
+
+
+def test_incoming_is_in_order_of_arrival_objects_and_events_alike(spool: Spool) -> None:
+    first = spool.write_object(DATASET, evidence=evidence(spool))
+    event = spool.write_event("released", {"association_id": "a" * 32})
+    last = spool.write_object(DATASET, evidence=evidence(spool))
+    (spool.root / "incoming" / "notes.txt").write_text("not ours")
+    assert [entry.path for entry in spool.incoming()] == [first, event, last]
+    assert [entry.is_event for entry in spool.incoming()] == [False, True, False]
+    assert spool.read_event(event) == ("released", {"association_id": "a" * 32})
+    spool.forget_event(event)
+    spool.forget_event(event)
+    assert len(spool.incoming()) == 2
+
+
+def test_ids_grow_even_when_the_clock_steps_back(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([10**18, 9 * 10**17, 9 * 10**17 + 1])
+    monkeypatch.setattr(time, "time_ns", lambda: next(times))
+    ids = [spool.new_id() for _ in range(3)]
+    assert ids == sorted(ids)
+    assert received_at(ids[0]) == datetime.fromtimestamp(10**9, UTC)
+
+
+def test_settled_object_is_found_before_and_after_the_move(spool: Spool) -> None:
+    told = evidence(spool)
+    early = spool.write_object(DATASET, evidence=told)
+    final = object_path(study_key("1.2.3"), told.object_id)
+    assert spool.resolve(final) == early
+    for _ in range(2):
+        spool.settle([Settlement(object_id=told.object_id, spool_path=final)])
+    assert spool.resolve(final) == spool.root / final
+    assert not early.exists()
+    with pytest.raises(ObjectMissing):
+        spool.resolve(object_path(study_key("1.2.3"), spool.new_id()))
+
+
+def test_quarantined_object_leaves_incoming(spool: Spool) -> None:
+    told = evidence(spool)
+    spool.write_object(DATASET, evidence=told)
+    assert spool.quarantine(told.object_id) == quarantine_path(told.object_id)
+    assert spool.resolve(quarantine_path(told.object_id)).is_file()
+    assert spool.incoming() == []
+
+
+@pytest.mark.requirement("REC-14", open="see test_scp and test_header")
+@pytest.mark.parametrize(
+    "path", ["../outside", "studies/../../x", "/etc/passwd", "studies//x", "tmp/x", "studies/a\0b", ""]
+)
+def test_path_cannot_leave_the_spool(spool: Spool, path: str) -> None:
+    with pytest.raises(ValueError, match="not a path inside the spool"):
+        spool.resolve(path)
+
+
+@pytest.mark.parametrize("bad", ["", "../x", "A" * 32, "0" * 31])
+def test_object_id_and_study_key_are_checked(spool: Spool, bad: str) -> None:
+    with pytest.raises(ValueError, match="part of a path"):
+        object_path(bad, spool.new_id())
+    with pytest.raises(ValueError, match="part of a path"):
+        spool.write_object(DATASET, evidence=evidence(spool, object_id=bad))
+
+
+def test_no_uid_in_the_folder_name_of_a_study() -> None:
+    assert study_key("1.2.840.1") == hashlib.sha256(b"1.2.840.1").hexdigest()[:32]
+
+
+@pytest.mark.requirement("QUE-27", open="the workflow's part")
+def test_result_file_is_written_once(spool: Spool) -> None:
+    key = study_key("1.2.3")
+    relative, digest = spool.store_result_file(key, "r1", "seg.dcm", b"seg")
+    assert (spool.root / relative).read_bytes() == b"seg"
+    assert digest == hashlib.sha256(b"seg").hexdigest()
+    assert spool.store_result_file(key, "r1", "seg.dcm", b"seg") == (relative, digest)
+    with pytest.raises(ObjectChanged):
+        spool.store_result_file(key, "r1", "seg.dcm", b"other")
+    assert (spool.root / relative).read_bytes() == b"seg"
+    assert left_in_tmp(spool) == []
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "", ".hidden"])
+def test_result_name_cannot_leave_its_folder(spool: Spool, name: str) -> None:
+    with pytest.raises(ValueError, match="part of a path"):
+        spool.store_result_file(study_key("1"), "r1", name, b"")
+
+
+def test_sweep_removes_only_what_dead_processes_left(spool: Spool) -> None:
+    dead = spool.root / "tmp" / f"{spool.new_id()}.dcm.999999999.part"
+    dead.write_bytes(b"half")
+    alive = spool.root / "tmp" / f"{spool.new_id()}.dcm.{os.getpid()}.part"
+    alive.write_bytes(b"being written")
+    assert spool.sweep_tmp() == 1
+    assert alive.exists()
+    os.utime(alive, (0, 0))
+    assert spool.sweep_tmp() == 1
+
+
+def test_check_sync_leaves_nothing(spool: Spool) -> None:
+    assert spool.check_sync() > 0
+    assert left_in_tmp(spool) == []
+    with pytest.raises(SpoolUnsafe):
+        Spool(spool.root / "absent", 0).check_sync()
+
+
+def test_foreign_file_has_no_evidence(spool: Spool, tmp_path: Path) -> None:
+    foreign = tmp_path / "x.dcm"
+    foreign.write_bytes(b"\0" * 128 + b"DICM")
+    with pytest.raises(ValueError, match="evidence"):
+        spool.read_evidence(foreign)
+    foreign.write_bytes(b"junk")
+    with pytest.raises(ValueError, match="preamble"):
+        spool.read_evidence(foreign)
