@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from gateway.commands.output import console, print_json, say, table
+from gateway.commands.output import console, print_json, printable, say, table
 from gateway.settings import Settings, load_settings
 from gateway.state import open_database, open_registry, prepare_state
 from storage import ledger
@@ -169,7 +169,7 @@ def show(config: Path, name: str, *, semver: str | None, as_json: bool) -> int:
         return 0
     out = console()
     for key in ("name", "semver", "state", "description", "licence", "origin", "weights_digest", "registered_at"):
-        out.print(f"{key:15} {document[key]}", markup=False)
+        out.print(f"{key:15} {printable(str(document[key]))}", markup=False, soft_wrap=True)
     table(
         "\nLabels",
         ("value", "name", "code", "side", "volume range (ml)"),
@@ -186,13 +186,26 @@ def show(config: Path, name: str, *, semver: str | None, as_json: bool) -> int:
     )
     out.print("\nContract", markup=False)
     for key, value in document["contract"].items():
-        out.print(f"  {key:22} {value}", markup=False)
+        out.print(f"  {key:22} {printable(_words(value))}", markup=False)
     table(
         "\nNetworks",
         ("configuration", "fold", "max difference to torch", "same labels"),
         [(p.configuration, p.fold, f"{p.max_abs_difference:.2g}", f"{p.argmax_agreement:.6f}") for p in bundle.parity],
     )
     return 0
+
+
+def _words(value: Any) -> str:
+    """A value of the contract as a person reads it; None sets no limit."""
+    if value is None:
+        return "any"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return f"{value['meaning']} ({value['scheme']} {value['value']})"
+    if isinstance(value, tuple | list):
+        return ", ".join(map(str, value)) or "any"
+    return str(value)
 
 
 def verify(config: Path, name: str | None, *, as_json: bool) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from datetime import datetime
@@ -12,9 +13,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+_WIDTH_IN_A_PIPE = 160
+
 
 def console() -> Console:
-    return Console(highlight=False, soft_wrap=False)
+    """Rich's console: as wide as the terminal or COLUMNS; into a file or a pipe wide enough for our tables."""
+    known = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(highlight=False, soft_wrap=False, width=None if known else _WIDTH_IN_A_PIPE)
 
 
 def print_json(document: Any) -> None:
