@@ -182,7 +182,7 @@ def _centroid(segment: SegmentStatistics, region: tuple[int, ...], labels: Label
 
 
 def _runtime(prediction: Prediction, part: SeriesPart, read_s: float) -> dict[str, Any]:
-    info = prediction.runtime
+    info, missing = prediction.runtime, part.finding("missing-slices")
     return {
         "backend": info.backend,
         "provider": info.provider,
@@ -194,5 +194,6 @@ def _runtime(prediction: Prediction, part: SeriesPart, read_s: float) -> dict[st
         "mean_confidence": prediction.mean_confidence,
         "unit": "[hnsf'U]" if part.modality == "CT" else "1",
         "slices": len(part.frames),
+        "missing_slices": int(missing.value) if missing is not None else 0,
         "spacing_mm": list(part.geometry.spacing_mm),
     }

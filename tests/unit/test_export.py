@@ -219,13 +219,23 @@ def test_network_that_does_not_fit_into_memory_is_refused_with_numbers(
         import_model(folder, tmp_path / "bundle")
 
 
-@pytest.mark.parametrize(("name", "semver"), [("../x", None), ("Ä", None), (None, "1"), (None, "1.0.0/..")])
+@pytest.mark.parametrize(
+    ("name", "semver"), [("../x", None), ("Ä", None), (None, "1"), (None, "1.0.0/.."), (None, "1.0.0-rc.1")]
+)
 def test_name_and_version_that_could_lead_astray_are_refused(
     tmp_path: Path, name: str | None, semver: str | None
 ) -> None:
     folder = write_results(tmp_path / "D", TrainedModel())
     with pytest.raises(ImportRefused, match=r"name|semver"):
         import_model(folder, tmp_path / "bundle", name=name, semver=semver)
+
+
+def test_a_malformed_version_is_refused_before_the_model_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(export, "open_result")
+    with pytest.raises(ImportRefused, match=r"semver: '1\.0\.0-rc\.1' is not MAJOR\.MINOR\.PATCH"):
+        import_model(tmp_path / "any", tmp_path / "bundle", semver="1.0.0-rc.1")
 
 
 @pytest.mark.requirement("ART-13", open="GPU")
