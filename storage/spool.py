@@ -81,10 +81,11 @@ class Spool:
         self._clock = threading.Lock()
 
     def prepare(self) -> None:
-        """Make the folders. Raises SpoolUnsafe."""
+        """Make the folders, every new level synced in its parent: an acknowledged object is no safer than the folder
+        that it lies in. Raises SpoolUnsafe."""
         try:
             for name in _FOLDERS:
-                (self.root / name).mkdir(parents=True, exist_ok=True)
+                self._make_folders(self.root / name)
             _sync_folder(self.root)
         except OSError as error:
             raise _unsafe(error, self.root) from error

@@ -88,6 +88,30 @@ def test_file_and_folder_are_synced_before_the_object_counts(spool: Spool, monke
     assert steps == ["sync tmp", "rename", "sync incoming"]
 
 
+@pytest.mark.requirement("REC-01", open="power cut by a block-layer recorder")
+def test_every_folder_that_prepare_makes_is_synced_in_its_parent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[str] = []
+    real_fsync, real_mkdir = os.fsync, Path.mkdir
+
+    def fsync(file: int) -> None:
+        steps.append(f"sync {os.path.relpath(os.readlink(f'/proc/self/fd/{file}'), tmp_path)}")
+        real_fsync(file)
+
+    def mkdir(self: Path, *arguments: Any, **named: Any) -> None:
+        steps.append(f"mkdir {self.relative_to(tmp_path)}")
+        real_mkdir(self, *arguments, **named)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    Spool(tmp_path / "state" / "spool", reserve_bytes=0).prepare()
+    made = [step.removeprefix("mkdir ") for step in steps if step.startswith("mkdir")]
+    assert made[:2] == ["state", "state/spool"]
+    for folder in made:
+        assert f"sync {os.path.dirname(folder) or '.'}" in steps[steps.index(f"mkdir {folder}") :]
+
+
 def test_short_writes_are_completed(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.write
     monkeypatch.setattr(os, "write", lambda file, data: real(file, memoryview(data)[:7]))
