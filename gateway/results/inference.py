@@ -92,14 +92,19 @@ class Inference:
         with self._database.reading() as session:
             result = session.get_one(Result, result_id)
             study = session.get_one(Study, result.study_instance_uid)
-        began = time.monotonic()
-        part = decode(select_part(read_series(files, only_headers=True), result.part))
-        if part.volume is None:
-            raise Rejected(f"series {result.series_instance_uid}: no pixel data")
-        read_s = time.monotonic() - began
         model = self._shelf.version(result.model_name, result.model_version)
         if model.weights_digest != result.weights_digest:
             raise Permanent(f"{model.name} {model.semver} has other weights than when the result was ordered")
+        began = time.monotonic()
+        headers = select_part(read_series(files, only_headers=True), result.part)
+        headers_s = time.monotonic() - began
+        # Before a pixel is decoded: what does not fit must not take the worker's memory first.
+        self._shelf.check_memory(model, headers.geometry, budget_bytes=self._memory_budget_bytes)
+        began = time.monotonic()
+        part = decode(headers)
+        if part.volume is None:
+            raise Rejected(f"series {result.series_instance_uid}: no pixel data")
+        read_s = headers_s + time.monotonic() - began
         prediction = self._shelf.predict(model, part.volume, budget_bytes=self._memory_budget_bytes)
         # Named by content: a run repeated after a crash may differ in the last bit and must not clash.
         packed = _packed(prediction.labels)
@@ -176,8 +181,13 @@ def _measurement(segment: SegmentStatistics, region: tuple[int, ...], labels: La
 def _centroid(segment: SegmentStatistics, region: tuple[int, ...], labels: LabelMap) -> list[float] | None:
     if segment.voxels == 0:
         return None
-    z, y, x = np.nonzero(np.isin(labels.array, region))
-    point = labels.geometry.affine_lps @ np.array([x.mean(), y.mean(), z.mean(), 1.0])
+    _, height, width = labels.array.shape
+    total = np.zeros(4)  # x, y, z and 1, summed over the voxels; slice by slice, as indices take 24 bytes per voxel
+    for z, plane in enumerate(labels.array):
+        inside = np.isin(plane, region)
+        rows, columns, count = inside.sum(axis=1), inside.sum(axis=0), int(inside.sum())
+        total += (columns @ np.arange(width), rows @ np.arange(height), count * z, count)
+    point = labels.geometry.affine_lps @ (total / total[3])
     return [round(float(v), 3) for v in point[:3]]
 
 

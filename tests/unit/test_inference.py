@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 from sqlalchemy import select
 
+import gateway
+from engine.bundle import load_bundle
+from engine.errors import MemoryExceeded
+from engine.predictor import Prediction
+from engine.volume import Volume
 from gateway.model_shelf import ModelShelf
+from gateway.results import inference as step
 from gateway.results.inference import Inference
+from gateway.results.series import read_series
 from storage.database import Database
+from storage.models import ModelRegistry, RegisteredModel
 from storage.records import LedgerEvent, Result, ResultState, StudyState
 from storage.spool import Spool
+from tests.support.phantoms import write_series
 from tests.support.story_rows import add_result, add_study, add_version
+
+MODEL = Path(gateway.__file__).parent / "demo" / "model"
 
 
 @pytest.fixture
@@ -30,13 +43,45 @@ class _Unused:
         raise AssertionError(f"{name} is not needed for this")
 
 
-def inference(database: Database, spool: Path, attempts: int = 3) -> Inference:
+class _Registry:
+    """The demo model, whatever is asked for."""
+
+    def get(self, name: str, semver: str) -> RegisteredModel:
+        bundle = load_bundle(MODEL, verify=False)
+        return RegisteredModel(
+            name=name,
+            semver=semver,
+            registry_version=1,
+            folder=MODEL,
+            weights_digest=bundle.weights_digest,
+            configuration_digest=bundle.configuration_digest,
+            licence="",
+            description="",
+            aliases=("champion",),
+            registered_at_ms=0,
+        )
+
+
+def prepared(folder: Path) -> Spool:
+    spool = Spool(folder, reserve_bytes=0)
+    spool.prepare()
+    return spool
+
+
+def inference(
+    database: Database,
+    spool: Path,
+    attempts: int = 3,
+    *,
+    shelf: ModelShelf | None = None,
+    memory_budget_bytes: int | None = None,
+) -> Inference:
     return Inference(
         database=database,
-        spool=Spool(spool, reserve_bytes=0),
-        shelf=cast(ModelShelf, _Unused()),
+        spool=prepared(spool),
+        shelf=shelf or cast(ModelShelf, _Unused()),
         attempts=attempts,
-        memory_budget_bytes=None,
+        memory_budget_bytes=memory_budget_bytes,
         busy=lambda _work: None,
         idle=lambda _work: None,
     )
@@ -69,3 +114,58 @@ def test_an_inference_that_was_done_is_not_done_again(database: Database, tmp_pa
     assert inference(database, tmp_path / "spool").infer("r1") == "inferred"
     with database.reading() as session:
         assert session.get_one(Result, "r1").attempts == 0
+
+
+def ordered(database: Database, monkeypatch: pytest.MonkeyPatch, files: tuple[Path, ...]) -> None:
+    """One result of the demo model, ordered for the series in `files`."""
+    with database.session() as session:
+        add_study(session, StudyState.PROCESSING).study_key = "0123456789abcdef0123456789abcdef"
+        add_version(session)
+        add_result(session, ResultState.PENDING).weights_digest = load_bundle(MODEL, verify=False).weights_digest
+    monkeypatch.setattr(step, "series_files", lambda *_: files)
+
+
+@pytest.mark.requirement("INF-34", open="the ladder of cheaper ways before a refusal")
+def test_a_series_that_does_not_fit_is_refused_with_the_numbers_before_a_pixel_is_decoded(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    series = write_series(tmp_path / "series", modality="MR", spacing_mm=(1.0, 1.0, 1.0), shape=(64, 128, 128))
+    ordered(database, monkeypatch, tuple(series.files))
+    decoded = []
+    monkeypatch.setattr(step, "decode", lambda part: decoded.append(part))
+    shelf = ModelShelf(cast(ModelRegistry, _Registry()), device="cpu")
+    work = inference(database, tmp_path / "spool", shelf=shelf, memory_budget_bytes=10 * 2**20)
+    with pytest.raises(
+        MemoryExceeded, match=r"needs about \d+ MiB and 10 MiB may be used \(networks \d+ MiB, image 8 MiB"
+    ):
+        work.infer("r1")
+    assert decoded == []
+
+
+def test_statistics_name_the_centre_of_a_segment_in_the_patient_and_the_missing_slices(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    series = write_series(tmp_path / "series", modality="MR", spacing_mm=(1.0, 1.0, 1.0), shape=(24, 40, 40))
+    without_two = tuple(f for z, f in enumerate(series.files) if z not in (5, 6))
+    ordered(database, monkeypatch, without_two)
+    shelf = ModelShelf(cast(ModelRegistry, _Registry()), device="cpu")
+    predicted = shelf.predict
+
+    def marked(model: RegisteredModel, volume: Volume, *, budget_bytes: int | None) -> Prediction:
+        prediction = predicted(model, volume, budget_bytes=budget_bytes)
+        segments = tuple(replace(s, voxels=int(s.name == "Anterior")) for s in prediction.segments)
+        prediction.labels.array[...] = 0
+        prediction.labels.array[3, 4, 5:8] = 1
+        return replace(prediction, segments=segments)
+
+    monkeypatch.setattr(shelf, "predict", marked)
+    assert inference(database, tmp_path / "spool", shelf=shelf).infer("r1") == "inferred"
+    (part,) = read_series(without_two)
+    centre = part.geometry.affine_lps @ np.array([6.0, 4.0, 3.0, 1.0])
+    with database.reading() as session:
+        result = session.get_one(Result, "r1")
+    assert result.runtime is not None
+    assert result.runtime["missing_slices"] == 2
+    anterior, posterior = result.measurements or ()
+    assert anterior["centroid_lps_mm"] == pytest.approx(centre[:3], abs=1e-3)
+    assert posterior["centroid_lps_mm"] is None
