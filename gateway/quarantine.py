@@ -37,7 +37,7 @@ def hold_result(session: Session, result: Result, reason: str) -> str:
     detail = {"result_id": result.result_id, "reason": reason, "notice_sent": False}
     ledger.append(session, subject=subject, kind="held", actor="worker", detail=detail)
     message = f"{result.model_name} {result.model_version}: {reason}"
-    raise_alarm(session, kind="result-held", subject=subject, message=message)
+    raise_alarm(session, kind=superseding.ALARM_HELD, subject=subject, message=message)
     session.flush()
     superseding.replaced_by_none(session, result)
     return str(ResultState.HELD)

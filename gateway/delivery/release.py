@@ -78,7 +78,7 @@ class Release:
         _record(session, result, "held", {"checks": failed, "notice_sent": notice is not None})
         raise_alarm(
             session,
-            kind="result-held",
+            kind=superseding.ALARM_HELD,
             subject=ledger.study_subject(result.study_instance_uid),
             message=f"{result.model_name} {result.model_version}: {result.state_reason}",
         )
