@@ -72,7 +72,7 @@ def attempt(
     before anything is sent.
 
     The destination's troubles are part of the state. Raises what `objects_by_encoding` raises, Permanent when a file
-    is not the object it should be, storage.errors.ObjectMissing when it is gone.
+    is not the object it should be, storage.errors.ObjectChanged or ObjectMissing when it was altered or is gone.
     """
     if state.finished:
         return Attempted(state=state, learned=learned, alarms=(), away=False, answered=False)

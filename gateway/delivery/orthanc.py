@@ -140,6 +140,7 @@ class OrthancPacs:
             raise DestinationAway(f"{self.name} broke off while reading back")
         if _md5(item.path) in {d.text.strip() for d in digests}:
             return Verification(sop_instance_uid=uid, outcome="verified", detail="found in Orthanc, same MD5")
+        check_file(item)  # where it is our own file that changed, nothing is to be said of Orthanc's
         if any(s.text.strip() != item.transfer_syntax_uid for s in syntaxes):
             detail = "found in Orthanc, which keeps it in another transfer syntax"
             return Verification(sop_instance_uid=uid, outcome="verified", detail=detail)

@@ -286,6 +286,7 @@ def _outgoing(item: ResultObject, study_instance_uid: str, spool: Spool) -> Outg
         series_instance_uid=item.series_instance_uid,
         study_instance_uid=study_instance_uid,
         path=spool.resolve(item.spool_path),
+        digest=item.digest,
         role=roles[item.role],
     )
 

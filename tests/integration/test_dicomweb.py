@@ -14,6 +14,7 @@ import pytest
 from gateway.delivery.destination import DestinationAway, DestinationRefuses
 from gateway.delivery.dicomweb import DicomWebPacs
 from gateway.settings import DicomWebDestination
+from storage.errors import ObjectChanged
 from tests.support import pacs
 from tests.support.outgoing import InventedResult
 
@@ -188,3 +189,17 @@ def test_nothing_listens(result: InventedResult) -> None:
     with pytest.raises(DestinationAway):
         destination.verify(result.objects("BINARY"))
     assert not destination.echo().reachable
+
+
+def test_a_file_that_was_altered_on_disk_never_leaves(result: InventedResult) -> None:
+    seg = result.image("BINARY")
+    seg.path.write_bytes(seg.path.read_bytes()[:-1])
+    requests: list[str] = []
+
+    def answer(request: BaseHTTPRequestHandler, _: bytes) -> Answer:
+        requests.append(request.path)
+        return 200, {}, b""
+
+    with _server(answer) as url, pytest.raises(ObjectChanged, match="altered or truncated"):
+        _web(url).send([seg])
+    assert requests == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pydicom
@@ -11,7 +12,7 @@ from gateway.delivery.destination import DestinationAway, DestinationRefuses, Ou
 from gateway.delivery.dimse import DimsePacs
 from gateway.errors import Permanent
 from gateway.settings import DimseDestination
-from storage.errors import ObjectMissing
+from storage.errors import ObjectChanged, ObjectMissing
 from tests.support import pacs
 from tests.support.outgoing import COMPREHENSIVE_3D_SR, InventedResult
 
@@ -176,8 +177,23 @@ def test_a_file_that_is_another_object_never_leaves(tmp_path: Path, result: Inve
     scripted = pacs.ScriptedPacs(tmp_path / "pacs")
     with pacs.scripted(scripted) as peer:
         with pytest.raises(Permanent, match="MediaStorageSOPInstanceUID"):
-            _dimse(peer).send([OutgoingObject(**{**fields, "path": other.path})])
+            _dimse(peer).send([OutgoingObject(**{**fields, "path": other.path, "digest": other.digest})])
         right.path.unlink()
         with pytest.raises(ObjectMissing, match="cannot be read"):
             _dimse(peer).send([right])
     assert scripted.received == []
+
+
+@pytest.mark.requirement("QUE-27", open="the kill -9 sweep of the workflow")
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b[:-1] + bytes([b[-1] ^ 1])])
+def test_a_file_that_was_altered_or_truncated_on_disk_never_leaves(
+    tmp_path: Path, result: InventedResult, damage: Callable[[bytes], bytes]
+) -> None:
+    seg, sr = result.objects("BINARY")
+    sr.path.write_bytes(damage(sr.path.read_bytes()))
+    scripted = pacs.ScriptedPacs(tmp_path / "pacs")
+    with pacs.scripted(scripted) as peer, pytest.raises(ObjectChanged) as caught:
+        _dimse(peer).send([seg, sr])
+    assert scripted.received == []
+    for said in (sr.sop_instance_uid, str(sr.path), "not sent", "seggate retry"):
+        assert said in str(caught.value)

@@ -22,11 +22,13 @@ from gateway.delivery.destination import (
     ObjectStatus,
     OutgoingObject,
     Verification,
+    check_file,
 )
 from gateway.delivery.dispatch import Dispatch
 from gateway.delivery.release import kind_of
 from gateway.delivery.reporting import Reporting
 from gateway.settings import DestinationSettings
+from gateway.workflows import Story
 from storage.alarms import open_alarms
 from storage.database import Database
 from storage.records import (
@@ -120,7 +122,7 @@ class House:
             delivery.kind = kinds[destination]
             return delivery.delivery_id
 
-    def attempt(self, delivery_id: str) -> dict[str, Any]:
+    def dispatch(self) -> Dispatch:
         reporting = PlainReporting(
             database=self.database,
             clients={"emr": cast(EmrClient, self.peer)},
@@ -128,7 +130,7 @@ class House:
             institution="",
             software_version="0",
         )
-        dispatch = Dispatch(
+        return Dispatch(
             database=self.database,
             settings=self.settings,
             pacs={"pacs": self.peer},
@@ -136,7 +138,14 @@ class House:
             objects_of=self.objects,
             enqueuer=self.queue,
         )
-        return dispatch.attempt(delivery_id, self.row(delivery_id).workflow_id)
+
+    def attempt(self, delivery_id: str) -> dict[str, Any]:
+        return self.dispatch().attempt(delivery_id, self.row(delivery_id).workflow_id)
+
+    def deliver(self, delivery_id: str) -> str:
+        """The whole workflow, its waits skipped."""
+        story = Story(attempts=3, wait=lambda _: None, step=lambda _, function, *arguments: function(*arguments))
+        return story.deliver(self.dispatch(), delivery_id, self.row(delivery_id).workflow_id)
 
     def objects(self, result_id: str, encoding: str) -> Sequence[OutgoingObject]:
         return [
@@ -147,6 +156,7 @@ class House:
                 series_instance_uid="1.2.3.8",
                 study_instance_uid="1.2.3",
                 path=self.folder / "seg.dcm",
+                digest="0" * 64,
                 role="SEG",
             )
         ]
@@ -296,3 +306,15 @@ def test_a_pacs_that_takes_nothing_opens_its_circuit_and_the_head_of_the_queue_w
     assert house.queue.ids == []
     assert house.destination("pacs").circuit == "open"
     assert house.alarms() == {"destination-away"}
+
+
+@pytest.mark.requirement("QUE-27", open="the kill -9 sweep of the workflow")
+def test_a_delivery_whose_file_was_altered_is_parked_with_an_alarm_that_says_what_to_do(house: House) -> None:
+    delivery = house.add("pacs")
+    (house.folder / "seg.dcm").write_bytes(b"not what was recorded")
+    house.peer.sending = lambda: check_file(house.objects("r1", "BINARY")[0])
+    assert house.deliver(delivery) == DeliveryState.PARKED
+    with house.database.reading() as session:
+        (alarm,) = open_alarms(session)
+    for said in ("pacs", "1.2.3.9", str(house.folder / "seg.dcm"), "altered or truncated", "seggate retry"):
+        assert said in alarm.message

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import pydicom
@@ -10,6 +12,7 @@ import pytest
 from gateway.delivery.destination import DestinationAway, DestinationRefuses
 from gateway.delivery.orthanc import OrthancPacs
 from gateway.settings import OrthancDestination
+from storage.errors import ObjectChanged
 from tests.support import pacs
 from tests.support.outgoing import InventedResult
 
@@ -50,6 +53,11 @@ def test_other_content_under_the_same_uid_is_never_called_verified(tmp_path: Pat
         changed = pydicom.dcmread(item.path)
         changed.SeriesDescription = "changed behind our back"
         changed.save_as(item.path)
+        with pytest.raises(ObjectChanged):  # not sent, and not held against Orthanc, which has what we wrote
+            destination.send([item])
+        with pytest.raises(ObjectChanged):
+            destination.verify([item])
+        item = replace(item, digest=hashlib.sha256(item.path.read_bytes()).hexdigest())
         # Orthanc keeps the first: the answer to sending alone would look like a success.
         assert destination.send([item])[0].meaning == "Orthanc: it was there already"
         assert destination.verify([item])[0].outcome == "differs"

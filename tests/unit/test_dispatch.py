@@ -50,6 +50,7 @@ _SEG = OutgoingObject(
     series_instance_uid="1.8",
     study_instance_uid=STUDY_UID,
     path=Path("unused"),
+    digest="0" * 64,
     role="SEG",
 )
 

@@ -29,6 +29,7 @@ def _object(uid: str, role: Role) -> OutgoingObject:
         series_instance_uid="1.2.4",
         study_instance_uid="1.2.5",
         path=Path("unused"),
+        digest="0" * 64,
         role=role,
     )
 
