@@ -7,6 +7,7 @@ queue, and what arrived meanwhile is left to assembly. Another object that diffe
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from sqlalchemy import select
@@ -15,24 +16,14 @@ from sqlalchemy.orm import Session
 from gateway import study_state, superseding
 from gateway.durable import Enqueuer
 from gateway.errors import Rejected
-from gateway.intake.evidence import object_counts
 from gateway.intake.reopening import objects_in_use
 from gateway.intake.routing import state_after_routing
 from gateway.intake.study_index import ALARM_CONFLICT, ALARM_IDENTITY
+from gateway.quarantine import objects_aside
 from gateway.retrying import resume_stopped, route_again
 from storage import alarms, ledger
 from storage.database import Database
-from storage.records import (
-    InstanceState,
-    LedgerEvent,
-    Result,
-    Study,
-    StudyState,
-    StudyVersion,
-)
-
-ASIDE = (InstanceState.QUARANTINED, InstanceState.CONFLICT, InstanceState.REPLACED)
-"""Objects that are kept but not used."""
+from storage.records import LedgerEvent, Result, Study, StudyState, StudyVersion
 
 _RELEASED = "quarantine-released"
 _UNDER_WAY = (StudyState.WHOLE, StudyState.PROCESSING)
@@ -79,8 +70,7 @@ def release_quarantine(
                 routing = 1
         session.flush()
         study_state.refresh(session, study_instance_uid)
-        counts = object_counts(session, study_instance_uid)
-        aside = {str(state): counts[state] for state in ASIDE if counts.get(state)}
+        aside = Counter(str(instance.state) for instance in objects_aside(session, study_instance_uid))
         subject = ledger.study_subject(study_instance_uid)
         detail = {
             "reason": reason,
@@ -98,7 +88,7 @@ def release_quarantine(
         return Released(
             study_instance_uid=study_instance_uid,
             state=str(study.state),
-            objects_aside=sum(aside.values()),
+            objects_aside=aside.total(),
             routing=routing,
             results=results,
             deliveries=deliveries,
