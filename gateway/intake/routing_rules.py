@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 from zoneinfo import ZoneInfo
 
+from gateway.intake.attribute_values import ValueUnreadable, date_text, seconds_of_day
 from gateway.intake.attributes import (
     AGE,
     DATE,
@@ -26,10 +27,7 @@ from gateway.intake.attributes import (
     WEEKDAYS,
     Attribute,
     AttributeUnknown,
-    ValueUnreadable,
-    date_text,
     parse_attribute,
-    seconds_of_day,
 )
 from gateway.intake.conditions import OPERATORS, Condition, Group, operators_for
 

@@ -12,7 +12,7 @@ import pytest
 from pydicom.dataset import Dataset
 from sqlalchemy import select
 
-from gateway.intake.attributes import InstanceFacts, SeriesHeaders
+from gateway.intake.attribute_values import InstanceFacts, SeriesHeaders
 from gateway.intake.errors import IntakeRejected
 from gateway.intake.routes_file import ALARM_BROKEN, RoutesFile
 from gateway.intake.routing import ALARM_REVIEW, SeriesDecision, Verdict, route, route_version
