@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -30,6 +31,7 @@ from gateway.intake.assembly import Assembly
 from gateway.intake.expected_count import ExpectedCounts
 from gateway.intake.header import read_header
 from gateway.intake.routes_file import RoutesFile
+from gateway.intake.routing_rules import RulesInvalid
 from gateway.model_shelf import ModelShelf
 from gateway.results.encoding import Encoding
 from gateway.results.inference import Inference
@@ -61,7 +63,7 @@ def run_worker(settings: Settings, *, stop: threading.Event, boundary: Boundary 
     encoding = Encoding(
         database=database, spool=spool, shelf=shelf, settings=settings, software_version=software_version()
     )
-    routes = RoutesFile(settings.routes_file, database)
+    routes = RoutesFile(settings.routes_file, database, serves=shelf.serves)
 
     # Objects never change: what assembly read for the slice gaps, routing need not read again.
     @lru_cache(maxsize=_HEADERS_KEPT)
@@ -98,6 +100,8 @@ def run_worker(settings: Settings, *, stop: threading.Event, boundary: Boundary 
         _log.info("models loaded", models=shelf.warm())
     except StorageError as error:
         _log.error("a model could not be loaded; studies for it will be parked", error=str(error))
+    with contextlib.suppress(RulesInvalid):  # alarmed already; without any good rules a study is parked
+        routes.current()
     rehearse()
     durable.launch(queues=[(STUDIES, 2), (INFERENCE, worker.concurrency)], poll_s=worker.poll_s)
     heartbeat.take_over()

@@ -12,7 +12,7 @@ from engine.bundle import Bundle, load_bundle
 from engine.errors import EngineError
 from engine.predictor import Prediction, Predictor
 from engine.volume import Geometry, Volume
-from storage.errors import ModelChanged, StorageError
+from storage.errors import ModelChanged, ModelMissing, StorageError
 from storage.models import ModelRegistry, RegisteredModel
 
 _log = structlog.get_logger(__name__)
@@ -45,6 +45,14 @@ class ModelShelf:
             model = self._registry.champion(name)
             self._champions[name] = (time.monotonic(), model)
             return model
+
+    def serves(self, name: str) -> bool:
+        """Whether a version of the model serves now."""
+        try:
+            self.champion(name)
+        except ModelMissing:
+            return False
+        return True
 
     def version(self, name: str, semver: str) -> RegisteredModel:
         return self._registry.get(name, semver)
