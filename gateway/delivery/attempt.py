@@ -24,6 +24,7 @@ from gateway.delivery.status import concerns_the_class
 from gateway.settings import PacsDestination
 from storage.records import DeliveryState, utc_now
 
+DESTINATION_REFUSES, FALLBACK_ENCODING = "destination-refuses", "fallback-encoding"
 QUERY_REFUSES = "query-refuses"
 """Alarm: objects are taken, but asking for them is not allowed; cleared by the next delivery that is verified."""
 
@@ -123,7 +124,7 @@ class _Run:
             self._state = advance(self._state, error, now=self._clock(), settings=self._settings)
             if isinstance(error, DestinationRefuses):
                 self._alarm(
-                    QUERY_REFUSES if self._asking else "destination-refuses",
+                    QUERY_REFUSES if self._asking else DESTINATION_REFUSES,
                     f"destination:{self._destination.name}",
                     f"{error}. Results wait and go out by themselves once it is settled.",
                 )
@@ -193,7 +194,7 @@ class _Run:
             self._learned = self._learned.learn(encoding, "refused", why, now)
         following = self._learned.choose(self._settings.encodings, now, refused=self._state.refused)
         self._alarm(
-            "fallback-encoding",
+            FALLBACK_ENCODING,
             f"destination:{self._destination.name}:{encoding}",
             f"{self._destination.name} does not take {encoding} ({why}); {following} is sent instead.",
         )

@@ -83,7 +83,7 @@ class ObjectProgress:
 @dataclass(frozen=True, kw_only=True)
 class LadderState:
     """One delivery. `since` starts the clock of give_up_after_s; `overdue` counts attempts in a row that failed after
-    it; `failures` counts attempts in a row without progress.
+    it; `failures` counts attempts in a row without progress. `address` is the digest of where it was sent.
 
     `reason` says in words why it is not further, or what is worth knowing of a finished one.
     """
@@ -99,6 +99,7 @@ class LadderState:
     overdue: int = 0
     since: datetime
     next_attempt_at: datetime | None
+    address: str | None = None
 
     @classmethod
     def new(cls, delivery_id: str, now: datetime) -> LadderState:
@@ -187,6 +188,11 @@ def requeue(state: LadderState, now: datetime) -> LadderState:
         since=now,
         next_attempt_at=now,
     )
+
+
+def elsewhere(state: LadderState, now: datetime) -> LadderState:
+    """For a destination that is at another address now: nothing of what is known holds there."""
+    return replace(LadderState.new(state.delivery_id, now), attempts=state.attempts)
 
 
 def prepared(state: LadderState, encoding: str, objects: Sequence[OutgoingObject]) -> LadderState:

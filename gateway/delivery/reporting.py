@@ -24,7 +24,8 @@ from emr.receipt import ReportReceipt
 from emr.report import build_bundle
 from engine.bundle import Bundle
 from gateway import quarantine, study_state
-from gateway.delivery.bookkeeping import cut_short, destination_row, note_contact, record_delivery, withheld_words
+from gateway.delivery.bookkeeping import cut_short, record_delivery, withheld_words
+from gateway.delivery.contact import destination_row, note_contact
 from gateway.delivery.retry import backoff_s, overdue_attempts, patience_ended
 from gateway.errors import Permanent
 from gateway.settings import FhirDestination
@@ -118,7 +119,7 @@ class Reporting:
                 {"attempts": delivery.attempts, "report_id": receipt.report_id, "how": receipt.how, "entries": entries}
             ]
             result.report_id = receipt.report_id
-            note_contact(session, destination_row(session, destination.name), away=False, reason="")
+            note_contact(session, destination_row(session, destination), away=False, reason="")
             clear_alarms(session, kind="report-held", subject=f"delivery:{delivery_id}", by="gateway")
             record_delivery(session, result, delivery, {"report_id": receipt.report_id, "how": receipt.how})
             session.flush()
@@ -149,7 +150,7 @@ class Reporting:
                 kept.get("overdue", 0), queued_at, now, give_up_after_s=destination.give_up_after_s
             )
             delivery.objects = [{"attempts": known, "overdue": overdue}]
-            note_contact(session, destination_row(session, destination.name), away=away, reason=str(error))
+            note_contact(session, destination_row(session, destination), away=away, reason=str(error))
             if delivery.state != DeliveryState.QUEUED or result.state == ResultState.SUPERSEDED:
                 return self._withheld(session, delivery, result)
             if patience_ended(overdue):
