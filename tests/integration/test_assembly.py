@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from storage.alarms import open_alarms
 from storage.database import Database
 from storage.records import Association, Instance, InstanceState, Series, Study, StudyState, StudyVersion
 from storage.spool import study_key
-from tests.support.databases import KINDS, empty_database
 
 T0 = datetime(2026, 3, 2, 12, 0, tzinfo=UTC)
 STUDY = "1.2.840.1"
@@ -164,12 +162,6 @@ class Ward:
     def set_state(self, state: StudyState) -> None:
         with self.database.session() as session:
             session.get_one(Study, STUDY).state = state
-
-
-@pytest.fixture(params=KINDS)
-def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
-    with empty_database(request.param, tmp_path) as database:
-        yield database
 
 
 @pytest.fixture

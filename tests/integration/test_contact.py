@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from sqlalchemy import select, text
@@ -16,25 +14,9 @@ from gateway.settings import DicomWebDestination, DimseDestination
 from storage.alarms import open_alarms, raise_alarm
 from storage.database import Database
 from storage.records import DestinationState
-from tests.support.postgresql import postgresql
 from tests.support.waiting import PATIENCE_S, wait_until
 
 _PACS = DimseDestination(name="pacs", ae_title="PACS", host="192.0.2.1", port=104)
-
-
-@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.peer("postgresql"))])
-def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
-    if request.param == "sqlite":
-        database = Database(f"sqlite:///{tmp_path / 'test.sqlite'}")
-        database.create_all()
-        yield database
-        database.close()
-        return
-    with postgresql() as url:
-        database = Database(url)
-        database.create_all()
-        yield database
-        database.close()
 
 
 @pytest.mark.requirement("QUE-29", open="rate cap; urgent first in the drain; an outage of hours")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,6 @@ from storage.records import (
 )
 from storage.records import RuleSet as RuleSetRecord
 from storage.spool import study_key
-from tests.support.databases import KINDS, empty_database
 
 SHIPPED = Path(__file__).resolve().parents[2] / "config" / "routes.toml"
 STUDY = "1.2.3"
@@ -46,12 +45,6 @@ MR_RULE = CT_RULE.replace('"ct"', '"mr"').replace("ct-liver", "mr-brain").replac
 THIN_RULE = (
     '[[rules]]\nname = "thin"\nmodel = "thin"\nwhen.all = [{ attribute = "SliceThickness", op = "range", max = 2 }]\n'
 )
-
-
-@pytest.fixture(params=KINDS)
-def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
-    with empty_database(request.param, tmp_path) as database:
-        yield database
 
 
 class Shelf:
@@ -86,15 +79,15 @@ class Shelf:
                         series_description=first.get("SeriesDescription"),
                     )
                 )  # fmt: skip
-                for n, found in enumerate(headers):
+                for found in headers:
                     object_id = f"{len(self.headers):032x}"
                     object_ids.append(object_id)
                     self.headers[object_id] = found
                     session.add(
                         Instance(
                             object_id=object_id, study_instance_uid=STUDY, series_instance_uid=uid,
-                            sop_instance_uid=f"{uid}.{n}", state=InstanceState.CURRENT, digest="0" * 64, size_bytes=1,
-                            spool_path=object_id, received_at=NOW, association_id="a", calling_ae="MR1",
+                            sop_instance_uid=f"1.2.9.{len(object_ids)}", state=InstanceState.CURRENT, digest="0" * 64,
+                            size_bytes=1, spool_path=object_id, received_at=NOW, association_id="a", calling_ae="MR1",
                             called_ae="SEGGATE", peer_address="192.0.2.1",
                         )
                     )  # fmt: skip
