@@ -55,6 +55,9 @@ def test_a_quarantined_study_waits_for_a_person_and_goes_on_where_it_stood(gatew
     listed = json.loads(_seggate(gateway, "studies", "--state", "quarantined", "--json").stdout)
     assert [row["study_uid"] for row in listed] == [study.uid]
 
+    refused = _seggate(gateway, "retry", study.uid)
+    assert (refused.exit_code, "it is quarantined; seggate release" in refused.stderr) == (1, True)
+
     # Released while no worker runs: the next one finds it.
     gateway.end("worker")
     ran = _seggate(gateway, "release", study.uid, "--reason", _WHY, "--json")
