@@ -35,7 +35,7 @@ _MEANING: tuple[tuple[type[BaseException], type[GatewayError]], ...] = (
     (engine.errors.ParityFailed, Permanent),
     (engine.errors.MemoryExceeded, Permanent),
     (engine.errors.BackendFailed, Transient),
-    (emr.errors.Unavailable, Transient),
+    (emr.errors.TryLater, Transient),
     (emr.errors.Refused, Permanent),
     (emr.errors.PatientNotResolved, Permanent),
     (gateway.intake.errors.IntakeRejected, Rejected),
