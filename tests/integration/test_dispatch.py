@@ -275,7 +275,7 @@ def test_a_withheld_delivery_says_that_an_attempt_was_cut_short(house: House, de
     )
 
 
-@pytest.mark.requirement("QUE-29", open="rate cap, order of the backlog")
+@pytest.mark.requirement("QUE-29", open="rate cap; urgent first in the drain; an outage of hours")
 @pytest.mark.parametrize(
     ("error", "alarms"),
     [
@@ -322,7 +322,7 @@ def test_a_pacs_that_takes_nothing_opens_its_circuit_and_the_head_of_the_queue_w
     assert house.alarms() == {"destination-away"}
 
 
-@pytest.mark.requirement("QUE-27", open="the kill -9 sweep of the workflow")
+@pytest.mark.requirement("QUE-27")
 def test_a_delivery_whose_file_was_altered_is_parked_with_an_alarm_that_says_what_to_do(house: House) -> None:
     delivery = house.add("pacs")
     (house.folder / "seg.dcm").write_bytes(b"not what was recorded")

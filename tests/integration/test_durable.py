@@ -93,6 +93,7 @@ def lines(folder: Path) -> list[str]:
     return (folder / "lines").read_text().splitlines()
 
 
+@pytest.mark.requirement("EMR-48")
 def test_a_change_and_the_work_it_makes_due_are_committed_together(
     database: Database, enqueuer: durable.Enqueuer
 ) -> None:
@@ -104,6 +105,7 @@ def test_a_change_and_the_work_it_makes_due_are_committed_together(
         assert session.get(Study, STUDY_UID) is not None
 
 
+@pytest.mark.requirement("EMR-48")
 def test_a_change_that_is_rolled_back_leaves_no_work(database: Database, enqueuer: durable.Enqueuer) -> None:
     def change() -> None:
         with database.session() as session:

@@ -240,7 +240,7 @@ def test_for_a_study_quarantined_meanwhile_nothing_is_queued(ward: Ward) -> None
     assert ward.study() == (StudyState.QUARANTINED, "two patients")
 
 
-@pytest.mark.requirement("CMP-17", open="withdrawn in the PACS")
+@pytest.mark.requirement("CMP-17", open="withdrawal of the old result in the PACS")
 def test_a_version_that_the_model_may_not_run_on_supersedes_the_released_result(ward: Ward) -> None:
     ward.shelf.bundles["organs"] = replace(ward.shelf.default, contract=replace(_CONTRACT, modalities=("MR",)))
     with ward.database.session() as session:
@@ -261,6 +261,7 @@ def test_a_version_that_the_model_may_not_run_on_supersedes_the_released_result(
     assert old_reasons["other"].endswith("no rule sends the series to the model")
 
 
+@pytest.mark.requirement("INF-37")
 def test_a_model_of_two_channels_is_not_run_and_says_so(ward: Ward) -> None:
     ward.route("organs")
     channels = (Channel(index=0, name="T1"), Channel(index=1, name="T2"))

@@ -74,7 +74,7 @@ def test_written_bundle_reads_back_equal_and_byte_for_byte_the_same(root: Path, 
     assert again.configurations[0].folds[0].file.is_file()
 
 
-@pytest.mark.requirement("INF-35", open="the digest in results, the runtime and the registry's state")
+@pytest.mark.requirement("INF-35", open="licence enforced, GPU named")
 def test_digests_name_weights_and_configuration_apart(root: Path) -> None:
     before = load_bundle(root)
     lines = sorted(
@@ -96,7 +96,7 @@ def test_digests_name_weights_and_configuration_apart(root: Path) -> None:
     assert load_bundle(root).configuration_digest != stepped.configuration_digest
 
 
-@pytest.mark.requirement("INF-35", open="the digest in results, the runtime and the registry's state")
+@pytest.mark.requirement("INF-35", open="licence enforced, GPU named")
 @pytest.mark.parametrize("name", ["3d_fullres/fold_0.onnx", "plans.json", "dataset.json", "fingerprint.json"])
 def test_one_changed_byte_in_any_file_is_refused(root: Path, name: str) -> None:
     data = bytearray((root / name).read_bytes())

@@ -15,7 +15,7 @@ def _header(**values: str) -> Dataset:
     return header
 
 
-@pytest.mark.requirement("OUT-39", open="OHIF, writer failures")
+@pytest.mark.requirement("OUT-39", open="rendering in OHIF")
 def test_an_empty_identity_of_the_first_slice_is_filled_from_a_later_one() -> None:
     headers = [_header(PatientID="", StudyID="7"), _header(PatientName="Ärztin^Änne"), _header(PatientID="P1")]
     header = _identified(headers)

@@ -41,7 +41,7 @@ LOWRES = TrainedModel(name="3d_lowres", spacing=(4.0, 2.0, 2.0))
 CASCADE = TrainedModel(name="3d_cascade_fullres", previous_stage="3d_lowres", extra_channels=2)
 
 
-@pytest.mark.requirement("ART-13", open="GPU")
+@pytest.mark.requirement("ART-13", open="a GPU")
 @pytest.mark.parametrize(
     "model",
     [TrainedModel(), RESIDUAL, TWO_D, replace(TWO_D, network="ResidualEncoderUNet"), REGIONS, CHANNELS, IGNORE],
@@ -238,7 +238,7 @@ def test_a_malformed_version_is_refused_before_the_model_is_read(
         import_model(tmp_path / "any", tmp_path / "bundle", semver="1.0.0-rc.1")
 
 
-@pytest.mark.requirement("ART-13", open="GPU")
+@pytest.mark.requirement("ART-13", open="a GPU")
 @pytest.mark.peer("shared-data")
 def test_demo_model_is_what_nnunets_own_folder_gives_and_the_zip_gives_the_same(tmp_path: Path) -> None:
     models = shared_root() / "models"

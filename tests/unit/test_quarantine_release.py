@@ -227,7 +227,7 @@ def test_a_workflow_that_still_waits_is_not_queued_twice(database: Database) -> 
     assert queue.calls == []
 
 
-@pytest.mark.requirement("CMP-17", open="withdrawn in the PACS")
+@pytest.mark.requirement("CMP-17", open="withdrawal of the old result in the PACS")
 def test_objects_that_came_meanwhile_open_the_study_and_the_older_version_goes_on(database: Database) -> None:
     queue = NotedQueue()
     with database.session() as session:

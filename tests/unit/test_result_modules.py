@@ -60,7 +60,7 @@ CASES = [
 ]
 
 
-@pytest.mark.requirement("OUT-39", open="the mask kept for encoding again is the workflow's")
+@pytest.mark.requirement("OUT-39")
 @pytest.mark.usefixtures("host_in_tokyo")
 @pytest.mark.parametrize(("offset", "date", "at", "zone"), CASES)
 def test_dates_are_in_the_zone_of_the_source_or_else_of_the_host(

@@ -76,7 +76,7 @@ def alarms(database: Database) -> set[str]:
         return {a.kind for a in open_alarms(session)} - {"no-destination"}
 
 
-@pytest.mark.requirement("CMP-17", open="withdrawn in the PACS")
+@pytest.mark.requirement("CMP-17", open="withdrawal of the old result in the PACS")
 def test_the_third_version_refers_to_the_released_first_and_not_to_the_held_second(database: Database) -> None:
     with database.session() as session:
         add_versions(session, 3)
@@ -89,7 +89,7 @@ def test_the_third_version_refers_to_the_released_first_and_not_to_the_held_seco
     assert emr_delivery(database) == ("withheld", "replaced by result v3")
 
 
-@pytest.mark.requirement("CMP-17", open="withdrawn in the PACS")
+@pytest.mark.requirement("CMP-17", open="withdrawal of the old result in the PACS")
 def test_a_held_version_supersedes_without_replacement_and_the_next_still_refers_to_the_first(
     database: Database,
 ) -> None:
@@ -160,7 +160,7 @@ def test_results_of_other_series_and_models_are_left_alone(database: Database) -
     assert states(database) == {"other model": "released", "other series": "released", "v2": "released"}
 
 
-@pytest.mark.requirement("CMP-17", open="withdrawn in the PACS")
+@pytest.mark.requirement("CMP-17", open="withdrawal of the old result in the PACS")
 def test_a_version_that_no_rule_wants_supersedes_what_was_released(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -131,7 +131,7 @@ def test_pauses_between_attempts_are_capped_at_a_minute() -> None:
     assert engine.waits == [2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0]
 
 
-@pytest.mark.requirement("QUE-29", open="rate cap; urgent first in the drain; see test_attempt.py")
+@pytest.mark.requirement("QUE-29", open="rate cap; urgent first in the drain; an outage of hours")
 def test_a_delivery_is_attempted_until_it_says_that_nothing_is_left() -> None:
     engine = Engine()
     steps = Steps(
