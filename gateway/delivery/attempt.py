@@ -151,9 +151,11 @@ class _Run:
             return
         self._verify([o for o in objects if self._unclear(o)])
         unsent = [o for o in objects if self._rung(o) is Rung.QUEUED]
-        if unsent:
+        # A report does not leave without its image, which may just have turned out to be another one there.
+        if unsent and all(self._rung(o) is not Rung.REFUSED for o in objects):
             statuses = self._destination.send(unsent)
-            self._answered = True
+            # Only broken off: it is there, but what takes objects has not answered.
+            self._answered = self._answered or any(s.outcome != "unknown" for s in statuses)
             self._state = heard(self._state, statuses)
             self._learn(encoding, unsent, statuses)
         if all(self._rung(o) in (Rung.STORED, Rung.VERIFIED) for o in objects):

@@ -53,6 +53,13 @@ class DestinationRefuses(Transient):
     """
 
 
+class CredentialsMissing(DestinationRefuses):
+    """This gateway's own half is missing (a file with a token, a password or certificates), so nobody was contacted.
+
+    Transient as well: such files are replaced while the gateway runs.
+    """
+
+
 @dataclass(frozen=True, kw_only=True)
 class OutgoingObject:
     """A DICOM file that is sent as it is: `path` holds preamble, file meta information and data set (PS3.10).
@@ -143,13 +150,6 @@ class Destination(Protocol):
 
     @property
     def name(self) -> str: ...
-
-    def capability(self) -> Capability:
-        """What it takes, as far as it can be asked without storing anything.
-
-        Raises DestinationAway, DestinationRefuses.
-        """
-        ...
 
     def send(self, objects: Sequence[OutgoingObject]) -> tuple[ObjectStatus, ...]:
         """Send in the given order over one connection and stop after the first object that was not stored.
