@@ -14,12 +14,14 @@ from sqlalchemy import select
 
 from emr.client import EmrClient, EmrEndpoint
 from emr.content import ReportContent
+from emr.errors import Misconfigured
 from emr.exchange import open_http
 from engine.bundle import Bundle
+from gateway.app import emr_clients
 from gateway.delivery.dispatch import Dispatch
 from gateway.delivery.reporting import Reporting
 from gateway.errors import Permanent
-from gateway.settings import DestinationSettings
+from gateway.settings import DestinationSettings, Settings
 from storage.alarms import open_alarms
 from storage.database import Database
 from storage.records import (
@@ -180,6 +182,24 @@ def test_a_transaction_that_is_not_let_in_waits_without_holding_up_the_others(ho
     assert house.attempt()["state"] == DeliveryState.VERIFIED
     assert house.alarms() == {}
     assert house.emr.count("DiagnosticReport") == 2
+
+
+@pytest.mark.parametrize("auth", ["token", "basic"])
+def test_an_expired_secret_is_replaced_in_its_file_without_a_restart(house: House, tmp_path: Path, auth: str) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("expired\n")
+    files = {"token_file": secret} if auth == "token" else {"username": "gateway", "password_file": secret}
+    fhir = {"name": "emr", "url": house.emr.base_url, "patient_identifier_system": PATIENT_SYSTEM, "auth": auth}
+    settings = Settings.model_construct(destinations=DestinationSettings.model_validate({"fhir": [{**fhir, **files}]}))
+    client = emr_clients(settings)["emr"]
+    secret.unlink()  # just being replaced
+    house.emr.fail(401, path="/fhir/metadata")
+    with pytest.raises(Misconfigured, match="cannot read"):
+        client.send(report_content(2))
+    secret.write_text("renewed\n")
+    house.emr.fail(401, path="/fhir/metadata")
+    assert client.send(report_content(2)).created
+    client.close()
 
 
 def test_an_emr_that_is_never_set_up_parks_the_report_when_the_patience_is_over(house: House) -> None:
