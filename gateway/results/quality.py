@@ -25,10 +25,11 @@ import enum
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, get_args
 
 from engine.bundle import Bundle
 from engine.manifest import LabelSpec
+from gateway.settings import QualityCheck
 
 
 class Verdict(enum.StrEnum):
@@ -38,18 +39,7 @@ class Verdict(enum.StrEnum):
 
 
 _ORDER = (Verdict.PASS, Verdict.REVIEW, Verdict.HOLD)
-CHECKS = (
-    "empty",
-    "volume",
-    "border",
-    "components",
-    "laterality",
-    "pair",
-    "confidence",
-    "fold-agreement",
-    "mirror-agreement",
-    "source",
-)
+CHECKS: tuple[str, ...] = get_args(QualityCheck)
 
 
 @dataclass(frozen=True, kw_only=True)
