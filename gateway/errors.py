@@ -61,3 +61,8 @@ def meaning(error: BaseException) -> type[GatewayError]:
         if isinstance(error, known):
             return verdict
     return Permanent
+
+
+def is_of_the_machine(error: BaseException) -> bool:
+    """Whether disk or database is what fails: all work waits until they are back, and none of it is parked for that."""
+    return isinstance(error, storage.errors.SpoolFull | storage.errors.SpoolUnsafe | storage.errors.DatabaseAway)

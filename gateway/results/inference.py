@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,13 +17,14 @@ from engine.predictor import Prediction
 from engine.segment_statistics import SegmentStatistics
 from engine.volume import LabelMap
 from gateway import quarantine
-from gateway.errors import Permanent, Rejected
+from gateway.disk_space import alarmed_when_full
+from gateway.errors import Permanent, Rejected, is_of_the_machine
 from gateway.model_shelf import ModelShelf
 from gateway.results.orders import series_files
 from gateway.results.series import SeriesPart, decode, read_series
 from storage import ledger
 from storage.database import Database
-from storage.errors import ObjectMissing
+from storage.errors import ObjectMissing, StorageError
 from storage.records import Result, ResultState, Study, StudyVersion, utc_now
 from storage.spool import Spool
 
@@ -84,7 +86,13 @@ class Inference:
             raise Permanent(f"inference was begun {self._attempts} times and never finished; see the worker's log")
         self._busy(result_id)
         try:
-            return self._run(result_id, files)
+            with alarmed_when_full(self._database):
+                return self._run(result_id, files)
+        except StorageError as error:
+            if is_of_the_machine(error):  # waited for however long, so such a beginning does not count
+                with self._database.session() as session:
+                    session.get_one(Result, result_id).attempts -= 1
+            raise
         finally:
             self._idle(result_id)
 
@@ -100,6 +108,8 @@ class Inference:
         headers_s = time.monotonic() - began
         # Before a pixel is decoded: what does not fit must not take the worker's memory first.
         self._shelf.check_memory(model, headers.geometry, budget_bytes=self._memory_budget_bytes)
+        # Or else a model would run each time only to find no room for its labels.
+        self._spool.check_room(math.prod(headers.geometry.shape))
         began = time.monotonic()
         part = decode(headers)
         if part.volume is None:
@@ -147,10 +157,14 @@ def select_part(parts: tuple[SeriesPart, ...], key: str) -> SeriesPart:
 
 
 def load_labels(spool: Spool, result: Result) -> NDArray[np.uint8] | NDArray[np.uint16]:
-    """The label array (Z, Y, X) of a result, in the order of the series' slices."""
+    """The label array (Z, Y, X) of a result, in the order of the series' slices.
+
+    Raises ObjectMissing, ObjectChanged when the file no longer has the bytes that were written.
+    """
     if result.runtime is None:
         raise ObjectMissing(f"result {result.result_id} has no labels yet")
-    with np.load(spool.resolve(result.runtime["labels"]["path"]), allow_pickle=False) as archive:
+    file = result.runtime["labels"]
+    with np.load(spool.unchanged(file["path"], file["sha256"]), allow_pickle=False) as archive:
         labels: NDArray[np.uint8] | NDArray[np.uint16] = archive["labels"]
     return labels
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +23,9 @@ from gateway.model_shelf import ModelShelf
 from gateway.results import inference as step
 from gateway.results.inference import Inference
 from gateway.results.series import read_series
+from storage.alarms import open_alarms
 from storage.database import Database
+from storage.errors import ObjectChanged, SpoolFull
 from storage.models import ModelRegistry, RegisteredModel
 from storage.records import LedgerEvent, Result, ResultState, StudyState
 from storage.spool import Spool
@@ -170,3 +175,56 @@ def test_statistics_name_the_centre_of_a_segment_in_the_patient_and_the_missing_
     anterior, posterior = result.measurements
     assert anterior["centroid_lps_mm"] == pytest.approx(centre[:3], abs=1e-3)
     assert posterior["centroid_lps_mm"] is None
+
+
+@pytest.mark.requirement("QUE-27")
+@pytest.mark.parametrize("before_the_model_runs", [True, False])
+def test_without_room_on_the_disk_a_result_waits_with_an_alarm_and_goes_on_when_there_is_some(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before_the_model_runs: bool
+) -> None:
+    series = write_series(tmp_path / "series", modality="MR", spacing_mm=(1.0, 1.0, 1.0), shape=(24, 40, 40))
+    ordered(database, monkeypatch, tuple(series.files))
+    shelf = ModelShelf(cast(ModelRegistry, _Registry()), device="cpu")
+    runs = 0
+    predicted = shelf.predict
+
+    def counted(*arguments: Any, **named: Any) -> Prediction:
+        nonlocal runs
+        runs += 1
+        return predicted(*arguments, **named)
+
+    def full(*_: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(shelf, "predict", counted)
+    work = inference(database, tmp_path / "spool", attempts=2, shelf=shelf)
+    with monkeypatch.context() as patch:
+        if before_the_model_runs:
+            patch.setattr(Spool, "free_bytes", lambda _: 24 * 40 * 40 - 1)
+        else:
+            patch.setattr(os, "link", full)
+        for _ in range(4):  # more often than an inference may be begun
+            with pytest.raises(SpoolFull):
+                work.infer("r1")
+    assert runs == (0 if before_the_model_runs else 4)
+    with database.reading() as session:
+        (alarm,) = open_alarms(session)
+        assert (alarm.kind, alarm.count) == ("spool-full", 4)
+        assert "go on by themselves" in alarm.message
+    assert work.infer("r1") == "inferred"
+    with database.reading() as session:
+        assert list(open_alarms(session)) == []
+
+
+def test_labels_that_were_altered_on_disk_are_not_encoded(tmp_path: Path) -> None:
+    spool = prepared(tmp_path / "spool")
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, labels=np.ones((2, 3, 4), np.uint8))
+    path, digest = spool.store_result_file("a" * 32, "r1", "labels.npz", buffer.getvalue())
+    result = Result(result_id="r1", runtime={"labels": {"path": path, "sha256": digest}})
+    assert step.load_labels(spool, result).shape == (2, 3, 4)
+    other = io.BytesIO()
+    np.savez_compressed(other, labels=np.zeros((2, 3, 4), np.uint8))
+    (spool.root / path).write_bytes(other.getvalue())
+    with pytest.raises(ObjectChanged, match="altered"):
+        step.load_labels(spool, result)

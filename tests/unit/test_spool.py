@@ -239,6 +239,22 @@ def test_result_file_is_written_once(spool: Spool) -> None:
     assert left_in_tmp(spool) == []
 
 
+def test_a_result_file_that_was_altered_or_truncated_is_not_used(spool: Spool) -> None:
+    path, digest = spool.store_result_file("a" * 32, "r1", "labels.npz", b"labels")
+    assert spool.unchanged(path, digest).read_bytes() == b"labels"
+    for other in (b"label", b"lapels"):
+        (spool.root / path).write_bytes(other)
+        with pytest.raises(ObjectChanged, match=r"labels\.npz was altered or truncated.*backup"):
+            spool.unchanged(path, digest)
+
+
+def test_a_result_that_would_not_fit_is_refused_with_the_numbers(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Spool, "free_bytes", lambda _: 5 << 20)
+    spool.check_room(5 << 20)
+    with pytest.raises(SpoolFull, match=r"5 MB free, a result may take 6 MB"):
+        spool.check_room(6 << 20)
+
+
 @pytest.mark.parametrize("name", ["../x", "a/b", "", ".hidden"])
 def test_result_name_cannot_leave_its_folder(spool: Spool, name: str) -> None:
     with pytest.raises(ValueError, match="part of a path"):

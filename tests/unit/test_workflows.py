@@ -10,6 +10,7 @@ import pytest
 from engine.errors import BackendFailed, InputRejected
 from gateway.errors import Permanent, Transient
 from gateway.workflows import Story
+from storage.errors import DatabaseAway, SpoolFull, SpoolUnsafe
 
 
 class Steps:
@@ -100,6 +101,15 @@ def test_a_transient_failure_that_stays_is_parked_with_step_and_reason() -> None
     assert steps.names == ["infer", "judge", "encode", "encode", "encode", "park_result"]
     assert steps.calls[-1] == ("park_result", "r1", "encode", "Transient: disk is full")
     assert engine.waits == [2.0, 4.0]
+
+
+@pytest.mark.requirement("QUE-27")
+@pytest.mark.parametrize("error", [SpoolFull("no space"), SpoolUnsafe("read-only"), DatabaseAway("locked")])
+def test_a_result_waits_for_disk_and_database_however_long_and_goes_on(error: Exception) -> None:
+    engine = Engine(attempts=3)
+    steps = Steps(**(RESULT | {"encode": [*[error] * 20, "encoded"]}))
+    assert engine.story.make_result(steps, "r1") == "released"
+    assert engine.waits == [2.0, 4.0, 8.0, 16.0, 32.0, *[60.0] * 15]
 
 
 @pytest.mark.parametrize(
