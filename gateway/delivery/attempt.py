@@ -144,7 +144,8 @@ class _Run:
 
     def _deliver(self, encoding: str) -> None:
         """Ask where it is unknown, send what is not there, read back what was stored; then judge."""
-        objects = [o for o in self._objects_by_encoding(encoding) if o.role != "SR" or self._settings.send_sr]
+        reports = () if self._settings.send_sr else ("SR", "notice")
+        objects = [o for o in self._objects_by_encoding(encoding) if o.role not in reports]
         self._state = prepared(self._state, encoding, objects)
         if not objects:
             self._state = withhold(self._state, "nothing to send: the only object is a report and send_sr is false")

@@ -258,7 +258,7 @@ def settled(state: LadderState, now: datetime, settings: PacsDestination) -> Lad
                 next_attempt_at=now,
             )
         if item.rung is Rung.REFUSED:
-            hint = "; set send_sr = false if this destination takes no reports" if item.role == "SR" else ""
+            hint = "; set send_sr = false if this destination takes no reports" if item.role in ("SR", "notice") else ""
             return park(state, f"{item.role} is refused: {item.meaning}{hint}")
     if current and all(o.rung is Rung.VERIFIED for o in current):
         return replace(

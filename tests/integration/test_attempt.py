@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 from gateway.delivery.attempt import Attempted, attempt
 from gateway.delivery.capability import Learned
-from gateway.delivery.destination import Found, ObjectStatus, OutgoingObject, Verification
+from gateway.delivery.destination import Found, ObjectStatus, OutgoingObject, Role, Verification
 from gateway.delivery.dimse import DimsePacs
 from gateway.delivery.ladder import LadderState, Rung, heard, prepared, requeue
 from gateway.delivery.orthanc import OrthancPacs
@@ -280,6 +281,18 @@ def test_a_report_does_not_leave_where_other_content_is_found_under_the_uid_of_i
     state = heard(prepared(LadderState.new("d1", utc_now()), "BINARY", [seg, sr]), broken_off)
     outcome = attempt(scripted_pacs, settings, result.objects, state, learned=Learned())
     assert outcome.state.state is DeliveryState.PARKED
+    assert scripted_pacs.sent == []
+
+
+@pytest.mark.parametrize("role", ["SR", "notice"])
+def test_a_pacs_that_takes_no_reports_gets_no_notice_of_a_held_result_either(
+    scripted_pacs: Scripted, result: InventedResult, role: Role
+) -> None:
+    settings = scripted_pacs._settings.model_copy(update={"send_sr": False})
+    report = replace(result.report("BINARY"), role=role)
+    state = LadderState.new("d1", utc_now())
+    outcome = attempt(scripted_pacs, settings, lambda _: [report], state, learned=Learned())
+    assert (outcome.state.state, outcome.state.finished) == (DeliveryState.WITHHELD, True)
     assert scripted_pacs.sent == []
 
 
