@@ -27,7 +27,7 @@ import psutil
 from gateway.demo.stage import free_ports
 from gateway.demo.synthetic_study import write_synthetic_study
 from gateway.sending import send_files
-from gateway.settings import PeerAddress
+from gateway.setting_types import PeerAddress
 
 
 def main() -> int:

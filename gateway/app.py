@@ -26,6 +26,7 @@ from gateway.delivery.dispatch import Dispatch, awaited_destinations
 from gateway.delivery.orthanc import OrthancPacs
 from gateway.delivery.release import Release
 from gateway.delivery.reporting import Reporting
+from gateway.destination_settings import FhirDestination
 from gateway.durable import INFERENCE, STUDIES, Enqueuer, delivery_queue
 from gateway.heartbeat import Heartbeat, executor_id
 from gateway.intake.assembly import Assembly
@@ -38,7 +39,7 @@ from gateway.results.encoding import Encoding
 from gateway.results.inference import Inference
 from gateway.results.orders import Orders
 from gateway.results.rehearsal import rehearse
-from gateway.settings import FhirDestination, Settings, SettingsInvalid, read_secret, secret
+from gateway.settings import Settings, SettingsInvalid, read_secret, secret
 from gateway.state import open_database, open_registry, open_spool, software_version
 from gateway.steps import ResultWork, StudyWork
 from gateway.workflows import PROCESS_STUDY, Story, register_delivery_workflows, register_study_workflows

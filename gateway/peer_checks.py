@@ -26,17 +26,15 @@ from gateway.app import emr_clients, pacs_destinations
 from gateway.checks import Finding, check_bind, failed, ok, warning
 from gateway.delivery.association import associated
 from gateway.delivery.destination import DestinationAway, DestinationRefuses, EchoReport
-from gateway.settings import (
+from gateway.destination_settings import (
     DestinationSettings,
     DicomWebDestination,
     DimseDestination,
     FhirDestination,
     OrthancDestination,
-    PeerAddress,
-    SenderSettings,
-    Settings,
-    SettingsInvalid,
 )
+from gateway.setting_types import PeerAddress
+from gateway.settings import SenderSettings, Settings, SettingsInvalid
 from storage.part10 import IMPLEMENTATION_CLASS_UID
 
 _OWN_TIMEOUT_S = 5.0

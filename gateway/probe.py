@@ -23,7 +23,8 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 
-from gateway.settings import PeerAddress, Settings, SettingsInvalid, load_settings
+from gateway.setting_types import PeerAddress
+from gateway.settings import Settings, SettingsInvalid, load_settings
 
 CALLING_AE_TITLE = "SEGGATE-PROBE"
 _TIMEOUT_S = 5.0

@@ -25,7 +25,7 @@ from gateway.intake.header import read_header
 from gateway.intake.structure import attribute_name
 from gateway.intake.uids import uid_fault
 from gateway.service_user import keep_answers
-from gateway.settings import PeerAddress
+from gateway.setting_types import PeerAddress
 from storage.part10 import (
     IMPLEMENTATION_CLASS_UID,
     IMPLEMENTATION_VERSION_NAME,

@@ -13,25 +13,17 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-# PS3.5 6.2: an AE title has 1 to 16 characters of the default repertoire, no backslash, no control characters.
-AeTitle = Annotated[
-    str, StringConstraints(pattern=r"^[\x20-\x5b\x5d-\x7e]{1,16}$", min_length=1, strip_whitespace=True)
-]
-Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
-Port = Annotated[int, Field(ge=0, le=65535)]
-Seconds = Annotated[float, Field(ge=0)]
+from gateway.destination_settings import DestinationSettings
+from gateway.setting_types import AeTitle, PeerAddress, Port, Seconds, Section
+
 T = TypeVar("T", bound=BaseModel)
 
 
 class SettingsInvalid(Exception):
     """A configuration file cannot be used; the message names the file, the key and what is expected."""
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class ReceiverSettings(Section):
@@ -50,14 +42,6 @@ class ReceiverSettings(Section):
     unknown_sop_classes: Literal["refuse", "store"] = "refuse"
     reserve_mb: int = Field(default=2048, ge=0)
     conflict_policy: Literal["keep-first", "newest", "quarantine"] = "keep-first"
-
-
-class PeerAddress(Section):
-    """A DICOM application entity that we call."""
-
-    ae_title: AeTitle
-    host: str
-    port: Annotated[int, Field(ge=1, le=65535)]
 
 
 class Completeness(Section):
@@ -171,18 +155,20 @@ class LoggingSettings(Section):
 
     level: LogLevel = "info"
     format: Literal["console", "json"] = "console"
-    loggers: dict[str, LogLevel] = {
-        "pynetdicom": "error",
-        "pydicom": "error",
-        "highdicom": "error",
-        "dbos": "warning",
-        "alembic": "warning",
-        "apscheduler": "warning",
-        "httpx": "warning",
-        "httpcore": "warning",
-        "mlflow": "error",
-        "uvicorn": "warning",
-    }
+    loggers: dict[str, LogLevel] = Field(
+        default={
+            "pynetdicom": "error",
+            "pydicom": "error",
+            "highdicom": "error",
+            "dbos": "warning",
+            "alembic": "warning",
+            "apscheduler": "warning",
+            "httpx": "warning",
+            "httpcore": "warning",
+            "mlflow": "error",
+            "uvicorn": "warning",
+        }
+    )
 
 
 class GatewaySettings(BaseSettings):
@@ -215,122 +201,6 @@ class GatewaySettings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """The environment wins over the file (which arrives as init arguments)."""
         return env_settings, init_settings
-
-
-class _Destination(Section):
-    name: Name
-    concurrency: int = Field(default=1, ge=1, le=16)
-    first_retry_s: Annotated[float, Field(gt=0)] = 5
-    max_retry_s: Annotated[float, Field(gt=0)] = 300
-    give_up_after_s: Seconds = 7 * 86400  # then parked, never dropped
-
-
-class PacsDestination(_Destination):
-    """Common to all three ways to a PACS."""
-
-    encodings: tuple[Literal["LABELMAP", "BINARY", "SC"], ...] = ("BINARY", "SC")  # tried in this order
-    send_sr: bool = True
-
-
-class DimseDestination(PacsDestination):
-    """[[dimse]]: C-STORE, verified by C-FIND."""
-
-    ae_title: AeTitle
-    host: str
-    port: Annotated[int, Field(ge=1, le=65535)]
-    calling_ae_title: AeTitle | None = None  # None = the receiver's
-    verify: Literal["c-find", "none"] = "c-find"
-    query: PeerAddress | None = None  # where to ask, when not the same AE
-    timeout_s: Annotated[float, Field(gt=0)] = 30
-
-
-class DicomWebDestination(PacsDestination):
-    """[[dicomweb]]: STOW-RS, verified by QIDO-RS."""
-
-    url: str  # the DICOMweb root, e.g. https://pacs.example/dicom-web
-    verify: Literal["qido", "none"] = "qido"
-    token_file: Path | None = None
-    token_env: str = ""
-    username: str = ""
-    password_file: Path | None = None
-    ca_file: Path | None = None
-    timeout_s: Annotated[float, Field(gt=0)] = 60
-
-
-class OrthancDestination(PacsDestination):
-    """[[orthanc]]: Orthanc's REST interface through orthanc-api-client."""
-
-    url: str
-    username: str = ""
-    password_file: Path | None = None
-    timeout_s: Annotated[float, Field(gt=0)] = 60
-
-
-class SmartBackend(Section):
-    """SMART Backend Services: a signed JWT is exchanged for a token (SMART App Launch 2.2)."""
-
-    client_id: str
-    key_file: Path  # PEM private key (RSA or EC P-384)
-    key_id: str
-    scope: str = (
-        "system/Patient.rs system/Device.crs system/Observation.crs system/DocumentReference.crs "
-        "system/DiagnosticReport.crs"
-    )
-    token_url: str = ""  # empty = read from .well-known/smart-configuration
-
-
-class FhirDestination(_Destination):
-    """[[fhir]]: an EMR with a FHIR R4 interface."""
-
-    url: str  # the FHIR base URL
-    patient_identifier_system: str  # e.g. urn:oid:1.2.36.146.595.217.0.1
-    accepted_issuers: tuple[str, ...] = ()  # Issuer of Patient ID (0010,0021) that mean this system; empty = all
-    wado_root: str = ""  # DICOMweb root under which the EMR's users reach the PACS; empty = no links
-    auth: Literal["none", "token", "basic", "smart"] = "none"
-    token_file: Path | None = None
-    token_env: str = ""
-    username: str = ""
-    password_file: Path | None = None
-    smart: SmartBackend | None = None
-    ca_file: Path | None = None
-    timeout_s: Annotated[float, Field(gt=0)] = 30
-
-    @model_validator(mode="after")
-    def _credentials(self) -> Self:
-        if self.auth == "token" and not (self.token_file or self.token_env):
-            raise ValueError("auth = 'token' needs token_file or token_env")
-        if self.auth == "basic" and not (self.username and self.password_file):
-            raise ValueError("auth = 'basic' needs username and password_file")
-        if self.auth == "smart" and self.smart is None:
-            raise ValueError("auth = 'smart' needs a [fhir.smart] table")
-        return self
-
-
-class DestinationSettings(Section):
-    """destinations.toml: where results go. Every result goes to all of them."""
-
-    dimse: tuple[DimseDestination, ...] = ()
-    dicomweb: tuple[DicomWebDestination, ...] = ()
-    orthanc: tuple[OrthancDestination, ...] = ()
-    fhir: tuple[FhirDestination, ...] = ()
-
-    @property
-    def pacs(self) -> tuple[DimseDestination | DicomWebDestination | OrthancDestination, ...]:
-        return (*self.dimse, *self.dicomweb, *self.orthanc)
-
-    @property
-    def all(
-        self,
-    ) -> tuple[DimseDestination | DicomWebDestination | OrthancDestination | FhirDestination, ...]:
-        return (*self.pacs, *self.fhir)
-
-    @model_validator(mode="after")
-    def _unique(self) -> Self:
-        names = [d.name for d in self.all]
-        twice = sorted({n for n in names if names.count(n) > 1})
-        if twice:
-            raise ValueError(f"two destinations have the same name: {', '.join(twice)}")
-        return self
 
 
 class Settings(Section):

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from gateway.commands.output import console, print_json, printable, say, table
 from gateway.sending import PeerRefused, SendReport, send_files
 from gateway.sending import Progress as Step
-from gateway.settings import AeTitle, PeerAddress
+from gateway.setting_types import AeTitle, PeerAddress
 
 _MAX_SKIPPED_NAMED = 5
 _ADDRESS = re.compile(r"(?P<ae>[^@]+)@(?P<host>\[[0-9A-Fa-f:.%]+\]|[^@:\[\]\s]+):(?P<port>[0-9]{1,5})")

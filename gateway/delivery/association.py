@@ -14,7 +14,7 @@ from pynetdicom.transport import AddressInformation, AssociationSocket
 
 from gateway.delivery.destination import DestinationAway, DestinationRefuses
 from gateway.service_user import keep_answers
-from gateway.settings import PeerAddress
+from gateway.setting_types import PeerAddress
 
 _MAX_PDU_BYTES = 131072
 _REJECTED_PERMANENT = 0x01  # PS3.8 9.3.4, Table 9-21

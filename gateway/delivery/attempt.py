@@ -21,7 +21,7 @@ from gateway.delivery.destination import (
 )
 from gateway.delivery.ladder import LadderState, Rung, advance, heard, park, prepared, settled, withhold
 from gateway.delivery.status import concerns_the_class
-from gateway.settings import PacsDestination
+from gateway.destination_settings import PacsDestination
 from storage.records import DeliveryState, utc_now
 
 DESTINATION_REFUSES, FALLBACK_ENCODING = "destination-refuses", "fallback-encoding"

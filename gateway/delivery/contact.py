@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from gateway.delivery.attempt import DESTINATION_REFUSES, FALLBACK_ENCODING, QUERY_REFUSES
 from gateway.delivery.retry import Circuit
-from gateway.settings import DicomWebDestination, DimseDestination, FhirDestination, OrthancDestination
+from gateway.destination_settings import DicomWebDestination, DimseDestination, FhirDestination, OrthancDestination
 from storage.alarms import clear_alarms, raise_alarm
 from storage.records import DestinationState, utc_now
 

@@ -27,7 +27,8 @@ from gateway.delivery.destination import (
     check_file,
 )
 from gateway.delivery.status import http_meaning, status_meaning
-from gateway.settings import DicomWebDestination, SettingsInvalid, read_secret, secret
+from gateway.destination_settings import DicomWebDestination
+from gateway.settings import SettingsInvalid, read_secret, secret
 
 _MAX_ANSWER_BYTES = 4 << 20
 _CHUNK_BYTES = 1 << 18

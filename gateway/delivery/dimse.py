@@ -31,7 +31,8 @@ from gateway.delivery.destination import (
     check_file,
 )
 from gateway.delivery.status import status_meaning
-from gateway.settings import DimseDestination, PeerAddress
+from gateway.destination_settings import DimseDestination
+from gateway.setting_types import PeerAddress
 
 _MAX_MATCHES = 64  # a peer that ignores the UID keys answers with everything it has
 _KEYS_IGNORED = "the query's UID keys are ignored: the answers are other objects"

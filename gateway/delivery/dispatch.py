@@ -23,9 +23,9 @@ from gateway.delivery.contact import AnyDestination, AnyPacs, address_of, claim,
 from gateway.delivery.destination import Destination, OutgoingObject
 from gateway.delivery.ladder import LadderState, elsewhere, park, requeue, withhold
 from gateway.delivery.reporting import Reporting
+from gateway.destination_settings import DestinationSettings, FhirDestination
 from gateway.durable import Enqueuer, delivery_queue, next_workflow_id
 from gateway.parking import park_delivery
-from gateway.settings import DestinationSettings, FhirDestination
 from gateway.workflows import DELIVER
 from storage.alarms import clear_alarms, raise_alarm
 from storage.database import Database

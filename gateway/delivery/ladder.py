@@ -21,7 +21,7 @@ from gateway.delivery.destination import (
     Verification,
 )
 from gateway.delivery.retry import backoff_s, overdue_attempts, patience_ended
-from gateway.settings import PacsDestination
+from gateway.destination_settings import PacsDestination
 from storage.records import DeliveryState
 
 _IMAGE_ROLES = ("SEG", "SC")  # these have another encoding to fall back to

@@ -30,7 +30,8 @@ from gateway.delivery.destination import (
     check_file,
 )
 from gateway.delivery.status import Outcome, http_meaning
-from gateway.settings import OrthancDestination, SettingsInvalid, read_secret
+from gateway.destination_settings import OrthancDestination
+from gateway.settings import SettingsInvalid, read_secret
 
 _HASH_BLOCK_BYTES = 1 << 20
 

@@ -10,8 +10,8 @@ from sqlalchemy.orm import Session
 
 from gateway import quarantine, study_state, superseding
 from gateway.delivery.contact import AnyDestination, kind_of
+from gateway.destination_settings import DestinationSettings
 from gateway.durable import ROUTINE, Enqueuer, delivery_queue
-from gateway.settings import DestinationSettings
 from gateway.workflows import DELIVER
 from storage import ledger
 from storage.alarms import raise_alarm

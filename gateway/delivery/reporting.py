@@ -28,8 +28,8 @@ from gateway.delivery.attempt import DESTINATION_REFUSES, QUERY_REFUSES
 from gateway.delivery.bookkeeping import cut_short, record_delivery, withheld_words
 from gateway.delivery.contact import destination_row, note_contact
 from gateway.delivery.retry import backoff_s, overdue_attempts, patience_ended
+from gateway.destination_settings import FhirDestination
 from gateway.errors import Permanent
-from gateway.settings import FhirDestination
 from storage.alarms import clear_alarms, raise_alarm
 from storage.database import Database
 from storage.records import Delivery, DeliveryState, Result, ResultObject, ResultState, Study, utc_now

@@ -28,7 +28,8 @@ from gateway.model_shelf import ModelShelf
 from gateway.results.encoding import Encoding
 from gateway.sending import PeerRefused, send_files
 from gateway.service_user import keep_answers
-from gateway.settings import PeerAddress, load_settings
+from gateway.setting_types import PeerAddress
+from gateway.settings import load_settings
 from gateway.state import open_registry, open_spool, software_version
 from storage.database import Database
 from storage.records import Study, StudyState

@@ -34,7 +34,8 @@ from gateway.intake.evidence import (
 )
 from gateway.intake.reopening import reopen_missed
 from gateway.intake.routing import HeaderReader, state_after_routing
-from gateway.settings import Completeness, PeerAddress, Settings
+from gateway.setting_types import PeerAddress
+from gateway.settings import Completeness, Settings
 from storage import ledger
 from storage.alarms import clear_alarms, raise_alarm
 from storage.database import Database

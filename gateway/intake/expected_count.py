@@ -22,7 +22,7 @@ from pynetdicom.transport import AddressInformation, AssociationSocket
 
 from gateway.intake.evidence import ExpectedCount
 from gateway.service_user import keep_answers
-from gateway.settings import PeerAddress
+from gateway.setting_types import PeerAddress
 
 _PENDING = frozenset({0xFF00, 0xFF01})
 _MAX_RESPONSES = 50_000

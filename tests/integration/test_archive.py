@@ -16,7 +16,7 @@ from pynetdicom.sop_class import StudyRootQueryRetrieveInformationModelFind as S
 
 from gateway.delivery.dimse import DimsePacs
 from gateway.demo.archive import Archive
-from gateway.settings import DimseDestination
+from gateway.destination_settings import DimseDestination
 from tests.support.outgoing import InventedResult
 from tests.support.peers import ROOT, program
 

@@ -13,11 +13,13 @@ from pydicom.dataset import Dataset
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from gateway.destination_settings import DestinationSettings
 from gateway.intake.assembly import ALARM_INCOMPLETE, ALARM_LATE, Assembly, content_digest
 from gateway.intake.errors import IntakeRejected
 from gateway.intake.evidence import ExpectedCount
 from gateway.intake.operator_wish import open_evidence, set_wish
-from gateway.settings import Completeness, DestinationSettings, GatewaySettings, PeerAddress, SenderSettings, Settings
+from gateway.setting_types import PeerAddress
+from gateway.settings import Completeness, GatewaySettings, SenderSettings, Settings
 from storage import ledger
 from storage.alarms import open_alarms
 from storage.database import Database

@@ -16,7 +16,7 @@ from gateway.delivery.dimse import DimsePacs
 from gateway.delivery.ladder import LadderState, Rung, heard, prepared, requeue
 from gateway.delivery.orthanc import OrthancPacs
 from gateway.delivery.status import Outcome
-from gateway.settings import DimseDestination, OrthancDestination
+from gateway.destination_settings import DimseDestination, OrthancDestination
 from storage.records import DeliveryState, utc_now
 from tests.support import pacs
 from tests.support.outgoing import COMPREHENSIVE_3D_SR, InventedResult

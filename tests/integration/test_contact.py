@@ -10,7 +10,7 @@ from structlog.testing import capture_logs
 
 from gateway.delivery.attempt import DESTINATION_REFUSES, FALLBACK_ENCODING, QUERY_REFUSES
 from gateway.delivery.contact import DESTINATION_AWAY, AnyDestination, destination_row, note_contact
-from gateway.settings import DicomWebDestination, DimseDestination
+from gateway.destination_settings import DicomWebDestination, DimseDestination
 from storage.alarms import open_alarms, raise_alarm
 from storage.database import Database
 from storage.records import DestinationState

@@ -10,7 +10,7 @@ import pytest
 
 from gateway.delivery.destination import DestinationAway, DestinationRefuses
 from gateway.delivery.dicomweb import DicomWebPacs
-from gateway.settings import DicomWebDestination
+from gateway.destination_settings import DicomWebDestination
 from storage.errors import ObjectChanged
 from tests.support import pacs
 from tests.support.http_server import Answer, http_server

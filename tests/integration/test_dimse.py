@@ -14,8 +14,9 @@ from pynetdicom.sop_class import StudyRootQueryRetrieveInformationModelFind as S
 from gateway.delivery.association import associated
 from gateway.delivery.destination import DestinationAway, DestinationRefuses, OutgoingObject
 from gateway.delivery.dimse import DimsePacs
+from gateway.destination_settings import DimseDestination
 from gateway.errors import Permanent
-from gateway.settings import DimseDestination, PeerAddress
+from gateway.setting_types import PeerAddress
 from storage.errors import ObjectChanged, ObjectMissing
 from tests.support import pacs
 from tests.support.outgoing import COMPREHENSIVE_3D_SR, InventedResult

@@ -27,7 +27,7 @@ from gateway.delivery.destination import (
 )
 from gateway.delivery.dispatch import Dispatch
 from gateway.delivery.reporting import Reporting
-from gateway.settings import DestinationSettings
+from gateway.destination_settings import DestinationSettings
 from gateway.workflows import Story
 from storage.alarms import open_alarms
 from storage.database import Database

@@ -18,7 +18,7 @@ from pynetdicom.sop_class import StudyRootQueryRetrieveInformationModelFind
 
 from gateway.intake.evidence import ExpectedCount
 from gateway.intake.expected_count import ExpectedCounts, QueryFailed, query_instance_count
-from gateway.settings import PeerAddress
+from gateway.setting_types import PeerAddress
 from tests.support.pacs import orthanc
 
 STUDY = "1.2.840.99"

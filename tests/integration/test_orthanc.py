@@ -11,7 +11,7 @@ import pytest
 
 from gateway.delivery.destination import DestinationAway, DestinationRefuses
 from gateway.delivery.orthanc import OrthancPacs
-from gateway.settings import OrthancDestination
+from gateway.destination_settings import OrthancDestination
 from storage.errors import ObjectChanged
 from tests.support import pacs
 from tests.support.http_server import http_server

@@ -20,8 +20,9 @@ from engine.bundle import Bundle
 from gateway.app import emr_clients
 from gateway.delivery.dispatch import Dispatch
 from gateway.delivery.reporting import Reporting
+from gateway.destination_settings import DestinationSettings
 from gateway.errors import Permanent
-from gateway.settings import DestinationSettings, Settings
+from gateway.settings import Settings
 from storage.alarms import open_alarms
 from storage.database import Database
 from storage.records import (

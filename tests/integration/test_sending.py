@@ -15,7 +15,7 @@ import pytest
 
 from gateway.intake.scp import Receiver
 from gateway.sending import Failure, PeerRefused, Progress, Sendable, inspect_file, send_files
-from gateway.settings import PeerAddress
+from gateway.setting_types import PeerAddress
 from storage.part10 import ObjectEvidence, encode_preamble_and_meta, read_meta_elements
 from storage.spool import Spool, received_at
 from tests.support import peers

@@ -22,7 +22,7 @@ from gateway.intake.routing import Routed, route_version
 from gateway.intake.routing_rules import parse_rules
 from gateway.quarantine_release import Released, release_quarantine
 from gateway.retrying import retry_study
-from gateway.settings import PeerAddress
+from gateway.setting_types import PeerAddress
 from gateway.steps import StudyWork
 from storage import ledger
 from storage.alarms import open_alarms

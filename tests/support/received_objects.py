@@ -6,13 +6,8 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from gateway.settings import (
-    DestinationSettings,
-    GatewaySettings,
-    ReceiverSettings,
-    SenderSettings,
-    Settings,
-)
+from gateway.destination_settings import DestinationSettings
+from gateway.settings import GatewaySettings, ReceiverSettings, SenderSettings, Settings
 from tests.support.scripted_peer import CT_IMAGE
 
 STUDY, SERIES = "1.2.826.0.1.1", "1.2.826.0.1.1.1"

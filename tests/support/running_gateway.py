@@ -29,7 +29,8 @@ from gateway.commands.studies import study_document
 from gateway.demo.stage import GATEWAY_AE, PATIENT_SYSTEM, SCANNER_AE, Pacs, Stage
 from gateway.demo.story import ask_pacs
 from gateway.sending import SendReport, send_files
-from gateway.settings import PeerAddress, Settings, load_settings
+from gateway.setting_types import PeerAddress
+from gateway.settings import Settings, load_settings
 from storage.database import Database
 from storage.records import Executor, Instance, InstanceState, Study, StudyState
 

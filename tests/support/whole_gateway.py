@@ -32,7 +32,8 @@ from gateway.commands.models import register
 from gateway.demo.story import model_folder
 from gateway.demo.synthetic_study import PATIENT_ID, write_synthetic_study
 from gateway.sending import send_files
-from gateway.settings import PeerAddress, Settings, load_settings
+from gateway.setting_types import PeerAddress
+from gateway.settings import Settings, load_settings
 from gateway.state import open_spool, prepare_state
 from storage import ledger
 from storage.database import Database

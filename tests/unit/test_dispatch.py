@@ -13,7 +13,7 @@ from sqlalchemy import select
 from gateway.delivery.destination import DestinationAway, ObjectStatus, OutgoingObject, Verification
 from gateway.delivery.dispatch import Dispatch, awaited_destinations
 from gateway.delivery.reporting import Reporting
-from gateway.settings import DestinationSettings
+from gateway.destination_settings import DestinationSettings
 from storage.alarms import open_alarms
 from storage.database import Database
 from storage.records import (

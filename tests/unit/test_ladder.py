@@ -12,7 +12,7 @@ import pytest
 from gateway.delivery.destination import DestinationAway, Found, ObjectStatus, OutgoingObject, Role, Verification
 from gateway.delivery.ladder import STEPS, LadderState, Rung, advance, heard, park, prepared, requeue, withhold
 from gateway.delivery.status import Outcome
-from gateway.settings import DimseDestination
+from gateway.destination_settings import DimseDestination
 from storage.records import DeliveryState
 
 _NOW = datetime(2026, 3, 1, tzinfo=UTC)

@@ -11,9 +11,9 @@ from sqlalchemy import select
 
 from gateway.delivery.dispatch import Dispatch
 from gateway.delivery.release import Release
+from gateway.destination_settings import DestinationSettings
 from gateway.results.inference import Inference
 from gateway.retrying import retry_study
-from gateway.settings import DestinationSettings
 from storage.alarms import open_alarms, raise_alarm
 from storage.database import Database
 from storage.records import Delivery, DeliveryState, LedgerEvent, Result, ResultState, Study, StudyState

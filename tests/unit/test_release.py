@@ -11,7 +11,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from gateway.delivery.release import Release
-from gateway.settings import DestinationSettings
+from gateway.destination_settings import DestinationSettings
 from storage.alarms import open_alarms
 from storage.database import Database
 from storage.records import (

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from gateway.destination_settings import DestinationSettings
 from gateway.scheduler import Scheduler, sweep
-from gateway.settings import DestinationSettings, GatewaySettings, SchedulerSettings, Settings
+from gateway.settings import GatewaySettings, SchedulerSettings, Settings
 from storage.database import Database
 from storage.records import Delivery, DeliveryState, Result, ResultState, Study, StudyState, utc_now
 from tests.support.story_rows import (

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from gateway.destination_settings import DestinationSettings, FhirDestination
 from gateway.settings import (
-    DestinationSettings,
-    FhirDestination,
     GatewaySettings,
     LoggingSettings,
     ReceiverSettings,

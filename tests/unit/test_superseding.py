@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from gateway import steps, superseding
 from gateway.delivery.release import Release
-from gateway.settings import DestinationSettings
+from gateway.destination_settings import DestinationSettings
 from gateway.steps import StudyWork
 from storage.alarms import open_alarms, raise_alarm
 from storage.database import Database
