@@ -7,7 +7,6 @@ does the caller hear that the object is kept. Readers never see a partial file.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -15,24 +14,30 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO
 
+from storage.durable_files import (
+    ByteString,
+    file_digest,
+    is_abandoned,
+    partial_name,
+    storage_error,
+    sync_folder,
+    unsafe,
+    write_file,
+)
 from storage.errors import ObjectChanged, ObjectMissing, SpoolFull, SpoolUnsafe
+from storage.object_writer import ObjectWriter
 from storage.part10 import ObjectEvidence, encode_preamble_and_meta, read_meta
 
-ByteString = bytes | bytearray | memoryview
-
 _CHUNK_BYTES = 1 << 20
-_SPACE_CHECK_BYTES = 16 << 20  # free space is looked at again after so many bytes of one object
-_STALE_TMP_S = 3600.0
 _OBJECT_ID = re.compile(r"[0-9a-f]{32}")
 _STUDY_KEY = re.compile(r"[0-9a-f]{32}")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _FOLDERS = ("tmp", "incoming", "studies", "quarantine")
 
 
@@ -86,9 +91,9 @@ class Spool:
         try:
             for name in _FOLDERS:
                 self._make_folders(self.root / name)
-            _sync_folder(self.root)
+            sync_folder(self.root)
         except OSError as error:
-            raise _unsafe(error, self.root) from error
+            raise unsafe(error, self.root) from error
 
     def new_id(self) -> str:
         """16 hex digits of the time in ns (never going back within a process) + 16 random hex digits."""
@@ -139,22 +144,22 @@ class Spool:
         try:
             self._make_folders(target.parent)
             if not target.exists():
-                partial = self.root / "tmp" / f"{self.new_id()}.{os.getpid()}.part"
+                partial = self.root / "tmp" / partial_name(self.new_id())
                 try:
-                    _write_file(partial, data)
+                    write_file(partial, data)
                     # A link fails where a rename would replace what another process wrote meanwhile.
                     os.link(partial, target)
-                    _sync_folder(target.parent)
+                    sync_folder(target.parent)
                 except FileExistsError:
                     pass
                 finally:
                     partial.unlink(missing_ok=True)
-            if _file_digest(target) != digest:
+            if file_digest(target) != digest:
                 raise ObjectChanged(
                     f"{relative} exists with other bytes; results are written once, so this step is not repeatable"
                 )
         except OSError as error:
-            raise _storage_error(error, self.root) from error
+            raise storage_error(error, self.root) from error
         return relative, digest
 
     # -- after indexing ----------------------------------------------------------------------------------------
@@ -166,7 +171,7 @@ class Spool:
             with os.scandir(self.root / "incoming") as entries:
                 names = sorted(entry.name for entry in entries)
         except OSError as error:
-            raise _unsafe(error, self.root) from error
+            raise unsafe(error, self.root) from error
         for name in names:
             stem, _, suffix = name.partition(".")
             if suffix in {"dcm", "json"} and _OBJECT_ID.fullmatch(stem):
@@ -180,7 +185,7 @@ class Spool:
         except FileNotFoundError as error:
             raise ObjectMissing(f"the event {path.name} is not in the spool") from error
         except OSError as error:
-            raise _unsafe(error, self.root) from error
+            raise unsafe(error, self.root) from error
         if not isinstance(event, dict) or not isinstance(event.get("detail"), dict):
             raise ValueError(f"{path.name} is not an event file")
         return str(event.get("kind")), event["detail"]
@@ -190,7 +195,7 @@ class Spool:
         try:
             path.unlink(missing_ok=True)
         except OSError as error:
-            raise _unsafe(error, self.root) from error
+            raise unsafe(error, self.root) from error
 
     def settle(self, moves: Iterable[Settlement]) -> None:
         """Move indexed objects from `incoming/` to the place their rows name; repeating it is harmless.
@@ -208,11 +213,11 @@ class Spool:
                 source.rename(target)
                 folders.add(target.parent)
             for folder in sorted(folders):
-                _sync_folder(folder)
+                sync_folder(folder)
             if folders:
-                _sync_folder(self.root / "incoming")
+                sync_folder(self.root / "incoming")
         except OSError as error:
-            raise _unsafe(error, self.root) from error
+            raise unsafe(error, self.root) from error
 
     def quarantine(self, object_id: str) -> str:
         """Move an object from `incoming/` to `quarantine/`; returns its path relative to the root."""
@@ -235,7 +240,7 @@ class Spool:
     def unchanged(self, spool_path: str, digest: str) -> Path:
         """The file behind a row's path, which has the SHA-256 of the row. Raises ObjectMissing, ObjectChanged."""
         path = self.resolve(spool_path)
-        if _file_digest(path) != digest:
+        if file_digest(path) != digest:
             raise ObjectChanged(f"{path} was altered or truncated on disk; restore it from a backup of the spool")
         return path
 
@@ -265,7 +270,7 @@ class Spool:
         try:
             state = os.statvfs(self.root)
         except OSError as error:
-            raise _unsafe(error, self.root) from error
+            raise unsafe(error, self.root) from error
         return state.f_bavail * state.f_frsize
 
     def has_space(self) -> bool:
@@ -285,11 +290,11 @@ class Spool:
         removed = 0
         try:
             for path in (self.root / "tmp").iterdir():
-                if path.suffix == ".part" and _is_abandoned(path):
+                if path.suffix == ".part" and is_abandoned(path):
                     path.unlink(missing_ok=True)
                     removed += 1
         except OSError as error:
-            raise _unsafe(error, self.root) from error
+            raise unsafe(error, self.root) from error
         return removed
 
     def check_sync(self) -> float:
@@ -297,17 +302,17 @@ class Spool:
 
         Raises SpoolUnsafe naming what failed.
         """
-        probe = self.root / "tmp" / f"{self.new_id()}.{os.getpid()}.part"
+        probe = self.root / "tmp" / partial_name(self.new_id())
         renamed = probe.with_suffix(".probe")
         begin = time.monotonic()
         try:
-            _write_file(probe, b"\0" * 65536)
+            write_file(probe, b"\0" * 65536)
             probe.rename(renamed)
-            _sync_folder(renamed.parent)
+            sync_folder(renamed.parent)
             if renamed.stat().st_size != 65536:
                 raise SpoolUnsafe(f"{self.root}: a synced file has the wrong size")
         except OSError as error:
-            raise _unsafe(error, self.root) from error
+            raise unsafe(error, self.root) from error
         finally:
             probe.unlink(missing_ok=True)
             renamed.unlink(missing_ok=True)
@@ -330,111 +335,12 @@ class Spool:
             folder = folder.parent
         for new in reversed(missing):
             new.mkdir(exist_ok=True)
-            _sync_folder(new.parent)
-
-
-class ObjectWriter:
-    """One object on its way into `incoming/`: write, then `commit` or `discard`. Used by one thread at a time."""
-
-    def __init__(self, spool: Spool, name: str, head: bytes) -> None:
-        self._spool = spool
-        self._target = spool.root / "incoming" / name
-        self._partial = spool.root / "tmp" / f"{name}.{os.getpid()}.part"
-        self._since_check = 0
-        self._file = -1
-        if not spool.has_space():
-            raise SpoolFull(_full_message(spool.root))
-        try:
-            self._file = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
-        except OSError as error:
-            raise _storage_error(error, spool.root) from error
-        self.write(head)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.discard()
-
-    def write(self, data: ByteString) -> None:
-        """Append bytes. Raises SpoolFull, SpoolUnsafe; then the object is already discarded."""
-        try:
-            size = _write_all(self._file, data)
-            self._since_check += size
-            if self._since_check >= _SPACE_CHECK_BYTES:
-                self._since_check = 0
-                if not self._spool.has_space():
-                    raise SpoolFull(_full_message(self._spool.root))
-        except OSError as error:
-            self.discard()
-            raise _storage_error(error, self._spool.root) from error
-        except SpoolFull:
-            self.discard()
-            raise
-
-    def commit(self) -> Path:
-        """Make the object durable and visible; returns its path.
-
-        Raises SpoolFull, SpoolUnsafe: the sender must not hear Success. When only the sync of the folder failed, the
-        file stays (its name may or may not survive a power cut, and the indexer may already know it); the sender's
-        next try then counts as a duplicate and harms nothing.
-        """
-        try:
-            os.fsync(self._file)
-            self._close()
-            self._partial.rename(self._target)
-        except OSError as error:
-            self.discard()
-            raise _storage_error(error, self._spool.root) from error
-        try:
-            _sync_folder(self._target.parent)
-        except OSError as error:
-            raise _storage_error(error, self._spool.root) from error
-        return self._target
-
-    def discard(self) -> None:
-        """Drop what was written, unless it was committed; may be called again."""
-        self._close()
-        self._partial.unlink(missing_ok=True)
-
-    def _close(self) -> None:
-        if self._file >= 0:
-            file, self._file = self._file, -1
-            os.close(file)
+            sync_folder(new.parent)
 
 
 def received_at(object_id: str) -> datetime:
     """Arrival time that an object or event id carries."""
     return datetime.fromtimestamp(int(_checked(_OBJECT_ID, object_id)[:16], 16) / 1e9, UTC)
-
-
-def _write_all(file: int, data: ByteString) -> int:
-    """os.write until everything is written: a short write is no success. Returns the number of bytes."""
-    view = memoryview(data).cast("B")
-    written = 0
-    while written < len(view):
-        count = os.write(file, view[written:])
-        if count <= 0:
-            raise OSError(errno.EIO, "write made no progress")
-        written += count
-    return written
-
-
-def _write_file(path: Path, data: bytes) -> None:
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
-    try:
-        _write_all(file, data)
-        os.fsync(file)
-    finally:
-        os.close(file)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _opened(path: Path) -> BinaryIO:
@@ -444,41 +350,7 @@ def _opened(path: Path) -> BinaryIO:
         raise ObjectMissing(f"{path.name} is not in the spool") from error
 
 
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _is_abandoned(path: Path) -> bool:
-    """The writer's process is gone, or the file is so old that its process id may have been given out again."""
-    pieces: Sequence[str] = path.name.rsplit(".", 2)
-    try:
-        os.kill(int(pieces[-2]), 0)
-    except (ValueError, IndexError, ProcessLookupError):
-        return True
-    except PermissionError:
-        pass
-    try:
-        return time.time() - path.stat().st_mtime > _STALE_TMP_S
-    except FileNotFoundError:
-        return False
-
-
 def _checked(pattern: re.Pattern[str], value: str) -> str:
     if not pattern.fullmatch(value):
         raise ValueError(f"{value!r} cannot be part of a path in the spool")
     return value
-
-
-def _full_message(root: Path) -> str:
-    return f"free space in {root} is below the reserve; remove delivered studies or enlarge the disk"
-
-
-def _storage_error(error: OSError, root: Path) -> SpoolFull | SpoolUnsafe:
-    if error.errno in _FULL:
-        return SpoolFull(f"the file system of {root} is full: {error.strerror}")
-    return _unsafe(error, root)
-
-
-def _unsafe(error: OSError, root: Path) -> SpoolUnsafe:
-    return SpoolUnsafe(f"the spool {root} cannot promise durability: {error.strerror or error}")

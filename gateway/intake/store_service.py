@@ -33,8 +33,9 @@ from gateway.intake.command_set import (
 )
 from gateway.intake.uids import uid_fault
 from storage.errors import SpoolFull, StorageError
+from storage.object_writer import ObjectWriter
 from storage.part10 import ObjectEvidence
-from storage.spool import ObjectWriter, Spool
+from storage.spool import Spool
 
 LOG = logging.getLogger(__name__)
 

@@ -474,7 +474,7 @@ def test_spool_that_vanished_is_answered_with_failure(receiver: Receiver) -> Non
 
 
 def test_unexpected_error_is_never_a_success(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
-    from storage.spool import ObjectWriter
+    from storage.object_writer import ObjectWriter
 
     def broken(self: ObjectWriter) -> Path:
         raise RuntimeError("unforeseen")

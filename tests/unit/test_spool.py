@@ -14,6 +14,7 @@ from typing import Any
 import pydicom
 import pytest
 
+from storage.durable_files import partial_name
 from storage.errors import ObjectChanged, ObjectMissing, SpoolFull, SpoolUnsafe
 from storage.part10 import ObjectEvidence
 from storage.spool import Settlement, Spool, object_path, quarantine_path, received_at, study_key
@@ -262,14 +263,18 @@ def test_result_name_cannot_leave_its_folder(spool: Spool, name: str) -> None:
 
 
 def test_sweep_removes_only_what_dead_processes_left(spool: Spool) -> None:
-    dead = spool.root / "tmp" / f"{spool.new_id()}.dcm.999999999.part"
-    dead.write_bytes(b"half")
-    alive = spool.root / "tmp" / f"{spool.new_id()}.dcm.{os.getpid()}.part"
+    alive = spool.root / "tmp" / partial_name(f"{spool.new_id()}.dcm")
     alive.write_bytes(b"being written")
+    dead = alive.with_name(alive.name.replace(f".{os.getpid()}.", ".999999999."))
+    dead.write_bytes(b"half")
+    # Of the processes of another host that shares the spool nothing is known here.
+    elsewhere = dead.with_name(f"{spool.new_id()}.dcm.another-host.999999999.part")
+    elsewhere.write_bytes(b"being written")
     assert spool.sweep_tmp() == 1
-    assert alive.exists()
+    assert sorted(left_in_tmp(spool)) == sorted([alive.name, elsewhere.name])
     os.utime(alive, (0, 0))
-    assert spool.sweep_tmp() == 1
+    os.utime(elsewhere, (0, 0))
+    assert spool.sweep_tmp() == 2
 
 
 def test_check_sync_leaves_nothing(spool: Spool) -> None:
