@@ -1,11 +1,15 @@
-"""Step `release`: a judged and encoded result becomes deliveries, in one transaction with its state (EMR-48)."""
+"""Step `release`: a judged and encoded result becomes deliveries, in one transaction with its state (EMR-48).
+
+A result that was released while destinations.toml named nobody becomes deliveries once it names somebody
+(`send_unsent`). A result that went anywhere is not sent to destinations that are added later.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
 
-from sqlalchemy import select
+from sqlalchemy import Select, exists, select
 from sqlalchemy.orm import Session
 
 from gateway import quarantine, study_state, superseding
@@ -14,9 +18,21 @@ from gateway.destination_settings import DestinationSettings
 from gateway.durable import ROUTINE, Enqueuer, delivery_queue
 from gateway.workflows import DELIVER
 from storage import ledger
-from storage.alarms import raise_alarm
+from storage.alarms import clear_alarms, raise_alarm
 from storage.database import Database
-from storage.records import Delivery, DeliveryState, Result, ResultObject, ResultState, StudyVersion, utc_now
+from storage.records import (
+    Delivery,
+    DeliveryState,
+    Result,
+    ResultObject,
+    ResultState,
+    Study,
+    StudyState,
+    StudyVersion,
+    utc_now,
+)
+
+_NO_DESTINATION = {"kind": "no-destination", "subject": "gateway"}
 
 
 class Release:
@@ -48,14 +64,16 @@ class Release:
 
     def _release(self, session: Session, result: Result) -> str:
         result.state, result.finished_at = ResultState.RELEASED, utc_now()
-        names = [d.name for d in self._destinations.all]
-        self._deliver(session, result, self._destinations.all)
+        names = _deliver(session, self._enqueuer, result, self._destinations.all)
         session.flush()
         superseding.replaced_by(session, result)
         _record(session, result, "released", {"verdict": result.verdict, "destinations": names})
         if not names:
-            message = "a result was released but destinations.toml names nobody to send it to"
-            raise_alarm(session, kind="no-destination", subject="gateway", message=message)
+            message = (
+                "a result was released but destinations.toml names nobody to send it to; "
+                "it is sent once a destination is named and the gateway was started again"
+            )
+            raise_alarm(session, **_NO_DESTINATION, message=message)
         return str(ResultState.RELEASED)
 
     def _hold(self, session: Session, result: Result) -> str:
@@ -67,7 +85,7 @@ class Release:
             select(ResultObject).where(ResultObject.result_id == result.result_id, ResultObject.role == "notice")
         ).first()
         if notice is not None:
-            self._deliver(session, result, self._destinations.pacs)
+            _deliver(session, self._enqueuer, result, self._destinations.pacs)
         _record(session, result, "held", {"checks": failed, "notice_sent": notice is not None})
         raise_alarm(
             session,
@@ -84,34 +102,6 @@ class Release:
         _record(session, result, "superseded", {"reason": result.state_reason})
         return str(ResultState.SUPERSEDED)
 
-    def _deliver(self, session: Session, result: Result, destinations: Sequence[AnyDestination]) -> None:
-        now = utc_now()
-        for destination in destinations:
-            key = hashlib.sha256(f"{result.result_id}\n{destination.name}".encode()).hexdigest()[:40]
-            workflow_id = f"delivery-{key}"
-            session.add(
-                Delivery(
-                    delivery_id=key,
-                    result_id=result.result_id,
-                    destination=destination.name,
-                    kind=kind_of(destination),
-                    state=DeliveryState.QUEUED,
-                    attempts=0,
-                    queued_at=now,
-                    updated_at=now,
-                    next_attempt_at=now,
-                    workflow_id=workflow_id,
-                )
-            )
-            self._enqueuer.enqueue(
-                session,
-                queue=delivery_queue(destination.name),
-                workflow=DELIVER,
-                workflow_id=workflow_id,
-                argument=key,
-                priority=ROUTINE,
-            )
-
     @staticmethod
     def _newer_was_declared(session: Session, version: StudyVersion) -> bool:
         newer = session.scalars(
@@ -122,11 +112,102 @@ class Release:
         return newer is not None
 
 
-def _record(session: Session, result: Result, kind: str, detail: dict[str, object]) -> None:
+def send_unsent(database: Database, enqueuer: Enqueuer, destinations: DestinationSettings) -> int:
+    """Deliveries of all results that were released while nobody was named; how many. None while nobody is."""
+    if not destinations.all:
+        return 0
+    with database.reading() as session:
+        studies = unsent_studies(session)
+    made = 0
+    for study_instance_uid in studies:
+        with database.session() as session:
+            made += send_unsent_of(session, enqueuer, destinations, study_instance_uid, actor="sweep")
+    with database.session() as session:
+        clear_if_none_is_unsent(session, by="sweep")
+    return made
+
+
+def unsent_studies(session: Session) -> list[str]:
+    """Studies with a result that was released while nobody was named, oldest result first."""
+    return list(dict.fromkeys(row.study_instance_uid for row in session.execute(_unsent())))
+
+
+def send_unsent_of(
+    session: Session, enqueuer: Enqueuer, destinations: DestinationSettings, study_instance_uid: str, *, actor: str
+) -> int:
+    """The same for one study, in the caller's transaction; the alarm is left to `clear_if_none_is_unsent`."""
+    made = 0
+    for result_id in session.scalars(_unsent().where(Result.study_instance_uid == study_instance_uid)).all():
+        result = session.get_one(Result, result_id, with_for_update=True)
+        # Asked once more behind the lock: another process may have done the same in between.
+        if not destinations.all or session.execute(_unsent().where(Result.result_id == result_id)).first() is None:
+            continue
+        names = _deliver(session, enqueuer, result, destinations.all)
+        _record(session, result, "queued-late", {"destinations": names}, actor=actor)
+        made += len(names)
+    if made:
+        session.flush()
+        study_state.refresh(session, study_instance_uid)
+    return made
+
+
+def clear_if_none_is_unsent(session: Session, *, by: str) -> None:
+    """The alarm `no-destination` goes with the last result that has nowhere to go."""
+    session.flush()
+    if session.execute(_unsent().limit(1)).first() is None:
+        clear_alarms(session, **_NO_DESTINATION, by=by)
+
+
+def _unsent() -> Select[tuple[str, str]]:
+    """Released results of newest versions without a delivery; those of a quarantined study have to wait."""
+    return (
+        select(Result.result_id, Result.study_instance_uid)
+        .join(StudyVersion, StudyVersion.version_id == Result.version_id)
+        .join(Study, Study.study_instance_uid == Result.study_instance_uid)
+        .where(
+            Result.state == ResultState.RELEASED,
+            Study.version == StudyVersion.number,
+            Study.state != StudyState.QUARANTINED,
+            ~exists().where(Delivery.result_id == Result.result_id),
+        )
+        .order_by(Result.finished_at, Result.result_id)
+    )
+
+
+def _deliver(session: Session, enqueuer: Enqueuer, result: Result, destinations: Sequence[AnyDestination]) -> list[str]:
+    """A delivery per destination and its queue entry; the destinations' names."""
+    now = utc_now()
+    for destination in destinations:
+        key = hashlib.sha256(f"{result.result_id}\n{destination.name}".encode()).hexdigest()[:40]
+        delivery = Delivery(
+            delivery_id=key,
+            result_id=result.result_id,
+            destination=destination.name,
+            kind=kind_of(destination),
+            state=DeliveryState.QUEUED,
+            attempts=0,
+            queued_at=now,
+            updated_at=now,
+            next_attempt_at=now,
+            workflow_id=f"delivery-{key}",
+        )
+        session.add(delivery)
+        enqueuer.enqueue(
+            session,
+            queue=delivery_queue(destination.name),
+            workflow=DELIVER,
+            workflow_id=delivery.workflow_id,
+            argument=key,
+            priority=ROUTINE,
+        )
+    return [d.name for d in destinations]
+
+
+def _record(session: Session, result: Result, kind: str, detail: dict[str, object], *, actor: str = "worker") -> None:
     ledger.append(
         session,
         subject=ledger.study_subject(result.study_instance_uid),
         kind=kind,
-        actor="worker",
+        actor=actor,
         detail={"result_id": result.result_id, **detail},
     )

@@ -10,9 +10,9 @@ import pytest
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from gateway.delivery.release import Release
+from gateway.delivery.release import Release, send_unsent
 from gateway.destination_settings import DestinationSettings
-from storage.alarms import open_alarms
+from storage.alarms import open_alarms, raise_alarm
 from storage.database import Database
 from storage.records import (
     Delivery,
@@ -214,3 +214,47 @@ def test_a_gateway_that_sends_to_nobody_says_so(database: Database) -> None:
     with database.reading() as session:
         assert [alarm.kind for alarm in open_alarms(session)] == ["no-destination"]
         assert session.get_one(Study, STUDY_UID).state == StudyState.HELD
+
+
+def test_what_was_released_with_nobody_named_goes_to_the_destinations_that_are_named_later(database: Database) -> None:
+    queue = NotedQueue()
+    with database.session() as session:
+        add_study(session, StudyState.PROCESSING)
+        add_version(session)
+        add_result(session, ResultState.PENDING, verdict="pass")
+    release(database, queue, DestinationSettings()).release("r1")
+    assert send_unsent(database, queue, DestinationSettings()) == 0
+    assert send_unsent(database, queue, _DESTINATIONS) == 3
+    assert send_unsent(database, queue, _DESTINATIONS) == 0
+    rows = deliveries(database)
+    assert [(d.destination, d.state) for d in rows] == [("emr", "queued"), ("pacs", "queued"), ("vna", "queued")]
+    assert sorted(queue.ids) == sorted(d.workflow_id for d in rows)
+    with database.reading() as session:
+        assert session.get_one(Study, STUDY_UID).state == StudyState.DELIVERING
+        assert open_alarms(session) == []
+    assert events(database)[-1] == ("queued-late", {"result_id": "r1", "destinations": ["pacs", "vna", "emr"]})
+
+
+def test_a_destination_that_is_named_later_gets_nothing_of_what_went_elsewhere_or_may_not_leave(
+    database: Database,
+) -> None:
+    queue = NotedQueue()
+    with database.session() as session:
+        add_study(session, StudyState.VERIFIED, uid="1.1")
+        add_version(session, uid="1.1")
+        add_result(session, ResultState.RELEASED, uid="1.1", result_id="elsewhere")
+        add_delivery(session, DeliveryState.VERIFIED, result_id="elsewhere", destination="removed")
+        add_study(session, StudyState.WHOLE, uid="1.2", version=2)
+        add_version(session, 1, uid="1.2")
+        add_version(session, 2, uid="1.2", routed=False)
+        add_result(session, ResultState.RELEASED, uid="1.2", result_id="overtaken")
+        add_result(session, ResultState.HELD, uid="1.2", version=2, result_id="held")
+        add_study(session, StudyState.QUARANTINED, uid="1.3")
+        add_version(session, uid="1.3")
+        add_result(session, ResultState.RELEASED, uid="1.3", result_id="quarantined")
+        raise_alarm(session, kind="no-destination", subject="gateway", message="")
+    assert send_unsent(database, queue, _DESTINATIONS) == 0
+    assert [d.destination for d in deliveries(database)] == ["removed"]
+    assert queue.calls == []
+    with database.reading() as session:
+        assert open_alarms(session) == []
