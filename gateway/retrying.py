@@ -1,6 +1,7 @@
 """`seggate retry`: parked work goes on from where it stopped, under a new workflow id (QUE-30).
 
-A study that no rule wanted, or whose series no model took, is judged again by the rules and models of today.
+A study that no rule wanted, or whose series no model took, is judged again by the rules and models of today. What was
+released while destinations.toml named nobody goes to the destinations of today.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from gateway import quarantine, study_state, superseding
+from gateway.delivery.release import clear_if_none_is_unsent, send_unsent_of, unsent_studies
+from gateway.destination_settings import DestinationSettings
 from gateway.durable import INFERENCE, STUDIES, URGENT, Enqueuer, delivery_queue, next_workflow_id
 from gateway.workflows import DELIVER, MAKE_RESULT, PROCESS_STUDY
 from storage import alarms, ledger
@@ -33,22 +36,22 @@ class Retried:
         return bool(self.routing or self.results or self.deliveries)
 
 
-def parked_studies(database: Database) -> list[str]:
-    """Studies in which something is parked, oldest first."""
+def retriable_studies(database: Database) -> list[str]:
+    """Studies in which something is parked, oldest first; then those with a result that had nowhere to go."""
     with database.reading() as session:
-        return list(
-            session.scalars(
-                select(Study.study_instance_uid)
-                .where(Study.state == StudyState.FAILED)
-                .order_by(Study.last_received_at)
-            )
+        parked = session.scalars(
+            select(Study.study_instance_uid).where(Study.state == StudyState.FAILED).order_by(Study.last_received_at)
         )
+        return list(dict.fromkeys([*parked, *unsent_studies(session)]))
 
 
-def retry_study(database: Database, enqueuer: Enqueuer, study_instance_uid: str, *, actor: str) -> Retried:
+def retry_study(
+    database: Database, enqueuer: Enqueuer, destinations: DestinationSettings, study_instance_uid: str, *, actor: str
+) -> Retried:
     """Put everything parked of a study's newest version back on its queue; raises KeyError for an unknown study.
 
     An unmatched study is routed again. What a quarantine stopped goes on as well, once the study is released from it.
+    What had nowhere to go goes to `destinations`.
     """
     with database.session() as session:
         study = session.get(Study, study_instance_uid)
@@ -73,7 +76,8 @@ def retry_study(database: Database, enqueuer: Enqueuer, study_instance_uid: str,
                     _delivery(session, enqueuer, d, actor=actor)
                     for r in results
                     for d in session.scalars(select(Delivery).where(Delivery.result_id == r.result_id))
-                ),
+                )
+                + send_unsent_of(session, enqueuer, destinations, study_instance_uid, actor=actor),
             )
         if retried.anything:
             subject = ledger.study_subject(study_instance_uid)
@@ -86,6 +90,7 @@ def retry_study(database: Database, enqueuer: Enqueuer, study_instance_uid: str,
             ledger.append(session, subject=subject, kind="retried", actor=actor, detail=detail)
             alarms.clear_alarms(session, kind="parked", subject=subject, by=actor)
             superseding.clear_if_none_is_held(session, study_instance_uid, by=actor)
+            clear_if_none_is_unsent(session, by=actor)
             if not retried.routing:
                 study_state.refresh(session, study_instance_uid)
         return retried

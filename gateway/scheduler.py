@@ -2,8 +2,9 @@
 
 `sweep` looks for work that was left behind: versions, results and deliveries whose workflow was never enqueued are
 enqueued; those whose workflow has ended without them (it ran into its recovery limit, or failed in a way that nobody
-foresaw) are parked with the reason, so that an operator sees them and `seggate retry` puts them back. Enqueuing twice
-is once (the workflow id), so several schedulers may sweep at the same time.
+foresaw) are parked with the reason, so that an operator sees them and `seggate retry` puts them back. Results that were
+released while destinations.toml named nobody go to those that it names now. Enqueuing twice is once (the workflow id),
+so several schedulers may sweep at the same time. The first sweep is at the start.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from sqlalchemy import exists, select
 from sqlalchemy.orm import Session
 
 from gateway import parking
+from gateway.delivery.release import send_unsent
 from gateway.durable import INFERENCE, STUDIES, Enqueuer, delivery_queue
 from gateway.settings import Settings
 from gateway.workflows import DELIVER, MAKE_RESULT, PROCESS_STUDY
@@ -45,13 +47,16 @@ class Scheduler:
         self._settings = settings
         self._database = database
         self._enqueuer: Enqueuer | None = None
-        self._scheduler = BackgroundScheduler(timezone="UTC", job_defaults={"coalesce": True, "max_instances": 1})
+        # However late: a busy machine delays a job, and never skips it.
+        defaults = {"coalesce": True, "max_instances": 1, "misfire_grace_time": None}
+        self._scheduler = BackgroundScheduler(timezone="UTC", job_defaults=defaults)
 
     def start(self) -> None:
         """Raises ValueError on a malformed cron line."""
         cron = self._settings.gateway.scheduler.sweep_cron
         if cron:
-            self._scheduler.add_job(self._sweep, CronTrigger.from_crontab(cron, timezone="UTC"), id="sweep")
+            trigger = CronTrigger.from_crontab(cron, timezone="UTC")
+            self._scheduler.add_job(self._sweep, trigger, id="sweep", next_run_time=utc_now())
         self._enqueuer = Enqueuer(self._database)
         self._scheduler.start()
 
@@ -65,11 +70,14 @@ class Scheduler:
             return
         try:
             found = sweep(self._database, self._enqueuer)
+            late = send_unsent(self._database, self._enqueuer, self._settings.destinations)
         except DatabaseAway as error:
             _log.warning("sweep skipped", error=str(error))
             return
         if found:
             _log.info("sweep found work that was left behind", count=found)
+        if late:
+            _log.info("results that had nowhere to go are on their way", deliveries=late)
 
 
 def sweep(database: Database, enqueuer: Enqueuer) -> int:

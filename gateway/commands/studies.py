@@ -86,12 +86,13 @@ def show(config: Path, study: str, *, as_json: bool) -> int:
 def retry(config: Path, study: str | None, *, all_parked: bool, as_json: bool) -> int:
     """0 when something was put back on its queue (or nothing was parked with --all)."""
     from gateway.durable import Enqueuer
-    from gateway.retrying import parked_studies, retry_study
+    from gateway.retrying import retriable_studies, retry_study
 
     if (study is None) == (not all_parked):
         say("seggate: name one study, or give --all")
         return 2
-    database = Database(load_settings(config).database_url)
+    settings = load_settings(config)
+    database, destinations = Database(settings.database_url), settings.destinations
     if study is not None:
         with database.reading() as session:
             found = _find(session, study)
@@ -99,10 +100,11 @@ def retry(config: Path, study: str | None, *, all_parked: bool, as_json: bool) -
                 return 1
             uids = [found.study_instance_uid]
     else:
-        uids = parked_studies(database)
+        uids = retriable_studies(database)
     enqueuer = Enqueuer(database)
+    actor = f"user:{getpass.getuser()}"
     try:
-        retried = [retry_study(database, enqueuer, uid, actor=f"user:{getpass.getuser()}") for uid in uids]
+        retried = [retry_study(database, enqueuer, destinations, uid, actor=actor) for uid in uids]
     finally:
         enqueuer.close()
     if as_json:
@@ -169,7 +171,8 @@ def _nothing_to_retry(database: Database, retried: Retried) -> str:
         study = session.get_one(Study, retried.study_instance_uid)
     if study.state == StudyState.QUARANTINED:
         return "it is quarantined; seggate release takes it out"
-    return f"nothing is parked or unmatched; its state is {study.state}"
+    why = f" ({study.state_reason})" if study.state_reason else ""
+    return f"nothing is parked or unmatched; its state is {study.state}{why}"
 
 
 def study_document(session: Session, study: Study) -> dict[str, Any]:

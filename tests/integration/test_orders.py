@@ -14,6 +14,7 @@ import gateway
 from engine.bundle import Bundle, load_bundle
 from engine.errors import BundleInvalid
 from engine.manifest import Channel, Contract
+from gateway.destination_settings import DestinationSettings
 from gateway.durable import ROUTINE, URGENT
 from gateway.results.orders import Orders
 from gateway.retrying import retry_study
@@ -181,7 +182,7 @@ def test_after_a_retry_the_missing_model_is_ordered_and_the_other_is_not_again(w
     ward.shelf = Shelf(sick=ModelMissing("no model 'sick' serves here"))
     ward.route("sick", "healthy")
     ward.order()
-    retried = retry_study(ward.database, ward.queue, STUDY_UID, actor="user:test")
+    retried = retry_study(ward.database, ward.queue, DestinationSettings(), STUDY_UID, actor="user:test")
     assert (retried.routing, retried.results) == (1, 0)
     assert [call["workflow"] for call in ward.queue.calls] == ["make_result", "process_study"]
     assert ward.study() == (StudyState.WHOLE, None)
@@ -203,9 +204,9 @@ def test_a_series_that_a_contract_excluded_is_ordered_anew_when_the_study_is_ret
     assert ward.study()[0] == StudyState.UNMATCHED
     with ward.database.reading() as session:
         (before,) = session.scalars(select(Result))
-    retried = retry_study(ward.database, ward.queue, STUDY_UID, actor="user:test")
+    retried = retry_study(ward.database, ward.queue, DestinationSettings(), STUDY_UID, actor="user:test")
     assert (retried.routing, retried.results) == (1, 0)
-    assert not retry_study(ward.database, ward.queue, STUDY_UID, actor="user:test").anything
+    assert not retry_study(ward.database, ward.queue, DestinationSettings(), STUDY_UID, actor="user:test").anything
     with ward.database.session() as session:
         session.get_one(Study, STUDY_UID).state = StudyState.PROCESSING  # as routing leaves it
         (event,) = [e for e in session.scalars(select(LedgerEvent)) if e.kind == "retried"]

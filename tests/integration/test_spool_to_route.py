@@ -12,6 +12,7 @@ from pydicom.dataset import Dataset
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from gateway.destination_settings import DestinationSettings
 from gateway.intake.assembly import Assembly
 from gateway.intake.evidence import ExpectedCount, object_counts
 from gateway.intake.header import read_header
@@ -262,7 +263,7 @@ def test_an_unmatched_study_is_routed_again_by_the_rules_of_today(intake: Intake
     before = intake.study().state_reason
 
     # The rules still do not want it: as before, and no version or result is made.
-    assert retry_study(intake.database, queue, STUDY, actor="user:jo").routing == 1
+    assert retry_study(intake.database, queue, DestinationSettings(), STUDY, actor="user:jo").routing == 1
     assert [work.route(version_id) for _ in range(2)] == ["unmatched"] * 2
     assert (intake.study().state, intake.study().state_reason) == (StudyState.UNMATCHED, before)
     assert intake.study().version == 1
@@ -271,7 +272,7 @@ def test_an_unmatched_study_is_routed_again_by_the_rules_of_today(intake: Intake
 
     routes.write_text('time_zone = "UTC"\n' + RULES)
     assert work.route(version_id) == "unmatched"  # a repeated step: nobody asked for it
-    assert retry_study(intake.database, queue, STUDY, actor="user:jo").routing == 1
+    assert retry_study(intake.database, queue, DestinationSettings(), STUDY, actor="user:jo").routing == 1
     assert intake.work(routes).route(version_id) == "matched"
     assert work.route(version_id) == "matched"
     assert intake.study().state == StudyState.PROCESSING

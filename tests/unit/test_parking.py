@@ -9,8 +9,9 @@ import pytest
 from sqlalchemy import select
 
 from gateway import parking
+from gateway.destination_settings import DestinationSettings
 from gateway.durable import next_workflow_id
-from gateway.retrying import parked_studies, retry_study
+from gateway.retrying import retriable_studies, retry_study
 from storage import ledger
 from storage.alarms import open_alarms, raise_alarm
 from storage.database import Database
@@ -22,6 +23,10 @@ from tests.support.story_rows import (
     add_result,
     add_study,
     add_version,
+)
+
+_DESTINATIONS = DestinationSettings.model_validate(
+    {"dimse": [{"name": "pacs", "ae_title": "PACS", "host": "127.0.0.1", "port": 104}]}
 )
 
 
@@ -120,8 +125,8 @@ def test_retry_puts_a_study_that_failed_before_its_results_back_to_routing(datab
         add_study(session, StudyState.PROCESSING)
         version = add_version(session)
         parking.park_study(session, version.version_id, "order", "no model")
-    assert parked_studies(database) == [STUDY_UID]
-    retried = retry_study(database, queue, STUDY_UID, actor="operator")
+    assert retriable_studies(database) == [STUDY_UID]
+    retried = retry_study(database, queue, _DESTINATIONS, STUDY_UID, actor="operator")
     assert (retried.routing, retried.results, retried.deliveries) == (1, 0, 0)
     assert state(database) == (StudyState.WHOLE, None)
     (call,) = queue.calls
@@ -132,7 +137,7 @@ def test_retry_puts_a_study_that_failed_before_its_results_back_to_routing(datab
     )
     assert kinds(database) == ["parked", "retried"]
     assert alarms(database) == []
-    assert parked_studies(database) == []
+    assert retriable_studies(database) == []
 
 
 @pytest.mark.requirement("QUE-28", open="hung driver calls on a real GPU")
@@ -143,7 +148,7 @@ def test_retry_gives_a_parked_result_all_its_attempts_again(database: Database) 
         add_version(session)
         add_result(session, ResultState.PENDING).attempts = 4
         parking.park_result(session, "r1", "infer", "never finished")
-    assert retry_study(database, queue, STUDY_UID, actor="operator").results == 1
+    assert retry_study(database, queue, _DESTINATIONS, STUDY_UID, actor="operator").results == 1
     assert state(database)[0] == StudyState.PROCESSING
     assert queue.ids == ["result r1~1"]
     with database.reading() as session:
@@ -164,7 +169,7 @@ def test_retry_of_a_delivery_starts_its_patience_anew_and_leaves_the_others_alon
         raise_alarm(session, kind="delivery-parked", subject=f"delivery:{parked.delivery_id}", message="given up")
     queued_before = parked.queued_at
     assert state(database) == (StudyState.FAILED, "delivery to pacs: the file is gone")
-    assert retry_study(database, queue, STUDY_UID, actor="operator").deliveries == 1
+    assert retry_study(database, queue, _DESTINATIONS, STUDY_UID, actor="operator").deliveries == 1
     assert queue.ids == ["delivery r1 pacs~1"]
     assert queue.calls[0]["queue"] == "deliver-pacs"
     with database.reading() as session:
@@ -183,7 +188,7 @@ def test_retry_of_what_is_not_parked_changes_nothing(database: Database) -> None
         add_version(session)
         add_result(session, ResultState.RELEASED)
         add_delivery(session, DeliveryState.VERIFIED)
-    assert not retry_study(database, queue, STUDY_UID, actor="operator").anything
+    assert not retry_study(database, queue, _DESTINATIONS, STUDY_UID, actor="operator").anything
     assert queue.calls == []
     assert kinds(database) == []
 
@@ -196,12 +201,30 @@ def test_retry_leaves_older_versions_alone(database: Database) -> None:
         add_version(session, 2)
         add_result(session, ResultState.FAILED, result_id="old", version=1)
         add_result(session, ResultState.RELEASED, result_id="new", version=2)
-    assert not retry_study(database, queue, STUDY_UID, actor="operator").anything
+        add_delivery(session, DeliveryState.VERIFIED, result_id="new")
+    assert not retry_study(database, queue, _DESTINATIONS, STUDY_UID, actor="operator").anything
+
+
+def test_retry_sends_what_had_nowhere_to_go_to_the_destinations_of_today(database: Database) -> None:
+    queue = NotedQueue()
+    with database.session() as session:
+        add_study(session, StudyState.HELD)
+        add_version(session)
+        add_result(session, ResultState.RELEASED)
+        raise_alarm(session, kind="no-destination", subject="gateway", message="")
+    assert retriable_studies(database) == [STUDY_UID]
+    assert not retry_study(database, queue, DestinationSettings(), STUDY_UID, actor="operator").anything
+    assert retry_study(database, queue, _DESTINATIONS, STUDY_UID, actor="operator").deliveries == 1
+    assert [call["queue"] for call in queue.calls] == ["deliver-pacs"]
+    assert state(database) == (StudyState.DELIVERING, None)
+    assert alarms(database) == []
+    assert kinds(database) == ["queued-late", "retried"]
+    assert retriable_studies(database) == []
 
 
 def test_retry_of_an_unknown_study_says_so(database: Database) -> None:
     with pytest.raises(KeyError):
-        retry_study(database, NotedQueue(), "1.2.999", actor="operator")
+        retry_study(database, NotedQueue(), _DESTINATIONS, "1.2.999", actor="operator")
 
 
 def test_the_ledger_of_a_parked_and_retried_study_holds(database: Database) -> None:
@@ -210,6 +233,6 @@ def test_the_ledger_of_a_parked_and_retried_study_holds(database: Database) -> N
         add_version(session)
         add_result(session, ResultState.PENDING)
         parking.park_result(session, "r1", "infer", "no")
-    retry_study(database, NotedQueue(), STUDY_UID, actor="operator")
+    retry_study(database, NotedQueue(), _DESTINATIONS, STUDY_UID, actor="operator")
     with database.reading() as session:
         assert ledger.verify(session) == 2

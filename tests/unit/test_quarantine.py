@@ -148,12 +148,12 @@ def test_what_the_quarantine_stopped_goes_on_after_the_release_and_not_before(da
         add_result(session, ResultState.RELEASED, result_id="r2", verdict="pass")
         add_delivery(session, DeliveryState.WITHHELD, result_id="r2", state_reason=_REASON)
         add_delivery(session, DeliveryState.WITHHELD, result_id="r2", destination="emr", state_reason="replaced by r9")
-    assert not retry_study(database, queue, STUDY_UID, actor="user:test").anything
+    assert not retry_study(database, queue, _DESTINATIONS, STUDY_UID, actor="user:test").anything
     with database.session() as session:
         session.get_one(Study, STUDY_UID).state = StudyState.PROCESSING
         session.get_one(Result, "qa").state = ResultState.SUPERSEDED
         raise_alarm(session, kind="result-held", subject=f"study:{STUDY_UID}", message="held")
-    retried = retry_study(database, queue, STUDY_UID, actor="user:test")
+    retried = retry_study(database, queue, _DESTINATIONS, STUDY_UID, actor="user:test")
     assert (retried.results, retried.deliveries) == (1, 1)
     assert [call["argument"] for call in queue.calls] == ["r1", "r2 to pacs"]
     with database.reading() as session:

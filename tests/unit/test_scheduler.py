@@ -7,7 +7,9 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from sqlalchemy import select
 
+from gateway import durable
 from gateway.destination_settings import DestinationSettings
 from gateway.scheduler import Scheduler, sweep
 from gateway.settings import GatewaySettings, SchedulerSettings, Settings
@@ -21,6 +23,7 @@ from tests.support.story_rows import (
     add_study,
     add_version,
 )
+from tests.support.waiting import wait_until
 
 _LONG_AGO = timedelta(minutes=6)
 
@@ -112,3 +115,32 @@ def test_a_malformed_cron_line_is_refused_at_the_start(tmp_path: Path, database:
     scheduler = Scheduler(settings, database)
     with pytest.raises(ValueError, match="fields"):
         scheduler.start()
+
+
+def test_the_first_sweep_is_at_the_start_and_sends_what_had_nowhere_to_go(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path / 'test.sqlite'}")
+    database.migrate()
+    durable.prepare(database)
+    with database.session() as session:
+        add_study(session, StudyState.HELD)
+        add_version(session)
+        add_result(session, ResultState.RELEASED)
+    settings = Settings(
+        folder=tmp_path,
+        gateway=GatewaySettings(scheduler=SchedulerSettings(sweep_cron="0 0 1 1 *")),
+        destinations=DestinationSettings.model_validate(
+            {"dimse": [{"name": "pacs", "ae_title": "PACS", "host": "127.0.0.1", "port": 104}]}
+        ),
+    )
+    scheduler = Scheduler(settings, database)
+    scheduler.start()
+    try:
+        wait_until(lambda: _destinations(database) == ["pacs"], "the first sweep has made the delivery")
+    finally:
+        scheduler.stop()
+        database.close()
+
+
+def _destinations(database: Database) -> list[str]:
+    with database.reading() as session:
+        return list(session.scalars(select(Delivery.destination)))
