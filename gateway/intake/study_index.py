@@ -20,7 +20,7 @@ from gateway.intake.identity import PatientIdentity, conflicts, merged
 from storage import ledger
 from storage.alarms import raise_alarm
 from storage.errors import ObjectMissing
-from storage.records import Association, Instance, InstanceState, ResultObject, Series, Study, StudyState
+from storage.records import Association, Instance, InstanceState, ResultObject, Series, Study, StudyState, utc_now
 from storage.spool import Settlement, Spool, object_path, quarantine_path, study_key
 
 ConflictPolicy = Literal["keep-first", "newest", "quarantine"]
@@ -57,6 +57,7 @@ class StudyIndex:
         self._known: dict[str, Instance] = {}
         self._same_uid: dict[str, list[Instance]] = defaultdict(list)
         self._own: set[str] = set()
+        self._now = utc_now()
 
     def prepare(self, batch: Sequence[Examined]) -> None:
         """Load what the batch will be compared with, in three queries."""
@@ -100,22 +101,50 @@ class StudyIndex:
             self._tell(item, "own-result-returned", {"reason": own})
             return self._row(item, InstanceState.OWN_RESULT, own)
         earlier = self._same_uid[header.sop_instance_uid]
-        twin = next((row for row in earlier if row.digest == item.digest), None)
+        twin = self._twin(item, earlier)
         if twin is not None:
-            self._touch_if_receiving(item)
-            return self._row(item, InstanceState.DUPLICATE, f"identical to object {twin.object_id}")
+            return self._place_twin(item, twin)
+        study = self._study(item)
+        # Before any policy for contents: it would let a second patient pass as a conflict of one object (CMP-18).
+        differing = conflicts(_identity_of(study), item.identity)
+        if differing and (known := _same_other_patient(item, earlier)) is not None:
+            return self._place_twin(item, known)
         current = next((row for row in earlier if row.state == InstanceState.CURRENT), None)
-        row = self._place_new(item) if current is None else self._place_conflicting(item, current)
+        if differing:
+            row = self._quarantine_identity(item, study, differing)
+        elif current is None:
+            row = self._place_new(item, study)
+        else:
+            row = self._place_conflicting(item, study, current)
         earlier.append(row)
         return row
 
-    def _place_new(self, item: Examined) -> Instance:
-        study = self._study(item)
-        identity = _identity_of(study)
-        differing = conflicts(identity, item.identity)
-        if differing:
-            return self._quarantine_identity(item, study, differing)
-        _take_identity(study, merged(identity, item.identity))
+    def _twin(self, item: Examined, earlier: Sequence[Instance]) -> Instance | None:
+        """The object whose identical copy this one is, or None.
+
+        A quarantined object is no twin: what was wrong may have been its command, or the moment. Under `newest` a
+        replaced one is none either: its content has come back.
+        """
+        no_twins = {InstanceState.QUARANTINED}
+        if self._policy == "newest":
+            no_twins.add(InstanceState.REPLACED)
+        return next((row for row in earlier if row.digest == item.digest and row.state not in no_twins), None)
+
+    def _place_twin(self, item: Examined, twin: Instance) -> Instance:
+        """An identical copy is counted, and nothing else; where the first one's file is lost, it serves for both."""
+        self._touch_if_receiving(item)
+        row = self._row(item, InstanceState.DUPLICATE, f"identical to object {twin.object_id}")
+        try:
+            self._spool.resolve(twin.spool_path)
+        except ObjectMissing:
+            # The twin's row stays, so that the versions that name it can be made again.
+            twin.spool_path = row.spool_path
+            row.state_reason = f"{row.state_reason}, whose file was lost: this file serves for both"
+            self._tell(item, "lost-file-replaced", {"lost_object": twin.object_id})
+        return row
+
+    def _place_new(self, item: Examined, study: Study) -> Instance:
+        _take_identity(study, merged(_identity_of(study), item.identity))
         self._describe(study, item)
         self._series(item)
         self._reopen(study, item)
@@ -124,11 +153,13 @@ class StudyIndex:
         )
         return self._row(item, InstanceState.CURRENT, note)
 
-    def _place_conflicting(self, item: Examined, current: Instance) -> Instance:
+    def _place_conflicting(self, item: Examined, study: Study, current: Instance) -> Instance:
         """The same SOP Instance UID with other content: both are kept, and a person is told (REC-09)."""
         differing = self._differences(item, current)
-        same_study = current.study_instance_uid == item.study_instance_uid
-        policy = self._policy if same_study else "keep-first"  # another study must not lose an object of its own
+        uid = current.sop_instance_uid
+        other = _elsewhere(item, current)
+        # Another study or series must not lose an object of its own.
+        policy = "keep-first" if other == "study" or (other and self._policy == "newest") else self._policy
         self._tell(
             item,
             "conflicting-retransmit",
@@ -139,22 +170,21 @@ class StudyIndex:
                 "differs_in": differing,
             },
         )
-        self._alarm(
-            item,
-            ALARM_CONFLICT,
-            f"SOP Instance UID {current.sop_instance_uid} came again with other content "
-            f"(differs in {', '.join(differing) or 'its encoding'}); both are kept, policy {policy}",
+        message = (
+            f"SOP Instance UID {uid} came again with other content "
+            f"(differs in {', '.join(differing) or 'its encoding'}); both are kept, policy {policy}"
         )
+        if other:
+            message += f"; the first is of another {other}, and this {other} lacks the object until it has its own UID"
+        self._alarm(item, ALARM_CONFLICT, message)
         if policy == "newest":
-            row = self._place_new(item)
-            if row.state == InstanceState.CURRENT:
-                current.state = InstanceState.REPLACED
-                current.state_reason = f"replaced by object {item.object_id} (policy newest)"
+            row = self._place_new(item, study)
+            current.state = InstanceState.REPLACED
+            current.state_reason = f"replaced by object {item.object_id} (policy newest)"
             return row
         if policy == "quarantine":
-            study = self._study(item)
             study.state = StudyState.QUARANTINED
-            study.state_reason = f"SOP Instance UID {current.sop_instance_uid} exists with two contents"
+            study.state_reason = f"SOP Instance UID {uid} exists with two contents"
         else:
             self._list(item)
         return self._row(item, InstanceState.CONFLICT, f"other content than object {current.object_id}")
@@ -171,7 +201,7 @@ class StudyIndex:
         )
         study.state = StudyState.QUARANTINED
         study.state_reason = reason
-        study.last_received_at = max(study.last_received_at, item.evidence.received_at)
+        self._seen(study, item)
         return self._row(
             item, InstanceState.QUARANTINED, f"{', '.join(differing)}: another patient than the study's first"
         )
@@ -243,7 +273,7 @@ class StudyIndex:
         study.study_id = study.study_id or item.text("StudyID", 64)
         study.study_date = study.study_date or item.text("StudyDate", 32)
         study.study_description = study.study_description or item.text("StudyDescription")
-        study.last_received_at = max(study.last_received_at, item.evidence.received_at)
+        self._seen(study, item)
         study.calling_ae = item.evidence.calling_ae
 
     def _series(self, item: Examined) -> None:
@@ -286,7 +316,11 @@ class StudyIndex:
         """A sender that starts over after an abort is at work: the study waits for it. Otherwise nothing changes."""
         study = self._session.get(Study, str(item.study_instance_uid), with_for_update=True)
         if study is not None and study.state == StudyState.RECEIVING:
-            study.last_received_at = max(study.last_received_at, item.evidence.received_at)
+            self._seen(study, item)
+
+    def _seen(self, study: Study, item: Examined) -> None:
+        """The time of the study's last object: what the index catches up with is not quiet, however old it is."""
+        study.last_received_at = max(study.last_received_at, item.evidence.received_at, self._now)
 
     def _count(self, item: Examined) -> None:
         evidence = item.evidence
@@ -328,6 +362,27 @@ class StudyIndex:
 
     def _alarm(self, item: Examined, kind: str, message: str) -> None:
         raise_alarm(self._session, kind=kind, subject=self._subject(item), message=message)
+
+
+def _same_other_patient(item: Examined, earlier: Sequence[Instance]) -> Instance | None:
+    """The identical copy that was quarantined as another patient's; one that could not be read has no series."""
+    return next(
+        (
+            row
+            for row in earlier
+            if row.state == InstanceState.QUARANTINED and row.digest == item.digest and row.series_instance_uid
+        ),
+        None,
+    )
+
+
+def _elsewhere(item: Examined, current: Instance) -> Literal["study", "series"] | None:
+    """Whether the object in use is of another study or series than the new one."""
+    if current.study_instance_uid != item.study_instance_uid:
+        return "study"
+    if item.header is None or current.series_instance_uid != item.header.series_instance_uid:
+        return "series"
+    return None
 
 
 def _identity_of(study: Study) -> PatientIdentity:

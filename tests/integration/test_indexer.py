@@ -6,6 +6,7 @@ import errno
 import os
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -63,18 +64,23 @@ class Bench:
         sop_class: str = CT_IMAGE,
         syntax: str = EXPLICIT_LITTLE,
     ) -> Path:
-        evidence = ObjectEvidence(
+        evidence = replace(
+            self.evidence(sop), association_id=association, sop_class_uid=sop_class, transfer_syntax_uid=syntax
+        )
+        return self.spool.write_object(data, evidence=evidence)
+
+    def evidence(self, sop: str) -> ObjectEvidence:
+        return ObjectEvidence(
             object_id=self.spool.new_id(),
-            association_id=association,
+            association_id="a" * 32,
             peer_address="192.0.2.1",
             calling_ae="CT1",
             called_ae="SEGGATE",
             received_at=datetime.now(UTC),
-            sop_class_uid=sop_class,
+            sop_class_uid=CT_IMAGE,
             sop_instance_uid=sop,
-            transfer_syntax_uid=syntax,
+            transfer_syntax_uid=EXPLICIT_LITTLE,
         )
-        return self.spool.write_object(data, evidence=evidence)
 
     def slice(self, sop: str, **how: Any) -> Path:
         return self.receive(data_set(sop, **how), sop=sop)
@@ -174,6 +180,16 @@ def test_retransmit_while_receiving_keeps_the_study_waiting(bench: Bench) -> Non
     assert bench.study().last_received_at > first
 
 
+def test_backlog_is_not_quiet_however_old_its_objects_are(bench: Bench) -> None:
+    begin = datetime.now(UTC)
+    old = replace(bench.evidence("1.2.3.1"), received_at=begin - timedelta(hours=1))
+    bench.spool.write_object(data_set("1.2.3.1", **A), evidence=old)
+    bench.indexer.run_once()
+    assert bench.rows(Instance)[0].received_at == old.received_at
+    assert bench.study().first_received_at == old.received_at
+    assert bench.study().last_received_at >= begin
+
+
 @pytest.mark.requirement("REC-09", open="the operator's page")
 @pytest.mark.parametrize(
     ("policy", "states", "study_state"),
@@ -218,6 +234,80 @@ def test_same_uid_in_another_study_never_replaces(tmp_path: Path) -> None:
     assert (other.state, other.state_reason) == (StudyState.UNMATCHED, "no object to process (conflict: 1)")
     assert len(bench.events("conflicting-retransmit", "study:1.2.826.0.1.2")) == 1
     bench.database.close()
+
+
+def test_same_uid_in_another_series_never_replaces_and_the_alarm_says_which_lacks_it(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, conflict_policy="newest")
+    bench.slice("1.2.3.1", **A)
+    bench.slice("1.2.3.1", **A, series="1.2.826.0.1.1.2")
+    bench.indexer.run_once()
+    assert bench.states() == ["current", "conflict"]
+    ((_, message),) = bench.alarms()
+    assert "policy keep-first; the first is of another series, and this series lacks the object" in message
+    bench.database.close()
+
+
+@pytest.mark.requirement("REC-09", open="the operator's page")
+def test_content_that_comes_back_is_the_newest_again(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, conflict_policy="newest")
+    one, other = b"\1\2" * 16, b"\3\4" * 16
+    for pixels in (one, other, one):
+        bench.slice("1.2.3.1", **A, pixels=pixels)
+        bench.indexer.run_once()
+        bench.set_state(StudyState.VERIFIED)
+    assert bench.states() == ["replaced", "replaced", "current"]
+    bench.slice("1.2.3.1", **A, pixels=one)
+    bench.slice("1.2.3.1", **A, pixels=other)
+    bench.indexer.run_once()
+    assert bench.states() == ["replaced", "replaced", "replaced", "duplicate", "current"]
+    assert bench.study().state == StudyState.RECEIVING
+    bench.database.close()
+
+
+@pytest.mark.requirement("REC-08")
+def test_sound_copy_of_an_object_that_came_with_a_wrong_command_is_used(bench: Bench) -> None:
+    bench.receive(data_set("1.2.3.1", **A), sop_class="1.2.840.10008.5.1.4.1.1.4")
+    bench.indexer.run_once()
+    bench.slice("1.2.3.1", **A)
+    bench.indexer.run_once()
+    assert bench.states() == ["quarantined", "current"]
+    assert bench.study().patient_id == "P1"
+
+
+def test_sound_copy_of_an_object_that_a_passing_fault_quarantined_is_used(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gateway.intake import study_index
+
+    def exhausted(self: Any, item: Any) -> Instance:
+        raise MemoryError
+
+    monkeypatch.setattr(study_index.StudyIndex, "_place_readable", exhausted)
+    bench.slice("1.2.3.1", **A)
+    bench.indexer.run_once()
+    monkeypatch.undo()
+    bench.slice("1.2.3.1", **A)
+    bench.slice("1.2.3.1", **A)
+    bench.indexer.run_once()
+    assert bench.states() == ["quarantined", "current", "duplicate"]
+
+
+def test_identical_copy_serves_for_an_object_whose_file_is_lost(bench: Bench) -> None:
+    bench.slice("1.2.3.1", **A)
+    bench.indexer.run_once()
+    (first,) = bench.rows(Instance)
+    bench.spool.resolve(first.spool_path).unlink()
+    bench.set_state(StudyState.FAILED)
+    bench.slice("1.2.3.1", **A)
+    bench.indexer.run_once()
+    assert bench.states() == ["current", "duplicate"]
+    assert bench.study().state == StudyState.FAILED
+    for row in bench.rows(Instance):
+        path = bench.spool.resolve(row.spool_path)
+        assert path.is_relative_to(bench.spool.root / "studies")
+        assert bench.spool.dataset_digest(path) == first.digest
+    (told,) = bench.events("lost-file-replaced")
+    assert told["lost_object"] == first.object_id
 
 
 def test_study_of_unreadable_objects_alone_is_listed_with_their_number(bench: Bench) -> None:
@@ -266,6 +356,63 @@ def test_two_identities_under_one_study_stop_it(bench: Bench, other: dict[str, s
     assert attribute in message
     told = str(bench.events("identity-conflict")) + message + str(study.state_reason)
     assert not any(value in told for value in (*A.values(), *other.values()))
+
+
+@pytest.mark.requirement("CMP-18")
+@pytest.mark.parametrize("policy", ["keep-first", "newest", "quarantine"])
+def test_second_patient_with_the_uids_of_the_first_stops_the_study_whatever_the_policy(
+    tmp_path: Path, policy: str
+) -> None:
+    bench = Bench(tmp_path, conflict_policy=policy)
+    other = {"id": "P2", "name": "Roe^Richard", "birth_date": "19500101"}
+    for patient in (A, other):
+        for number in range(2):
+            bench.slice(f"1.2.3.{number}", **patient)
+        bench.indexer.run_once()
+    assert bench.states() == ["current"] * 2 + ["quarantined"] * 2
+    study = bench.study()
+    assert (study.state, study.patient_id) == (StudyState.QUARANTINED, "P1")
+    assert str(study.state_reason).startswith("two patient identities: PatientID (0010,0020)")
+    assert {kind for kind, _ in bench.alarms()} == {"identity-conflict"}
+    bench.database.close()
+
+
+@pytest.mark.requirement("CMP-18")
+def test_second_patient_with_a_uid_of_another_study_stops_its_study(bench: Bench) -> None:
+    bench.slice("1.2.3.1", **A)
+    bench.slice("1.2.3.2", **A, study="1.2.9", series="1.2.9.1")
+    bench.slice("1.2.3.1", study="1.2.9", series="1.2.9.1", id="P2")
+    bench.indexer.run_once()
+    assert bench.states() == ["current", "current", "quarantined"]
+    assert bench.study("1.2.9").state == StudyState.QUARANTINED
+    assert bench.study().state == StudyState.RECEIVING
+
+
+@pytest.mark.requirement("CMP-18")
+def test_same_objects_of_another_patient_once_more_do_not_stop_a_released_study(bench: Bench) -> None:
+    bench.slice("1.2.3.1", **A)
+    bench.slice("1.2.3.2", **A | {"id": "P2"})
+    bench.indexer.run_once()
+    bench.set_state(StudyState.VERIFIED)
+    bench.slice("1.2.3.2", **A | {"id": "P2"})
+    bench.indexer.run_once()
+    assert bench.states() == ["current", "quarantined", "duplicate"]
+    assert bench.study().state == StudyState.VERIFIED
+    bench.slice("1.2.3.3", **A | {"id": "P2"})
+    bench.indexer.run_once()
+    assert bench.study().state == StudyState.QUARANTINED
+
+
+@pytest.mark.requirement("CMP-18")
+def test_sound_copy_of_an_unreadable_object_of_another_patient_stops_the_study(bench: Bench) -> None:
+    bench.slice("1.2.3.1", **A)
+    bench.receive(data_set("1.2.3.2", id="P2"), sop="1.2.3.2", sop_class="1.2.840.10008.5.1.4.1.1.4")
+    bench.indexer.run_once()
+    assert bench.study().state == StudyState.RECEIVING
+    bench.slice("1.2.3.2", id="P2")
+    bench.indexer.run_once()
+    assert bench.states() == ["current", "quarantined", "quarantined"]
+    assert bench.study().state == StudyState.QUARANTINED
 
 
 @pytest.mark.requirement("CMP-18")
