@@ -385,6 +385,8 @@ def _incomplete(version: StudyVersion, decision: Decision) -> str:
         reasons.append(f"{(evidence['expected'] or {}).get('count')} are expected")
     if evidence["quarantined"]:
         reasons.append(f"{evidence['quarantined']} more are quarantined")
+    if evidence["conflicting"]:
+        reasons.append(f"{evidence['conflicting']} more have a UID that an object of another series or study holds")
     if "slice gaps" in decision.because:
         reasons.append(f"slices are missing at {evidence['gaps_total']} places")
     if "interrupted association" in decision.because:

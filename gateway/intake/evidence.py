@@ -78,7 +78,8 @@ class StudyEvidence:
     """Everything a completeness rule looks at.
 
     `objects` counts those in use, `received` all distinct instances, `own_results` the distinct results of ours that
-    came back, `quarantined` the objects set aside of which no other copy is in use.
+    came back, `quarantined` the objects set aside of which no other copy is in use, `conflicting` those in conflict
+    of which none is in their own series: another series or study holds the SOP Instance UID.
     """
 
     study_instance_uid: str
@@ -95,6 +96,7 @@ class StudyEvidence:
     wish: str | None = None
     own_results: int = 0
     quarantined: int = 0
+    conflicting: int = 0
 
     @property
     def counted(self) -> int:
@@ -123,6 +125,7 @@ class StudyEvidence:
             "received": self.received,
             "own_results": self.own_results,
             "quarantined": self.quarantined,
+            "conflicting": self.conflicting,
             "object_states": dict(self.object_states),
             "series": dict(self.series),
             "first_object_at": self.first_object_at.isoformat(),
@@ -159,7 +162,8 @@ def decide(evidence: StudyEvidence, settings: Completeness, now: datetime) -> De
     if evidence.wish == "complete":
         return Decision(rule="operator")
     expected = evidence.expected if settings.expected_count == "wait" else None
-    aside = (f"quarantined objects: {evidence.quarantined}",) if evidence.quarantined else ()
+    set_aside = ((evidence.quarantined, "quarantined objects"), (evidence.conflicting, "objects in conflict"))
+    aside = tuple(f"{what}: {count}" for count, what in set_aside if count)
     if expected is not None and expected.count == evidence.counted and evidence.ended and not aside:
         return Decision(rule="expected-count")
     # Someone knows of more objects than can be used: only time, or a person, says that they will not come.
@@ -178,10 +182,8 @@ def decide(evidence: StudyEvidence, settings: Completeness, now: datetime) -> De
         if settings.gap_check and evidence.gaps:
             return Decision(rule=None, waiting_for=f"missing slices, at most {longer:g} s")
         if aside:
-            return Decision(
-                rule=None,
-                waiting_for=f"another copy of {evidence.quarantined} quarantined objects, at most {longer:g} s",
-            )
+            missed = " and ".join(f"{count} {what}" for count, what in set_aside if count)
+            return Decision(rule=None, waiting_for=f"another copy of {missed}, at most {longer:g} s")
     prolonged = [*aside]
     if settings.gap_check and evidence.gaps:
         prolonged.append("slice gaps")
@@ -241,6 +243,11 @@ def gather(session: Session, study: Study, *, expected: ExpectedCount | None = N
             if states[InstanceState.QUARANTINED]
             else 0
         ),
+        conflicting=(
+            len(_in_series(session, uid, InstanceState.CONFLICT) - _in_series(session, uid, InstanceState.CURRENT))
+            if states[InstanceState.CONFLICT]
+            else 0
+        ),
     )
 
 
@@ -262,6 +269,16 @@ def _instances(session: Session, uid: str, state: InstanceState) -> set[str]:
         )
     )
     return {str(sop_instance_uid or object_id) for sop_instance_uid, object_id in rows}
+
+
+def _in_series(session: Session, uid: str, state: InstanceState) -> set[tuple[str | None, str | None]]:
+    """(Series, SOP Instance UID) of a study's objects in a state."""
+    rows = session.execute(
+        select(Instance.series_instance_uid, Instance.sop_instance_uid).where(
+            Instance.study_instance_uid == uid, Instance.state == state
+        )
+    )
+    return {(series_uid, sop_instance_uid) for series_uid, sop_instance_uid in rows}
 
 
 def _associations(session: Session, uid: str) -> tuple[AssociationEvidence, ...]:

@@ -116,6 +116,8 @@ def source_doubts(
         doubts.append("an operator did not wait for the end of the association")
     if evidence.get("quarantined"):
         doubts.append(f"{evidence['quarantined']} objects quarantined")
+    if evidence.get("conflicting"):
+        doubts.append(f"{evidence['conflicting']} objects left out: another series or study holds their UIDs")
     gaps = evidence.get("gaps", [])
     seen = sum(gap["missing"] for gap in gaps if gap["series_instance_uid"] == series_instance_uid)
     if missing_slices or seen:

@@ -97,6 +97,7 @@ class Ward:
         state: InstanceState = InstanceState.CURRENT,
         reopen: bool = True,
         content: str = "",
+        sop_prefix: str = "",
     ) -> None:
         with self.database.session() as session:
             row = session.get(Study, study)
@@ -128,7 +129,7 @@ class Ward:
                 session.add(
                     Instance(
                         object_id=f"{study}-{series}-{n}-{association}-{state}", study_instance_uid=study,
-                        series_instance_uid=series, sop_instance_uid=f"{series}.{n}", state=state,
+                        series_instance_uid=series, sop_instance_uid=f"{sop_prefix or series}.{n}", state=state,
                         digest=f"{content}{n:064d}"[-64:], size_bytes=1, spool_path=f"{series}/{n}",
                         received_at=self.now, association_id=association, calling_ae="MR1", called_ae="SEGGATE",
                         peer_address="192.0.2.1",
@@ -361,6 +362,22 @@ def test_a_study_with_quarantined_objects_is_declared_late_and_with_an_alarm(war
     assert len(ward.after(1)) == 1
     assert ward.versions()[0].evidence["because"] == ["quarantined objects: 1"]
     assert ward.alarms() == [ALARM_INCOMPLETE]
+
+
+@pytest.mark.parametrize("first", [{"study": "1.2.840.77"}, {"series": "1.2.840.1.2"}])
+def test_objects_whose_uids_another_study_or_series_holds_are_named(ward: Ward, first: dict[str, str]) -> None:
+    ward.receive([3], **first, sop_prefix="1.2.840.1.1")
+    ward.receive(range(3))
+    ward.receive([2, 3], state=InstanceState.CONFLICT)  # of slice 2, a copy is in use
+    ward.end()
+    ward.after(300)
+    (version,) = (v for v in ward.versions() if v.study_instance_uid == STUDY)
+    assert version.evidence["conflicting"] == 1
+    assert version.evidence["because"] == ["objects in conflict: 1"]
+    with ward.database.reading() as session:
+        (alarm,) = open_alarms(session)
+    assert alarm.kind == ALARM_INCOMPLETE
+    assert "although 1 more have a UID that an object of another series or study holds" in alarm.message
 
 
 def test_an_intact_copy_makes_up_for_a_quarantined_object(ward: Ward) -> None:

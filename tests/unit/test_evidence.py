@@ -82,6 +82,8 @@ def rule_after(seconds: float, found: StudyEvidence, settings: Completeness = SE
         ({"quarantined": 1}, 299, None),
         ({"quarantined": 1}, 300, "quiet-after-release"),
         ({"quarantined": 1, "wish": "complete"}, 0, "operator"),
+        ({"conflicting": 1}, 299, None),
+        ({"conflicting": 1}, 300, "quiet-after-release"),
         ({"expected": expected(pending=True)}, 30, None),
         ({"expected": expected(pending=True)}, 300, "quiet-after-release"),
         ({"expected": expected(problem="asked, no answer")}, 30, "quiet-after-release"),
@@ -108,6 +110,8 @@ def test_waiting_says_for_what() -> None:
     found = decide(evidence(associations=(association("aborted"),)), SETTINGS, T0)
     assert "broke off" in found.waiting_for
     assert "PACS@h:104" in decide(evidence(expected=expected(21)), SETTINGS, T0).waiting_for
+    aside = decide(evidence(quarantined=2, conflicting=1), SETTINGS, T0 + timedelta(seconds=30))
+    assert aside.waiting_for == "another copy of 2 quarantined objects and 1 objects in conflict, at most 300 s"
 
 
 def stack(

@@ -280,6 +280,7 @@ def test_evidence_against_the_study_being_whole_is_named() -> None:
     assert doubts("quiet-open", released=False, interrupted=True) == ("an association broke off",)
     assert doubts("operator", released=False) == ("an operator did not wait for the end of the association",)
     assert doubts(quarantined=3) == ("3 objects quarantined",)
+    assert doubts(conflicting=1) == ("1 objects left out: another series or study holds their UIDs",)
 
 
 @pytest.mark.requirement("CMP-16")
