@@ -14,8 +14,8 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     from gateway.settings import Settings
 
 _PR_SET_PDEATHSIG = 1
+CANNOT_START = 4  # exit code: another program has what this process needs for itself alone
+
+
+class CannotStart(Exception):
+    """The lock or the address that this process needs is taken; the message says which and what to do."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -37,6 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         _without_heavy_libraries()
     from gateway.logs import configure
     from gateway.settings import SettingsInvalid, load_settings
+    from storage.errors import StorageError
 
     try:
         settings = load_settings(options.config)
@@ -47,35 +53,48 @@ def main(arguments: list[str] | None = None) -> int:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
+    log = logging.getLogger(__name__)
+    roles = tuple(r for r in options.roles.split(",") if r)
     try:
-        with _only_one(settings, options.group):
-            run(options.group, settings, roles=tuple(r for r in options.roles.split(",") if r), stop=stop)
-    except AlreadyRuns as error:
-        logging.getLogger(__name__).error("%s", error)
+        # Delivery, scheduler and web may run apart, in several processes of the group "services".
+        with _only_one(settings, roles if options.group == "services" else (options.group,)):
+            run(options.group, settings, roles=roles, stop=stop)
+    except CannotStart as error:
+        log.error("%s", error)
+        return CANNOT_START
+    except SettingsInvalid as error:
+        log.error("%s", error)
+        return 2
+    except StorageError as error:
+        log.error("%s", error)
         return 1
     return 0
 
 
-class AlreadyRuns(Exception):
-    """Another process does the same for the same state."""
-
-
 @contextmanager
-def _only_one(settings: Settings, group: str) -> Iterator[None]:
-    """Hold the lock of this group on this host and state; a second gateway beside the first would redo its work.
+def _only_one(settings: Settings, whats: Sequence[str]) -> Iterator[None]:
+    """Hold the locks of these roles on this host and state; a second gateway beside the first would redo its work.
 
-    SEGGATE_EXECUTOR tells several on one host apart. The lock ends with the process, however it ends.
+    SEGGATE_EXECUTOR tells several on one host apart. The locks end with the process, however it ends. Raises
+    CannotStart when another process has one, SettingsInvalid where none can be made.
     """
-    name = "-".join(filter(None, (group, socket.gethostname(), os.environ.get("SEGGATE_EXECUTOR", ""))))
+    from gateway.settings import SettingsInvalid
+
     folder = settings.state_dir / "locks"
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"{name}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise AlreadyRuns(
-                f"a {group} already runs here for {settings.state_dir}; stop the other gateway first"
-            ) from error
+    with ExitStack() as held:
+        for what in whats:
+            name = "-".join(filter(None, (what, socket.gethostname(), os.environ.get("SEGGATE_EXECUTOR", ""))))
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                lock = held.enter_context((folder / f"{name}.lock").open("w"))
+            except OSError as error:
+                raise SettingsInvalid(f"state_dir: {folder} cannot be written: {error.strerror}") from error
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise CannotStart(
+                    f"the {what} already runs here for {settings.state_dir}; stop the other gateway first"
+                ) from error
         yield
 
 
@@ -84,7 +103,14 @@ def run(group: str, settings: Settings, *, roles: tuple[str, ...], stop: threadi
     if group == "receiver":
         from gateway.intake.scp import run_receiver
 
-        run_receiver(settings, stop=stop)
+        own = settings.gateway.receiver
+        try:
+            run_receiver(settings, stop=stop)
+        except OSError as error:
+            raise CannotStart(
+                f"the receiver cannot listen on {own.host}:{own.port}: {error.strerror}; end the other program, or "
+                "choose another receiver.host and receiver.port"
+            ) from error
         return
     if group == "indexer":
         run_indexer(settings, stop=stop)

@@ -2,7 +2,8 @@
 
 The supervisor does no work itself. It starts the processes, restarts one that died (with a growing delay when it
 dies at once), kills one whose inference is past its deadline (its workflow is then recovered), and on SIGTERM or
-SIGINT passes the signal on and waits for them.
+SIGINT passes the signal on and waits for them. A process that cannot start because another gateway or program is in its
+place ends everything: waiting would not help, and two gateways on one state must not be.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 import structlog
 from sqlalchemy import select
 
+from gateway.role import CANNOT_START
 from storage.database import Database
 from storage.errors import DatabaseAway
 from storage.records import Executor, utc_now
@@ -47,6 +49,7 @@ class _Child:
     process: subprocess.Popen[bytes] | None = None
     started_at: float = 0.0
     delay_s: float = 0.0
+    lives: int = 0
 
 
 class Supervisor:
@@ -74,9 +77,13 @@ class Supervisor:
         self._check_s = check_s
         self._entry = entry
         self._stop = threading.Event()
+        self._unstartable = ""
 
     def run(self) -> int:
-        """Start everything and stay until SIGTERM or SIGINT; returns 0 after a clean stop."""
+        """Start everything and stay until SIGTERM or SIGINT; returns 0 after a clean stop.
+
+        1 when a process could not start because its place is taken (it said so itself), after ending the others.
+        """
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._stop.set())
         for child in self._children:
@@ -85,6 +92,10 @@ class Supervisor:
         while not self._stop.wait(self._check_s):
             for child in self._children:
                 self._tend(child)
+            if self._unstartable:
+                _log.error("the gateway ends: a process cannot start, as it says above", process=self._unstartable)
+                self._end_all()
+                return 1
             if time.monotonic() - last_deadline_check > 2.0:
                 last_deadline_check = time.monotonic()
                 self._end_stuck()
@@ -96,6 +107,7 @@ class Supervisor:
         # A new session: Ctrl-C in a terminal reaches only the supervisor, which stops its children in order.
         child.process = subprocess.Popen(command, start_new_session=True)
         child.started_at = time.monotonic()
+        child.lives += 1
         _log.info("started", process=child.group, pid=child.process.pid)
 
     def _tend(self, child: _Child) -> None:
@@ -107,6 +119,9 @@ class Supervisor:
         if code is None:
             if child.delay_s and time.monotonic() - child.started_at > _STEADY_S:
                 child.delay_s = 0.0
+            return
+        if code == CANNOT_START and child.lives == 1:
+            self._unstartable = child.group
             return
         lived_s = time.monotonic() - child.started_at
         child.delay_s = 0.0 if lived_s > _STEADY_S else min(_LONGEST_DELAY_S, max(0.5, child.delay_s * 2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,11 +10,14 @@ from pathlib import Path
 import pytest
 
 from gateway.demo.stage import free_ports
+from gateway.role import CANNOT_START
+from gateway.settings import load_settings
+from gateway.state import prepare_state
 from tests.support.waiting import wait_until
 
 
-def _start(config: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "gateway.role", "receiver", "--config", str(config)]
+def _start(config: Path, group: str = "receiver", roles: str = "") -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "gateway.role", group, "--config", str(config), "--roles", roles]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
@@ -32,13 +36,53 @@ def test_a_second_process_of_a_group_is_refused_and_the_first_goes_on(config: Pa
         wait_until(lambda: any((tmp_path / "state" / "spool" / "incoming").glob("*")), what="the receiver's start")
         second = _start(config)
         _, said = second.communicate(timeout=60)
-        assert second.returncode == 1
-        assert "a receiver already runs here" in said
+        assert second.returncode == CANNOT_START
+        assert "the receiver already runs here" in said
         assert first.poll() is None
     finally:
         first.terminate()
         first.communicate(timeout=60)
     assert first.returncode == 0
+
+
+def test_a_port_in_use_is_named_in_one_line(config: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        (config / "gateway.toml").write_text(f'[receiver]\nhost = "127.0.0.1"\nport = {port}\nreserve_mb = 1\n')
+        process = _start(config)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == CANNOT_START
+    (line,) = said.splitlines()
+    assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in line
+
+
+def test_delivery_scheduler_and_web_may_run_apart_and_each_only_once(config: Path, tmp_path: Path) -> None:
+    (config / "gateway.toml").write_text("[web]\nport = 0\n")
+    prepare_state(load_settings(config)).close()
+    locks = tmp_path / "state" / "locks"
+    apart = [_start(config, "services", roles) for roles in ("scheduler", "web")]
+    try:
+        wait_until(lambda: len(list(locks.glob("*.lock"))) == 2, what="both have started")
+        again = _start(config, "services", "delivery,web")
+        _, said = again.communicate(timeout=60)
+        assert again.returncode == CANNOT_START
+        assert "the web already runs here" in said
+        assert [p.poll() for p in apart] == [None, None]
+    finally:
+        for process in apart:
+            process.terminate()
+        for process in apart:
+            process.communicate(timeout=60)
+    assert [p.returncode for p in apart] == [0, 0]
+
+
+def test_a_state_that_cannot_be_written_is_named_in_one_line(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "state").write_text("a file, where a folder is needed")
+    process = _start(config)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 2
+    (line,) = said.splitlines()
+    assert f"state_dir: {tmp_path / 'state' / 'locks'} cannot be written: Not a directory" in line
 
 
 def test_a_broken_configuration_is_named_and_ends_with_2(config: Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from gateway.role import CANNOT_START
 from gateway.supervisor import PROCESSES
 from storage.database import Database
 from storage.records import Executor, utc_now
@@ -32,7 +33,7 @@ _SUPERVISOR = """
     sys.exit(Supervisor(folder, sys.argv[2].split(","), database=database, drain_s=float(sys.argv[3]), check_s=0.05,
                         entry="entry").run())
 """
-# A process that notes its start and waits; a file named `die-<group>` makes it end with code 3 at its start.
+# A process that notes its start and waits; a file named `die-<group>` makes it end at its start, with the code in it.
 _ENTRY = """
     import os, signal, sys, time
     from pathlib import Path
@@ -43,7 +44,7 @@ _ENTRY = """
     with (folder / f"lives-{group}").open("a") as lives:
         lives.write(f"{os.getpid()} {roles}\\n")
     if (folder / f"die-{group}").exists():
-        sys.exit(3)
+        sys.exit(int((folder / f"die-{group}").read_text()))
     while True:
         time.sleep(0.05)
 """
@@ -126,7 +127,7 @@ def test_a_process_that_dies_is_started_again(supervised: Supervised) -> None:
 
 
 def test_a_process_that_dies_at_once_is_started_again_with_growing_pauses(supervised: Supervised) -> None:
-    (supervised.folder / "die-worker").touch()
+    (supervised.folder / "die-worker").write_text("3")
     began = utc_now()
     supervised.start("worker,receiver")
     receiver = supervised.wait_for_life("receiver", 1)
@@ -134,6 +135,24 @@ def test_a_process_that_dies_at_once_is_started_again_with_growing_pauses(superv
     assert (utc_now() - began).total_seconds() >= 0.5 + 1.0 + 2.0
     assert not _gone(receiver)
     assert len(supervised.lives("receiver")) == 1
+    assert supervised.stop() == 0
+
+
+def test_a_process_whose_place_is_taken_at_the_first_start_ends_the_gateway(supervised: Supervised) -> None:
+    (supervised.folder / "die-worker").write_text(str(CANNOT_START))
+    supervised.start("receiver,worker")
+    assert supervised.process is not None
+    assert supervised.process.wait(timeout=60) == 1
+    assert len(supervised.lives("worker")) == 1
+    assert all(_gone(pid) for group in ("receiver", "indexer") for pid, _ in supervised.lives(group))
+
+
+def test_a_process_whose_place_is_taken_later_is_started_again(supervised: Supervised) -> None:
+    supervised.start("worker")
+    first = supervised.wait_for_life("worker", 1)
+    (supervised.folder / "die-worker").write_text(str(CANNOT_START))
+    os.kill(first, signal.SIGKILL)
+    supervised.wait_for_life("worker", 3)
     assert supervised.stop() == 0
 
 
