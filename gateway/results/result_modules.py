@@ -30,6 +30,7 @@ from gateway.results.source_header import copied_to_results, repaired_header
 from storage.part10 import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 
 NOT_REVIEWED = "AI, not reviewed"
+_MODEL_KEPT = 20  # characters of the model's name that a series description always has
 _SERIES_BASE = 9000
 _ROLE_OFFSET = {"SEG": 0, "SR": 1, "SC": 2, "notice": 3}
 _SIDES = {"left": DicomCode("7771000", "SCT", "Left"), "right": DicomCode("24028007", "SCT", "Right")}
@@ -146,7 +147,7 @@ def write_common_modules(dataset: Dataset, header: ResultHeader, *, role: str, e
     )
     dataset.SeriesNumber = header.series_number(role)
     dataset.InstanceNumber = 1
-    dataset.SeriesDescription = series_description(content)
+    dataset.SeriesDescription = series_description(header)
     dataset.SeriesDate, dataset.SeriesTime = date, time
     dataset.ContentDate, dataset.ContentTime = date, time
     dataset.InstanceCreationDate, dataset.InstanceCreationTime = date, time
@@ -160,10 +161,30 @@ def write_common_modules(dataset: Dataset, header: ResultHeader, *, role: str, e
     dataset.ContributingEquipmentSequence = DicomSequence(_equipment(header))
 
 
-def series_description(content: ResultContent) -> str:
-    """`<model> AI, not reviewed`, at most 64 characters; the wording is never what gets cut."""
+def series_description(header: ResultHeader) -> str:
+    """`<model>: <source's SeriesNumber> <part> <SeriesDescription> AI, not reviewed`, at most 64 characters (VR LO).
+
+    What tells two results of a study apart comes first; the wording is never what gets cut.
+    """
+    identity = header.content.identity
     room = 64 - len(NOT_REVIEWED) - 1
-    return f"{content.identity.model.name[:room]} {NOT_REVIEWED}"
+    number, described = (str(header.attributes.get(k, "")) for k in ("SeriesNumber", "SeriesDescription"))
+    source = " ".join(filter(None, (number, identity.part, described)))
+    if not source:
+        return f"{identity.model.name[:room]} {NOT_REVIEWED}"
+    model = identity.model.name[: max(_MODEL_KEPT, room - 2 - len(source))]
+    room -= len(model) + 2
+    part = _without_middle(identity.part, room - len(number) - 1)
+    source = " ".join(filter(None, (number, part, described)))[:room].rstrip()
+    return f"{model}: {source} {NOT_REVIEWED}"
+
+
+def _without_middle(text: str, room: int) -> str:
+    """Parts of one series often begin alike and often end alike."""
+    if len(text) <= room:
+        return text
+    tail = room // 2
+    return f"{text[: room - tail - 1]}~{text[-tail:]}"
 
 
 def algorithm_identification(content: ResultContent) -> AlgorithmIdentificationSequence:

@@ -86,6 +86,7 @@ SOURCE_RULES: tuple[Rule, ...] = (
     Rule(keyword="SOPInstanceUID", presence="required", identity=True),
     Rule(keyword="SOPClassUID", presence="required", identity=True),
     Rule(keyword="SeriesNumber"),
+    Rule(keyword="SeriesDescription"),
     Rule(keyword="BodyPartExamined"),
     Rule(keyword="Laterality", enumerated=("L", "R")),
     Rule(keyword="FrameOfReferenceUID"),

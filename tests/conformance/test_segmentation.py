@@ -181,7 +181,7 @@ def test_the_same_content_makes_the_same_bytes(tmp_path: Path, encoding: Encodin
 def test_provenance_is_complete(tmp_path: Path) -> None:
     part, _, content = phantom(tmp_path, {})
     dataset = pydicom.dcmread(BytesIO(encode_segmentation(content).data))
-    assert dataset.SeriesDescription == "asymmetric-phantom AI, not reviewed"
+    assert dataset.SeriesDescription == "asymmetric-phantom: 1 asymmetric phantom AI, not reviewed"
     assert (dataset.SeriesNumber, dataset.InstanceNumber) == (9010, 1)
     assert dataset.SeriesInstanceUID != part.series_instance_uid
     assert (dataset.StudyInstanceUID, dataset.AccessionNumber) == (part.study_instance_uid, "ACC0001")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
-from pydicom import dcmread
+from pydicom import config, dcmread
+from pydicom.datadict import dictionary_VR
+from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 
 from gateway.results.content import EncodedObject, ResultContent
@@ -84,3 +87,36 @@ def test_objects_with_an_offset_are_legal(tmp_path: Path) -> None:
         path.write_bytes(made.data)
         if made.encoding != "LABELMAP":
             assert iod_errors(path) == []
+
+
+LONG = "Axial dynamic after contrast, reconstructed with a description that goes on and on"
+
+
+@pytest.mark.requirement("CMP-20")
+@pytest.mark.parametrize(
+    ("model", "number", "part", "description", "shown"),
+    [
+        ("lungs", "3", "", "pre contrast", "lungs: 3 pre contrast"),
+        ("lungs", "3", "EchoTime=4.9", "T2*", "lungs: 3 EchoTime=4.9 T2*"),
+        ("lungs", None, "", None, "lungs"),
+        ("m" * 64, "3", "", "post contrast", f"{'m' * 30}: 3 post contrast"),
+        ("m" * 64, "3", "", LONG, f"{'m' * 20}: 3 Axial dynamic after con"),
+        ("m" * 64, None, "", None, "m" * 47),
+        ("m" * 64, "2147483647", "ImageType=ORIGINAL_PRIMARY_M_FFE", LONG, f"{'m' * 20}: 2147483647 ImageT~Y_M_FFE"),
+    ],
+)
+def test_every_object_says_which_series_and_part_it_was_made_from(
+    tmp_path: Path, model: str, number: str | None, part: str, description: str | None, shown: str
+) -> None:
+    made = content(tmp_path, None)
+    source = Dataset()
+    source.update(made.header)
+    for keyword, value in (("SeriesNumber", number), ("SeriesDescription", description)):
+        del source[keyword]
+        if value is not None:
+            source.add(DataElement(keyword, dictionary_VR(keyword), value, validation_mode=config.IGNORE))
+    named = replace(made.identity, part=part, model=replace(made.identity.model, name=model))
+    for item in encoded(later(made, header=source, identity=named)):
+        written = dcmread(BytesIO(item.data)).SeriesDescription
+        assert written == f"{shown} AI, not reviewed"
+        assert len(written) <= 64
