@@ -32,6 +32,7 @@ from gateway.heartbeat import Heartbeat, executor_id
 from gateway.intake.assembly import Assembly
 from gateway.intake.expected_count import ExpectedCounts
 from gateway.intake.header import read_header
+from gateway.intake.index_mark import IndexMark
 from gateway.intake.routes_file import RoutesFile
 from gateway.intake.routing_rules import RulesInvalid
 from gateway.model_shelf import ModelShelf
@@ -95,7 +96,8 @@ def run_worker(settings: Settings, *, stop: threading.Event, boundary: Boundary 
         disabled_checks=settings.gateway.quality.disabled_checks,
     )
     durable.configure(database, executor_id=executor_id("worker"))
-    story = Story(attempts=worker.attempts, boundary=boundary)
+    execution = durable.Execution()
+    story = Story(attempts=worker.attempts, step=execution.step, wait=execution.wait, boundary=boundary)
     register_study_workflows(story, studies, results, attempts=worker.attempts)
     heartbeat.start()
     try:
@@ -114,6 +116,7 @@ def run_worker(settings: Settings, *, stop: threading.Event, boundary: Boundary 
         expected_count=expected_counts,
         headers=headers,
         enqueue=_study_enqueuer(enqueuer),
+        indexed_until=IndexMark(spool.root).read,
     )
     try:
         while not stop.wait(worker.poll_s):
@@ -123,7 +126,7 @@ def run_worker(settings: Settings, *, stop: threading.Event, boundary: Boundary 
                 _log.warning("assembly waits for the database", error=str(error))
                 stop.wait(_AWAY_PAUSE_S)
     finally:
-        durable.stop()
+        execution.stop()
         heartbeat.stop()
         expected_counts.close()
         enqueuer.close()
@@ -188,7 +191,9 @@ def _start_delivery(settings: Settings, database: Database, spool: Spool, *, bou
     )
     heartbeat = _heartbeat(settings, database, role="delivery")
     durable.configure(database, executor_id=executor_id("delivery"))
-    register_delivery_workflows(Story(attempts=worker.attempts, boundary=boundary), dispatch)
+    execution = durable.Execution()
+    story = Story(attempts=worker.attempts, step=execution.step, wait=execution.wait, boundary=boundary)
+    register_delivery_workflows(story, dispatch)
     heartbeat.start()
     if clients:
         reporting.rehearse()
@@ -202,7 +207,7 @@ def _start_delivery(settings: Settings, database: Database, spool: Spool, *, bou
     heartbeat.take_over()
 
     def close() -> None:
-        durable.stop()
+        execution.stop()
         heartbeat.stop()
         enqueuer.close()
         for client in clients.values():

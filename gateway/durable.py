@@ -7,10 +7,12 @@ one. DBOS keeps its tables in our database: on SQLite in the same file, on Postg
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+import threading
+import time
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from dbos import DBOS, DBOSClient, DBOSConfig, DBOSPortableJSONSerializer, EnqueueOptions
+from dbos import DBOS, DBOSClient, DBOSConfig, DBOSPortableJSONSerializer, EnqueueOptions, error
 from sqlalchemy.orm import Session
 
 from storage.database import Database
@@ -34,6 +36,48 @@ def next_workflow_id(workflow_id: str) -> str:
     """A workflow id is used once; the same work again has the next suffix: w, w~1, w~2."""
     stem, _, count = workflow_id.rpartition("~")
     return f"{stem}~{int(count) + 1}" if stem and count.isdigit() else f"{workflow_id}~1"
+
+
+class Stopped(BaseException):
+    """This process stops: the workflow is left as it is, for the next start.
+
+    Not an Exception: DBOS would record that as the workflow's own end.
+    """
+
+
+class Execution:
+    """The steps and waits of the workflows that run in this process, until `stop`."""
+
+    def __init__(self, *, drain_s: int = 5) -> None:
+        """`drain_s`: how long `stop` waits for steps that are at work."""
+        self._drain_s = drain_s
+        self._stopping = threading.Event()
+
+    def step(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
+        """Run a function as a durable step of the current workflow: finished steps are not run again.
+
+        Raises Stopped instead of beginning after `stop`, and where a step that took too long finds DBOS gone.
+        """
+        if self._stopping.is_set():
+            raise Stopped
+        try:
+            return DBOS.run_step({"name": name}, function, *args)
+        except error.DBOSException as gone:
+            if self._stopping.is_set():
+                raise Stopped from gone
+            raise
+
+    def wait(self, seconds: float) -> None:
+        """A durable wait: after a restart only the rest of it is waited. Raises Stopped when `stop` ends it."""
+        until = self.step("wait", lambda: time.time() + seconds)
+        # A clock that was set back does not make it longer.
+        if self._stopping.wait(min(seconds, max(0.0, until - time.time()))):
+            raise Stopped
+
+    def stop(self) -> None:
+        """Take no more work, end all waits; what is left unfinished is recovered at the next start."""
+        self._stopping.set()
+        DBOS.destroy(workflow_completion_timeout_sec=self._drain_s)
 
 
 class Enqueuer:
@@ -129,11 +173,6 @@ def recover(executor_id: str) -> int:
     return len(DBOS._recover_pending_workflows([executor_id]))
 
 
-def stop() -> None:
-    """Stop taking work; what runs is left to recovery at the next start."""
-    DBOS.destroy()
-
-
 def quiet() -> None:
     """DBOS logs through its own logger; only warnings are of interest, and never arguments."""
     logging.getLogger("dbos").setLevel(logging.WARNING)
@@ -141,13 +180,3 @@ def quiet() -> None:
 
 def _dbos_url(database: Database) -> str:
     return database.url.render_as_string(hide_password=False)
-
-
-def step(name: str, function: Any, *args: Any) -> Any:
-    """Run a function as a durable step of the current workflow: finished steps are not run again."""
-    return DBOS.run_step({"name": name}, function, *args)
-
-
-def sleep(seconds: float) -> None:
-    """A durable wait: after a restart only the rest of it is waited."""
-    DBOS.sleep(seconds)

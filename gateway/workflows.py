@@ -24,7 +24,6 @@ from typing import Any, Protocol
 import structlog
 from dbos import DBOS
 
-from gateway import durable
 from gateway.errors import Transient, is_of_the_machine, meaning
 
 PROCESS_STUDY, MAKE_RESULT, DELIVER = "process_study", "make_result", "deliver"
@@ -65,12 +64,15 @@ class Parked(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Story:
-    """The workflows, given who does the steps. `boundary` is told of every step's begin and end."""
+    """The workflows, given who does the steps. `boundary` is told of every step's begin and end.
+
+    `step` and `wait` are those of gateway.durable.Execution.
+    """
 
     attempts: int
+    step: Callable[..., Any]
+    wait: Callable[[float], None]
     boundary: Callable[[str], None] = lambda _name: None
-    wait: Callable[[float], None] = durable.sleep
-    step: Callable[..., Any] = durable.step
 
     def process_study(self, steps: StudySteps, version_id: str) -> str:
         try:

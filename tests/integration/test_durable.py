@@ -157,6 +157,21 @@ def test_an_executor_that_comes_back_goes_on_after_the_last_finished_step(
             json.loads(value)
 
 
+@pytest.mark.requirement("QUE-27")
+@pytest.mark.parametrize("stop_in", ["wait", "step"])
+def test_a_stop_leaves_what_is_under_way_to_the_next_start_without_a_word(
+    database: Database, enqueuer: durable.Enqueuer, tmp_path: Path, stop_in: str
+) -> None:
+    enqueue(enqueuer, database)
+    stopped = live(database, "a", tmp_path, "--stop-in", stop_in)
+    assert (stopped.returncode, stopped.stdout, stopped.stderr) == (0, "", "")
+    assert [(w[1], w[2]) for w in workflows(database)] == [("PENDING", "a")]
+    if stop_in == "step":  # not known to have ended, so it runs again
+        back = live(database, "a", tmp_path)
+        assert (back.returncode, back.stdout.split()) == (0, ["SUCCESS"]), back.stderr
+        assert lines(tmp_path) == ["first x a", "first x a", "second x a"]
+
+
 @pytest.mark.requirement("QUE-28", open="hung driver calls on a real GPU")
 def test_another_executor_takes_a_dead_ones_work_once(
     database: Database, enqueuer: durable.Enqueuer, tmp_path: Path
