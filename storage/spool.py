@@ -14,7 +14,7 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -224,6 +224,41 @@ class Spool:
         relative = quarantine_path(object_id)
         self.settle([Settlement(object_id=object_id, spool_path=relative)])
         return relative
+
+    def study_folders(self) -> Iterator[Path]:
+        """The folders of objects of all studies, in no order. Raises SpoolUnsafe."""
+        try:
+            with os.scandir(self.root / "studies") as entries:
+                for entry in entries:
+                    if _STUDY_KEY.fullmatch(entry.name):
+                        yield Path(entry.path, "objects")
+        except OSError as error:
+            raise unsafe(error, self.root) from error
+
+    def objects_in(self, folder: Path) -> list[Path]:
+        """The objects of a study, or of the quarantine, oldest first; none without the folder. Raises SpoolUnsafe."""
+        try:
+            with os.scandir(folder) as entries:
+                names = [entry.name for entry in entries if entry.is_file(follow_symlinks=False)]
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise unsafe(error, self.root) from error
+        stems = (name.removesuffix(".dcm") for name in sorted(names) if name.endswith(".dcm"))
+        return [folder / f"{stem}.dcm" for stem in stems if _OBJECT_ID.fullmatch(stem)]
+
+    def take_back(self, paths: Iterable[Path]) -> None:
+        """Move settled objects that no row names back to `incoming/`. Raises SpoolUnsafe; then some are moved."""
+        incoming = self.root / "incoming"
+        folders = {incoming}
+        try:
+            for path in paths:
+                path.rename(incoming / path.name)
+                folders.add(path.parent)
+            for folder in sorted(folders):
+                sync_folder(folder)
+        except OSError as error:
+            raise unsafe(error, self.root) from error
 
     # -- reading -----------------------------------------------------------------------------------------------
 

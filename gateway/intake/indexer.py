@@ -23,6 +23,7 @@ from pydicom.dataset import Dataset
 from gateway.intake.association_index import apply_event
 from gateway.intake.errors import IntakeRejected
 from gateway.intake.examination import Examined, examine
+from gateway.intake.spool_comparison import SpoolComparison
 from gateway.intake.study_index import ACTOR, GATEWAY_SUBJECT, StudyIndex
 from gateway.settings import Settings
 from storage.alarms import clear_alarms, raise_alarm
@@ -78,6 +79,7 @@ class Indexer:
         self._policy = settings.gateway.receiver.conflict_policy
         self._is_own_result = is_own_result
         self._clock = clock
+        self._comparison = SpoolComparison(spool, database)
         self._skipped: dict[str, tuple[str, str, float]] = {}  # entry id -> alarm kind, file name, when to try again
         self._alarmed: dict[str, list[str]] | None = None  # names per kind as last told; None: not told yet
 
@@ -94,16 +96,23 @@ class Indexer:
                     retry_s = min(retry_s * 2, _MAX_RETRY_S)
                     continue
                 retry_s = _FIRST_RETRY_S
-                if not done:
+                if not done and self.compared:
                     stop.wait(_POLL_S)
 
+    @property
+    def compared(self) -> bool:
+        """Whether everything that was in the spool and in the rows at the start has been compared."""
+        return self._comparison.done
+
     def run_once(self) -> int:
-        """Index everything that is in `incoming/` now; returns how many objects and events.
+        """Index everything that is in `incoming/` now; returns how many objects and events. In the first rounds,
+        some of the rest of the spool is compared with the rows before that.
 
         Raises DatabaseAway, SpoolUnsafe: what was not committed stays in `incoming/`. An entry that cannot be read,
         or that the database refuses, stays there too: an alarm names it, and it is tried again every minute.
         """
         now = self._clock()
+        self._comparison.step()
         incoming = self._spool.incoming()
         for gone in set(self._skipped) - {entry.id for entry in incoming}:
             del self._skipped[gone]

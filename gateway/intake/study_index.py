@@ -20,7 +20,7 @@ from gateway.intake.identity import PatientIdentity, conflicts, merged
 from storage import ledger
 from storage.alarms import raise_alarm
 from storage.errors import ObjectMissing
-from storage.records import Association, Instance, InstanceState, ResultObject, Series, Study, StudyState, utc_now
+from storage.records import Association, Instance, InstanceState, ResultObject, Series, Study, StudyState
 from storage.spool import Settlement, Spool, object_path, quarantine_path, study_key
 
 ConflictPolicy = Literal["keep-first", "newest", "quarantine"]
@@ -57,7 +57,6 @@ class StudyIndex:
         self._known: dict[str, Instance] = {}
         self._same_uid: dict[str, list[Instance]] = defaultdict(list)
         self._own: set[str] = set()
-        self._now = utc_now()
 
     def prepare(self, batch: Sequence[Examined]) -> None:
         """Load what the batch will be compared with, in three queries."""
@@ -201,7 +200,7 @@ class StudyIndex:
         )
         study.state = StudyState.QUARANTINED
         study.state_reason = reason
-        self._seen(study, item)
+        study.last_received_at = max(study.last_received_at, item.evidence.received_at)
         return self._row(
             item, InstanceState.QUARANTINED, f"{', '.join(differing)}: another patient than the study's first"
         )
@@ -273,7 +272,7 @@ class StudyIndex:
         study.study_id = study.study_id or item.text("StudyID", 64)
         study.study_date = study.study_date or item.text("StudyDate", 32)
         study.study_description = study.study_description or item.text("StudyDescription")
-        self._seen(study, item)
+        study.last_received_at = max(study.last_received_at, item.evidence.received_at)
         study.calling_ae = item.evidence.calling_ae
 
     def _series(self, item: Examined) -> None:
@@ -316,11 +315,7 @@ class StudyIndex:
         """A sender that starts over after an abort is at work: the study waits for it. Otherwise nothing changes."""
         study = self._session.get(Study, str(item.study_instance_uid), with_for_update=True)
         if study is not None and study.state == StudyState.RECEIVING:
-            self._seen(study, item)
-
-    def _seen(self, study: Study, item: Examined) -> None:
-        """The time of the study's last object: what the index catches up with is not quiet, however old it is."""
-        study.last_received_at = max(study.last_received_at, item.evidence.received_at, self._now)
+            study.last_received_at = max(study.last_received_at, item.evidence.received_at)
 
     def _count(self, item: Examined) -> None:
         evidence = item.evidence

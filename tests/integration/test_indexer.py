@@ -180,16 +180,6 @@ def test_retransmit_while_receiving_keeps_the_study_waiting(bench: Bench) -> Non
     assert bench.study().last_received_at > first
 
 
-def test_backlog_is_not_quiet_however_old_its_objects_are(bench: Bench) -> None:
-    begin = datetime.now(UTC)
-    old = replace(bench.evidence("1.2.3.1"), received_at=begin - timedelta(hours=1))
-    bench.spool.write_object(data_set("1.2.3.1", **A), evidence=old)
-    bench.indexer.run_once()
-    assert bench.rows(Instance)[0].received_at == old.received_at
-    assert bench.study().first_received_at == old.received_at
-    assert bench.study().last_received_at >= begin
-
-
 @pytest.mark.requirement("REC-09", open="the operator's page")
 @pytest.mark.parametrize(
     ("policy", "states", "study_state"),
