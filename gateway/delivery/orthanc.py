@@ -8,11 +8,12 @@ methods return None where requests fails in a way that it does not translate.
 from __future__ import annotations
 
 import hashlib
+import io
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import requests
 from orthanc_api_client import OrthancApiClient, exceptions
@@ -32,8 +33,7 @@ from gateway.delivery.destination import (
 from gateway.delivery.status import Outcome, http_meaning
 from gateway.destination_settings import OrthancDestination
 from gateway.settings import SettingsInvalid, read_secret
-
-_HASH_BLOCK_BYTES = 1 << 20
+from storage.part10 import read_meta_elements
 
 # "Status" in Orthanc's answer to POST /instances, which comes with HTTP 200 in all cases.
 _STATUSES: Mapping[str, tuple[Outcome, str]] = {
@@ -69,7 +69,11 @@ class OrthancPacs:
         return tuple(statuses)
 
     def verify(self, objects: Sequence[OutgoingObject]) -> tuple[Verification, ...]:
-        """By SOP Instance UID and by the MD5 of the stored file, which Orthanc computed when it took it."""
+        """By SOP Instance UID and by the MD5 of the stored file, which Orthanc computed when it took it.
+
+        What came by C-STORE has a preamble and file meta information (group 0002) of Orthanc's own: where the MD5 is
+        another one, the data sets are compared.
+        """
         with self._client() as client:
             return tuple(self._find(client, item) for item in objects)
 
@@ -146,11 +150,29 @@ class OrthancPacs:
         if any(s.text.strip() != item.transfer_syntax_uid for s in syntaxes):
             detail = "found in Orthanc, which keeps it in another transfer syntax"
             return Verification(sop_instance_uid=uid, outcome="verified", detail=detail)
+        if any(self._same_data_set(client, i, item.path) for i in found):
+            return Verification(sop_instance_uid=uid, outcome="verified", detail="found in Orthanc, same data set")
         return Verification(
             sop_instance_uid=uid,
             outcome="differs",
             detail="Orthanc holds another content under this UID; compare the two by hand",
         )
+
+    def _same_data_set(self, client: _Client, instance: str, path: Path) -> bool:
+        """Whether what Orthanc keeps is our file, whatever is in its head (PS3.10 7.1)."""
+        try:
+            answer = client.get(f"instances/{instance}/file")
+        except exceptions.HttpError as error:
+            raise self._trouble("reading back", error) from error
+        except exceptions.OrthancApiException as error:
+            raise DestinationAway(f"{self.name} broke off while reading back: {type(error).__name__}") from error
+        if answer is None:
+            raise DestinationAway(f"{self.name} broke off while reading back")
+        with path.open("rb") as ours:
+            try:
+                return _data_set_digest(io.BytesIO(answer.content)) == _data_set_digest(ours)
+            except ValueError as error:
+                raise DestinationAway(f"{self.name} does not answer with a DICOM file: {error}") from error
 
     def _trouble(self, what: str, error: exceptions.HttpError) -> DestinationAway | DestinationRefuses:
         code = error.http_status_code  # the error's text may quote the answer's body, so it is not used
@@ -223,8 +245,12 @@ def _instances(response: requests.Response | None) -> list[str] | None:
 
 
 def _md5(path: Path) -> str:
-    digest = hashlib.md5(usedforsecurity=False)
     with path.open("rb") as file:
-        while block := file.read(_HASH_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def _data_set_digest(file: BinaryIO) -> bytes:
+    """SHA-256 of what follows group 0002; raises ValueError where the head is not that of a DICOM file."""
+    _, offset = read_meta_elements(file)
+    file.seek(offset)
+    return hashlib.sha256(file.read()).digest()

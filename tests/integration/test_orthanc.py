@@ -10,8 +10,9 @@ import pydicom
 import pytest
 
 from gateway.delivery.destination import DestinationAway, DestinationRefuses
+from gateway.delivery.dimse import DimsePacs
 from gateway.delivery.orthanc import OrthancPacs
-from gateway.destination_settings import OrthancDestination
+from gateway.destination_settings import DimseDestination, OrthancDestination
 from storage.errors import ObjectChanged
 from tests.support import pacs
 from tests.support.http_server import http_server
@@ -44,6 +45,22 @@ def test_objects_are_stored_and_read_back_by_digest(tmp_path: Path, result: Inve
         assert [(s.outcome, s.meaning) for s in again] == [("stored", "Orthanc: it was there already")] * 2
         report = destination.echo()
         assert (report.reachable, report.accepted, report.query, report.problem) == (True, True, True, "")
+
+
+@pytest.mark.parametrize("encoding", ["BINARY", "LABELMAP", "SC"])
+def test_what_orthanc_got_by_c_store_before_is_the_same_object(
+    tmp_path: Path, result: InventedResult, encoding: str
+) -> None:
+    """Orthanc wrote the preamble and the file meta information (group 0002) itself, so the files are not the same."""
+    objects = result.objects(encoding)
+    with pacs.orthanc(tmp_path / "orthanc", UnknownSopClassAccepted=True) as peer:
+        by_dimse = DimseDestination(name="dimse", ae_title=peer.ae_title, host=peer.host, port=peer.port)
+        assert [s.outcome for s in DimsePacs(by_dimse, calling_ae_title="SEGGATE").send(objects)] == ["stored"] * 2
+        destination = _rest(peer.http_url)
+        assert [s.outcome for s in destination.send(objects)] == ["stored", "stored"]
+        assert [(v.outcome, v.detail) for v in destination.verify(objects)] == [
+            ("verified", "found in Orthanc, same data set")
+        ] * 2
 
 
 def test_other_content_under_the_same_uid_is_never_called_verified(tmp_path: Path, result: InventedResult) -> None:
