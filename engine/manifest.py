@@ -75,6 +75,8 @@ class Contract:
     max_slice_gap_ratio: float
     max_gantry_tilt_deg: float
     allow_duplicates: bool
+    allow_mixed_contents: bool = False
+    allow_partial_extent: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +165,9 @@ def manifest_document(manifest: Manifest, root: Path) -> dict[str, Any]:
             "max_slice_gap_ratio": contract.max_slice_gap_ratio,
             "max_gantry_tilt_deg": contract.max_gantry_tilt_deg,
             "allow_duplicates": contract.allow_duplicates,
+            # Only where set, so that a bundle from before they existed keeps its digest.
+            **({"allow_mixed_contents": True} if contract.allow_mixed_contents else {}),
+            **({"allow_partial_extent": True} if contract.allow_partial_extent else {}),
         },
         "configurations": [
             {
@@ -334,6 +339,8 @@ def read_contract(entry: Reader) -> Contract:
         max_slice_gap_ratio=entry.number("max_slice_gap_ratio", 1.0, 1000.0),
         max_gantry_tilt_deg=entry.number("max_gantry_tilt_deg", 0.0, 90.0),
         allow_duplicates=entry.boolean("allow_duplicates"),
+        allow_mixed_contents=entry.boolean("allow_mixed_contents", False),
+        allow_partial_extent=entry.boolean("allow_partial_extent", False),
     )
 
 

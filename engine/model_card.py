@@ -60,6 +60,8 @@ _CONTRACT_KEYS = frozenset(
         "max_slice_gap_ratio",
         "max_gantry_tilt_deg",
         "allow_duplicates",
+        "allow_mixed_contents",
+        "allow_partial_extent",
     }
 )
 _LABEL_KEYS = frozenset({"category", "type", "laterality", "pair", "colour", "volume_range_ml"})

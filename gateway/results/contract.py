@@ -32,7 +32,8 @@ class ContractFinding:
 
 def judge(part: SeriesPart, contract: Contract, *, channels: int) -> tuple[ContractFinding, ...]:
     """All criteria in a fixed order: modality, channels, image-type, slice-axis, slice-count, spacing, thickness,
-    slice-gap, irregularity, duplicates, repeated-instances, alignment, gantry-tilt. `channels`: of the model."""
+    slice-gap, irregularity, duplicates, contents, extent, repeated-instances, alignment, gantry-tilt.
+    `channels`: of the model."""
     return (
         _modality(part, contract),
         _channels(channels),
@@ -44,6 +45,8 @@ def judge(part: SeriesPart, contract: Contract, *, channels: int) -> tuple[Contr
         _slice_gap(part, contract),
         _irregularity(part, contract),
         _duplicates(part, contract),
+        _contents(part, contract),
+        _extent(part, contract),
         _repeated_instances(part),
         _alignment(part),
         _gantry_tilt(part, contract),
@@ -173,6 +176,30 @@ def _duplicates(part: SeriesPart, contract: Contract) -> ContractFinding:
         limit="allowed" if contract.allow_duplicates else 0,
         ok=count == 0 or contract.allow_duplicates,
         detail=found.detail if found else "no two images at one position",
+    )
+
+
+def _contents(part: SeriesPart, contract: Contract) -> ContractFinding:
+    """One contrast at one time; the value names the attributes that say otherwise, as DICOM does."""
+    found = [f for f in map(part.finding, ("mixed-contents", "ambiguous-times")) if f is not None]
+    return ContractFinding(
+        name="contents",
+        value=tuple(keyword for f in found for keyword in f.keywords),
+        limit="allowed" if contract.allow_mixed_contents else (),
+        ok=not found or contract.allow_mixed_contents,
+        detail="; ".join(f.detail for f in found) or "slices are of one contrast",
+    )
+
+
+def _extent(part: SeriesPart, contract: Contract) -> ContractFinding:
+    """Half a volume has all its slices and yet lacks an end; the value is the covered fraction of the whole."""
+    found = part.finding("partial-extent")
+    return ContractFinding(
+        name="extent",
+        value=round(found.value, 6) if found else 1.0,
+        limit="allowed" if contract.allow_partial_extent else 1.0,
+        ok=found is None or contract.allow_partial_extent,
+        detail=found.detail if found else "reaches from end to end of the images",
     )
 
 

@@ -8,6 +8,8 @@ for the same reason PET values are not turned into SUV.
 
 from __future__ import annotations
 
+import datetime
+import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,35 +25,17 @@ from pydicom.uid import UID, DeflatedExplicitVRLittleEndian
 from gateway.results import attributes
 from gateway.results.attributes import READ_ERRORS, AttributeRejected, Where, damaged
 from gateway.results.pixels import PixelFormat, check_length, number_of_frames, read_pixel_format
+from gateway.results.split_keys import SPLIT_KEYS
 
 MAX_INFLATED_BYTES = 1 << 30
 """A deflated object that grows beyond this is refused before it is parsed."""
 _ORTHOGONALITY_TOLERANCE = 1e-2
-_SINGLE = "FrameContentSequence"
-
-SPLIT_KEYS: Mapping[str, tuple[tuple[str, ...], ...]] = {
-    "ImageType": (("MRImageFrameTypeSequence", "FrameType"), ("CTImageFrameTypeSequence", "FrameType"), ("ImageType",)),
-    "ComplexImageComponent": (("MRImageFrameTypeSequence", "ComplexImageComponent"), ("ComplexImageComponent",)),
-    "EchoTime": (("MREchoSequence", "EffectiveEchoTime"), ("EchoTime",)),
-    "EchoNumbers": (("EchoNumbers",),),
-    "DiffusionBValue": (("MRDiffusionSequence", "DiffusionBValue"), ("DiffusionBValue",)),
-    "DiffusionGradientOrientation": (
-        ("MRDiffusionSequence", "DiffusionGradientDirectionSequence", "DiffusionGradientOrientation"),
-        ("DiffusionGradientOrientation",),
-    ),
-    "TemporalPositionIdentifier": ((_SINGLE, "TemporalPositionIndex"), ("TemporalPositionIdentifier",)),
-    "TriggerTime": (("CardiacSynchronizationSequence", "NominalCardiacTriggerDelayTime"), ("TriggerTime",)),
-    "InversionTime": (("MRModifierSequence", "InversionTimes"), ("InversionTime",)),
-    "FlipAngle": (("MRTimingAndRelatedParametersSequence", "FlipAngle"), ("FlipAngle",)),
-    "RepetitionTime": (("MRTimingAndRelatedParametersSequence", "RepetitionTime"), ("RepetitionTime",)),
-    "ContrastBolusAgent": (("ContrastBolusUsageSequence", "ContrastBolusAgentPhase"), ("ContrastBolusAgent",)),
-    "KVP": (("CTXRayDetailsSequence", "KVP"), ("KVP",)),
-    "ConvolutionKernel": (("CTReconstructionSequence", "ConvolutionKernel"), ("ConvolutionKernel",)),
-    "ReconstructionDiameter": (("CTReconstructionSequence", "ReconstructionDiameter"), ("ReconstructionDiameter",)),
-    "AcquisitionNumber": ((_SINGLE, "FrameAcquisitionNumber"), ("AcquisitionNumber",)),
-    "AcquisitionTime": ((_SINGLE, "FrameAcquisitionDateTime"), ("AcquisitionTime",)),
-}
-"""Attributes that may split images at the same positions, in the order they are tried, and where each one is found."""
+# DA and TM joined, or DT, with an offset from UTC as DT may have one (PS3.5 6.2).
+_DATE_TIME = re.compile(
+    r"(?P<year>\d{4})(?P<month>\d\d)(?P<day>\d\d)(?P<hour>\d\d)(?P<minute>\d\d)?(?P<second>\d\d(\.\d{1,6})?)?"
+    r"((?P<sign>[+-])(?P<offset_hour>\d\d)(?P<offset_minute>\d\d))?"
+)
+_NO_DATE = "00010101"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -81,7 +65,8 @@ class Frame:
     frame_number counts from 1 and is None for classic objects. position_mm: centre of the first pixel (LPS).
     row_direction is the direction of growing column index, column_direction of growing row index, unit vectors.
     pixel_spacing_mm: (between rows, between columns). slice_thickness_mm and spacing_between_slices_mm: None when
-    absent or not positive. values: the split keys that this frame has.
+    absent or not positive. values: the split keys that this frame has. acquired_s: when its acquisition began, in
+    seconds since the start of year 1, or since midnight where the date is unknown; None without a time.
     """
 
     source: SourceObject
@@ -99,6 +84,7 @@ class Frame:
     localizer: bool
     lossy: bool
     values: Mapping[str, str]
+    acquired_s: float | None
 
     @property
     def identity(self) -> str:
@@ -234,7 +220,7 @@ def _read_frame(source: SourceObject, groups: tuple[Dataset, ...], number: int |
     spacing_y, spacing_x = _vector(measures, "PixelSpacing", 2, where)
     if min(spacing_y, spacing_x) <= 0:
         raise AttributeRejected("PixelSpacing", "is not positive", where, "correct it at the sender")
-    content = _macro(groups, (_SINGLE,), where) if groups else None
+    content = _macro(groups, ("FrameContentSequence",), where) if groups else None
     return Frame(
         source=source,
         frame_number=number,
@@ -251,6 +237,7 @@ def _read_frame(source: SourceObject, groups: tuple[Dataset, ...], number: int |
         localizer="LOCALIZER" in image_type,
         lossy=attributes.text(header, "LossyImageCompression", where) == "01",
         values=values,
+        acquired_s=_acquired_s(header, content, where),
     )
 
 
@@ -307,7 +294,7 @@ def _tolerant_integer(ds: Dataset, keyword: str, where: Where) -> int | None:
 
 
 def _split_value(key: str, header: Dataset, groups: tuple[Dataset, ...], where: Where) -> str:
-    for *path, keyword in SPLIT_KEYS[key]:
+    for *path, keyword in SPLIT_KEYS[key].paths:
         if path and not groups:
             continue
         level = _macro(groups, tuple(path), where) if path else header
@@ -317,3 +304,30 @@ def _split_value(key: str, header: Dataset, groups: tuple[Dataset, ...], where: 
         if found:
             return "\\".join(found)
     return ""
+
+
+def _acquired_s(header: Dataset, content: Dataset | None, where: Where) -> float | None:
+    """The frame's own date and time, AcquisitionDate with AcquisitionTime, AcquisitionDateTime, the time alone
+    (PS3.3 C.7.6.16.2.2, C.7.6.1); the first that can be read, since it only ranks."""
+    date = attributes.text(header, "AcquisitionDate", where)
+    time = attributes.text(header, "AcquisitionTime", where)
+    stated = (
+        attributes.text(content, "FrameAcquisitionDateTime", where) if content is not None else "",
+        date + time if date and time else "",
+        attributes.text(header, "AcquisitionDateTime", where),
+        _NO_DATE + time if time else "",
+    )
+    return next((s for text in stated if (s := _seconds(text)) is not None), None)
+
+
+def _seconds(text: str) -> float | None:
+    found = _DATE_TIME.fullmatch(text)
+    if found is None:
+        return None
+    part = {name: float(value or 0) for name, value in found.groupdict().items() if name != "sign"}
+    try:
+        day = datetime.date(int(part["year"]), int(part["month"]), int(part["day"])).toordinal() - 1
+    except ValueError:
+        return None
+    offset_s = (part["offset_hour"] * 60 + part["offset_minute"]) * (-60 if found["sign"] == "-" else 60)
+    return ((day * 24 + part["hour"]) * 60 + part["minute"]) * 60 + part["second"] - offset_s

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gateway.results.attributes import attribute
 from gateway.results.frames import Frame
+from gateway.results.split_keys import ABSENT, CONTRAST_KEYS, SPLIT_KEYS, merged
 
 FindingKind = Literal[
     "single-slice",
@@ -27,6 +30,9 @@ FindingKind = Literal[
     "gantry-tilt",
     "localizer",
     "split",
+    "partial-extent",
+    "mixed-contents",
+    "ambiguous-times",
     "frame-of-reference-absent",
     "monochrome1",
     "lossy-compression",
@@ -40,6 +46,10 @@ GAP_FACTOR = 1.5
 """A distance of at least this many medians has slices missing."""
 COLLINEARITY_LIMIT_MM = 0.1
 TILT_LIMIT_DEG = 0.1
+TIME_SPAN_LIMIT_H = 12.0
+"""Times of one series further apart than this cannot be ranked: midnight lies between them, or a date is wrong."""
+_OVERLAP = 0.75
+_MARGIN = 0.99
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +57,7 @@ class GeometryFinding:
     """Something about the slices that a model's contract or a person may object to.
 
     value and limit are in the unit of the kind (a count, a ratio, mm, degrees); detail says it in words, without
-    patient data; sop_instance_uids name the objects concerned, where there are such.
+    patient data; sop_instance_uids name the objects concerned and keywords the attributes, where there are such.
     """
 
     kind: FindingKind
@@ -55,6 +65,13 @@ class GeometryFinding:
     limit: float
     detail: str
     sop_instance_uids: tuple[str, ...] = ()
+    keywords: tuple[str, ...] = ()
+
+
+def is_even(distances: Sequence[float]) -> bool:
+    """Whether all distances (mm, at least one) are the same but for rounding."""
+    median = float(np.median(distances))
+    return max(abs(distance - median) for distance in distances) <= max(IRREGULARITY_LIMIT * median, SAME_POSITION_MM)
 
 
 def distance_findings(frames: Sequence[Frame], distances: Sequence[float]) -> list[GeometryFinding]:
@@ -74,12 +91,11 @@ def distance_findings(frames: Sequence[Frame], distances: Sequence[float]) -> li
                 sop_instance_uids=tuple(frames[j].source.sop_instance_uid for i in wide[:8] for j in (i, i + 1)),
             )
         )
-    deviation = max(abs(distance - median) for distance in distances)
-    if deviation > max(IRREGULARITY_LIMIT * median, SAME_POSITION_MM):
+    if not is_even(distances):
         findings.append(
             GeometryFinding(
                 kind="irregular-spacing",
-                value=deviation / median,
+                value=max(abs(distance - median) for distance in distances) / median,
                 limit=IRREGULARITY_LIMIT,
                 detail=f"distances {min(distances):.3f} to {max(distances):.3f} mm, median {median:.3f} mm",
             )
@@ -118,6 +134,90 @@ def duplicate_findings(runs: Sequence[Sequence[Frame]]) -> list[GeometryFinding]
             detail=f"{surplus} images lie where another one lies; kept there: {kept}",
             sop_instance_uids=tuple(f.source.sop_instance_uid for run in repeated for f in run),
         )
+    ]
+
+
+def covers(depths: Sequence[float], whole: Sequence[float]) -> bool:
+    """Whether slices reach as far as the images they were separated from, up to one slice distance of their own.
+
+    Both are positions along one normal, mm; depths ascend.
+    """
+    step = float(np.median(np.diff(depths))) if len(depths) > 1 else 0.0
+    return max(depths[0] - min(whole), max(whole) - depths[-1]) <= max(_MARGIN * step, SAME_POSITION_MM)
+
+
+def extent_findings(depths: Sequence[float], whole: Sequence[float]) -> list[GeometryFinding]:
+    """partial-extent, for what `covers` denies; its value is the covered fraction."""
+    if covers(depths, whole):
+        return []
+    extent, of = depths[-1] - depths[0], max(whole) - min(whole)
+    detail = f"covers {extent:.1f} of {of:.1f} mm of the images it was told apart from"
+    return [GeometryFinding(kind="partial-extent", value=extent / of, limit=1.0, detail=detail)]
+
+
+def mixed_keywords(frames: Sequence[Frame]) -> tuple[str, ...]:
+    """Attributes that a volume has one value of and these frames, one at each position in their order, several.
+
+    AcquisitionNumber (PS3.3 C.7.6.1) is one of them only where slices of acquisitions at different times alternate
+    and overlap: side by side they are a stitched volume, and alternating without overlap an interleaved one.
+    """
+    mixed = [keyword for keyword in CONTRAST_KEYS if len(_contrasts(frames, keyword)) > 1]
+    return (*mixed, "AcquisitionNumber") if _acquisitions_alternate(frames) else tuple(mixed)
+
+
+def _contrasts(frames: Sequence[Frame], keyword: str) -> set[str]:
+    key = SPLIT_KEYS[keyword]
+    found = {"\\".join(f.values.get(keyword, ABSENT).split("\\")[slice(*key.compared)]) for f in frames}
+    return set(merged(found, key.tolerance).values())
+
+
+def _acquisitions_alternate(frames: Sequence[Frame]) -> bool:
+    numbers = [f.values.get("AcquisitionNumber", ABSENT) for f in frames]
+    if 1 + sum(a != b for a, b in pairwise(numbers)) == len(set(numbers)):
+        return False
+    at_time: dict[float | None, set[str]] = {}
+    for frame, number in zip(frames, numbers, strict=True):
+        at_time.setdefault(frame.acquired_s, set()).add(number)
+    return all(len(found) == 1 for found in at_time.values()) and _slices_overlap(frames)
+
+
+def _slices_overlap(frames: Sequence[Frame]) -> bool:
+    """Also true when no thickness is known, since then nothing speaks for one volume."""
+    thickness = [f.slice_thickness_mm for f in frames if f.slice_thickness_mm is not None]
+    distances = [float(np.linalg.norm(b.position_mm - a.position_mm)) for a, b in pairwise(frames)]
+    return not thickness or float(np.median(distances)) < _OVERLAP * float(np.median(thickness))
+
+
+def time_span_h(frames: Sequence[Frame]) -> float:
+    """Between the first and the last acquisition, hours; 0.0 where times are unknown."""
+    known = [f.acquired_s for f in frames if f.acquired_s is not None]
+    return (max(known) - min(known)) / 3600 if known else 0.0
+
+
+def time_findings(runs: Sequence[Sequence[Frame]]) -> list[GeometryFinding]:
+    """ambiguous-times, where images at one position could not be told apart by time. runs: as above."""
+    span_h = time_span_h([f for run in runs for f in run])
+    if span_h <= TIME_SPAN_LIMIT_H or all(len({f.acquired_s for f in run}) == 1 for run in runs):
+        return []
+    detail = (
+        f"{attribute('AcquisitionTime')} of images at the same positions spans {span_h:.1f} h, more than "
+        f"{TIME_SPAN_LIMIT_H:g}: {attribute('AcquisitionDate')} is absent or wrong, and their order unknown"
+    )
+    keywords = ("AcquisitionDate", "AcquisitionTime")
+    return [
+        GeometryFinding(kind="ambiguous-times", value=span_h, limit=TIME_SPAN_LIMIT_H, detail=detail, keywords=keywords)
+    ]
+
+
+def mixture_findings(frames: Sequence[Frame]) -> list[GeometryFinding]:
+    """mixed-contents. frames: those of the volume in order, one at each position."""
+    keywords = mixed_keywords(frames)
+    if not keywords:
+        return []
+    names = ", ".join(attribute(keyword) for keyword in keywords)
+    detail = f"slices differ in {names} and are no whole volumes of even spacing when told apart by them"
+    return [
+        GeometryFinding(kind="mixed-contents", value=float(len(keywords)), limit=0.0, detail=detail, keywords=keywords)
     ]
 
 

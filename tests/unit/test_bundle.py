@@ -74,6 +74,12 @@ def test_written_bundle_reads_back_equal_and_byte_for_byte_the_same(root: Path, 
     assert again.configurations[0].folds[0].file.is_file()
 
 
+def test_what_a_contract_allows_is_written_and_read_back(root: Path, tmp_path: Path) -> None:
+    bundle = load_bundle(root)
+    contract = replace(bundle.contract, allow_mixed_contents=True, allow_partial_extent=True)
+    assert _written_again(replace(bundle, contract=contract), tmp_path / "again").contract == contract
+
+
 @pytest.mark.requirement("INF-35", open="licence enforced, GPU named")
 def test_digests_name_weights_and_configuration_apart(root: Path) -> None:
     before = load_bundle(root)

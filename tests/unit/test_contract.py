@@ -51,6 +51,8 @@ def test_a_regular_volume_passes_and_every_criterion_is_listed(tmp_path: Path) -
         "slice-gap",
         "irregularity",
         "duplicates",
+        "contents",
+        "extent",
         "repeated-instances",
         "alignment",
         "gantry-tilt",
@@ -91,6 +93,52 @@ def test_a_doubled_slice_is_refused_unless_the_contract_allows_it(
     ds.save_as(tmp_path / "double.dcm")
 
     assert refused(part_of([*files, tmp_path / "double.dcm"]), replace(CONTRACT, allow_duplicates=allow)) == expected
+
+
+def set_on(files: tuple[Path, ...], keyword: str, value: object) -> None:
+    for file in files:
+        ds = dcmread(file)
+        setattr(ds, keyword, value)
+        ds.save_as(file)
+
+
+@pytest.mark.requirement("INF-37")
+@pytest.mark.requirement("CMP-20")
+@pytest.mark.parametrize(("allow", "expected"), [(False, {"contents"}), (True, set())])
+def test_two_contrasts_in_one_volume_are_refused_by_attribute_unless_the_contract_allows_it(
+    tmp_path: Path, allow: bool, expected: set[str]
+) -> None:
+    files = write_series(tmp_path, shape=(10, 8, 8)).ordered_files
+    set_on(files[:5], "KVP", "80")
+    part = part_of(files)
+    contract = replace(CONTRACT, allow_mixed_contents=allow)
+
+    assert refused(part, contract) == expected
+    contents = next(f for f in judge(part, contract, channels=1) if f.name == "contents")
+    assert contents.value == ("KVP",)
+    assert contents.detail.startswith("slices differ in KVP (0018,0060)")
+
+
+@pytest.mark.requirement("CMP-20")
+@pytest.mark.parametrize(("allow", "expected"), [(False, {"extent"}), (True, set())])
+def test_a_part_that_lacks_an_end_is_refused_unless_the_contract_allows_it(
+    tmp_path: Path, allow: bool, expected: set[str]
+) -> None:
+    files = write_series(tmp_path, shape=(10, 8, 8), spacing_mm=(2.0, 1.0, 1.0)).ordered_files
+    set_on(files[:6], "KVP", "80")
+    for file in files[6:]:
+        ds = dcmread(file)
+        x, y, z = ds.ImagePositionPatient
+        ds.ImagePositionPatient = [x, y, z - 2.0]  # the two voltages meet at one position
+        ds.save_as(file)
+    low, high = sorted(read_series(files, only_headers=True), key=lambda part: part.split_by == (("KVP", "80"),))
+    contract = replace(CONTRACT, allow_partial_extent=allow)
+
+    assert [len(part.frames) for part in (low, high)] == [4, 6]
+    assert refused(low, contract) == refused(high, contract) == expected
+    extent = next(f for f in judge(high, contract, channels=1) if f.name == "extent")
+    assert extent.value == pytest.approx(10 / 16)
+    assert extent.detail == "covers 10.0 of 16.0 mm of the images it was told apart from"
 
 
 @pytest.mark.requirement("CMP-16", open="a notice in the PACS")

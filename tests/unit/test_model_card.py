@@ -107,6 +107,13 @@ def test_a_pair_stated_for_one_side_holds_for_both_and_undoes_what_the_names_say
     assert [label.pair for label in unsided] == [None, None, None]
 
 
+def test_mixed_and_partial_volumes_are_refused_unless_the_card_allows_them() -> None:
+    usual = _describe().contract
+    assert (usual.allow_mixed_contents, usual.allow_partial_extent) == (False, False)
+    allowed = _describe(card={"contract": {"allow_mixed_contents": True, "allow_partial_extent": True}}).contract
+    assert (allowed.allow_mixed_contents, allowed.allow_partial_extent) == (True, True)
+
+
 @pytest.mark.parametrize(
     ("card", "named"),
     [

@@ -297,3 +297,211 @@ def test_images_of_two_series_are_refused(tmp_path: Path) -> None:
 
     with pytest.raises(AttributeRejected, match=r"SeriesInstanceUID \(0020,000E\) differs"):
         headers([*one.files, *other.files])
+
+
+def shifted(z_mm: float, keyword: str, value: object) -> Callable[[Dataset], object]:
+    def change(ds: Dataset) -> None:
+        x, y, z = ds.ImagePositionPatient
+        ds.ImagePositionPatient = [x, y, z + z_mm]
+        setattr(ds, keyword, value)
+
+    return change
+
+
+def moved_set(
+    series: PhantomSeries, folder: Path, z_mm: float, keyword: str, first: object, other: object
+) -> list[Path]:
+    """The series, and once more z_mm higher, told apart by one attribute."""
+    folder.mkdir()
+    files = [edit(file, set_to(keyword, first)) for file in series.files]
+    return files + [edit(f, shifted(z_mm, keyword, other), copy_as=folder / f.name) for f in series.files]
+
+
+CONTRASTS = [
+    ("ImageType", ["ORIGINAL", "PRIMARY", "M"], ["ORIGINAL", "PRIMARY", "P"]),
+    ("ImageType", ["DERIVED", "PRIMARY", "AXIAL", "WATER"], ["DERIVED", "PRIMARY", "AXIAL", "FAT"]),
+    ("EchoTime", "5", "80"),
+    ("EchoNumbers", 1, 2),
+    ("DiffusionBValue", 0.0, 1000.0),
+    ("TemporalPositionIdentifier", 1, 2),
+    ("InversionTime", "150", "2500"),
+    ("FlipAngle", "5", "20"),
+    ("ContrastBolusAgent", None, "IOHEXOL"),
+    ("KVP", "80", "140"),
+    ("ConvolutionKernel", "B30f", "B60f"),
+]
+
+
+@pytest.mark.requirement("CMP-20")
+@pytest.mark.parametrize(("keyword", "first", "other"), CONTRASTS)
+def test_contrasts_that_interleave_are_two_volumes(tmp_path: Path, keyword: str, first: object, other: object) -> None:
+    series = write_series(tmp_path / "a", shape=(6, 8, 8), spacing_mm=(2.0, 1.0, 1.0))
+    found = headers(moved_set(series, tmp_path / "b", 1.0, keyword, first, other))
+
+    assert [part.split_by[0][0] for part in found] == [keyword, keyword]
+    for part in found:
+        assert part.distances_mm == pytest.approx([2.0] * 5)
+        assert {str(h.get(keyword)) for h in part.headers} in ({str(part.headers[0].get(keyword))},)
+        assert [f.kind for f in part.findings] == ["split"]
+
+
+@pytest.mark.requirement("CMP-20")
+@pytest.mark.parametrize(("keyword", "first", "other"), CONTRASTS)
+def test_contrasts_end_to_end_are_found(tmp_path: Path, keyword: str, first: object, other: object) -> None:
+    series = write_series(tmp_path / "a", shape=(6, 8, 8), spacing_mm=(2.0, 1.0, 1.0))
+    (part,) = headers(moved_set(series, tmp_path / "b", 12.0, keyword, first, other))
+
+    mixed = part.finding("mixed-contents")
+    assert mixed is not None
+    assert mixed.keywords == (keyword,)
+
+
+@pytest.mark.requirement("CMP-20")
+def test_one_slice_of_another_contrast_is_found(tmp_path: Path) -> None:
+    series = write_series(tmp_path, shape=(8, 8, 8), modality="MR")
+    edit(series.ordered_files[3], set_to("EchoTime", "80"))
+    (part,) = headers(series.files)
+
+    mixed = part.finding("mixed-contents")
+    assert mixed is not None
+    assert mixed.keywords == ("EchoTime",)
+
+
+@pytest.mark.parametrize(
+    ("keyword", "values"),
+    [
+        ("EchoTime", ["4.9", "4.900000095", "4.905"]),
+        ("KVP", ["120", "120.0"]),
+        ("ImageType", [["ORIGINAL", "PRIMARY", "AXIAL"], ["DERIVED", "PRIMARY", "AXIAL"]]),
+        ("ImageType", [["ORIGINAL", "PRIMARY", "M", "ND"], ["ORIGINAL", "PRIMARY", "M", "ND", "NORM"]]),
+        ("TriggerTime", ["10", "520", "1030"]),
+        ("RepetitionTime", ["812", "790", "835"]),
+        ("SliceThickness", ["1.25", "2.5"]),
+        ("ExposureTime", ["500", "510"]),
+    ],
+)
+def test_what_varies_within_a_normal_volume_is_no_finding(tmp_path: Path, keyword: str, values: list[object]) -> None:
+    series = write_series(tmp_path, shape=(9, 8, 8))
+    for index, file in enumerate(series.ordered_files):
+        edit(file, set_to(keyword, values[index % len(values)]))
+    (part,) = headers(series.files)
+
+    assert part.findings == ()
+
+
+def acquired(number: int, time: str) -> Callable[[Dataset], object]:
+    def change(ds: Dataset) -> None:
+        ds.AcquisitionNumber, ds.AcquisitionTime = number, time
+
+    return change
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_acquisitions_side_by_side_and_slices_taken_in_turn_are_one_volume(tmp_path: Path, interleaved: bool) -> None:
+    series = write_series(tmp_path, shape=(10, 8, 8), spacing_mm=(2.0, 1.0, 1.0))
+    for index, file in enumerate(series.ordered_files):
+        second = index % 2 if interleaved else index // 5
+        edit(file, acquired(1 + second, f"1017{30 + 10 * second}"))
+    (part,) = headers(series.files)
+
+    assert part.findings == ()
+
+
+@pytest.mark.requirement("CMP-20")
+def test_acquisitions_whose_slices_overlap_in_turn_are_two_volumes(tmp_path: Path) -> None:
+    series = write_series(tmp_path / "a", shape=(6, 8, 8), spacing_mm=(2.0, 1.0, 1.0))
+    files = moved_set(series, tmp_path / "b", 1.0, "AcquisitionNumber", 1, 2)
+    for index, file in enumerate(files):
+        edit(file, acquired(1 + index // 6, f"1017{30 + 10 * (index // 6)}"))
+    found = headers(files)
+
+    assert [part.split_by[0][0] for part in found] == ["AcquisitionNumber", "AcquisitionNumber"]
+    assert [len(part.frames) for part in found] == [6, 6]
+
+
+def in_turn(series: PhantomSeries, folder: Path, *, evening: str, morning: str) -> list[Path]:
+    """A dynamic of two time points, 16 s each, that begins ten seconds before midnight; the dates may be empty."""
+    folder.mkdir()
+    files = []
+    for point in range(2):
+        for index, file in enumerate(series.ordered_files):
+            second = -10 + 16 * point + 2 * index
+            hour, rest = divmod(second % 86400, 3600)
+
+            def change(ds: Dataset, second: int = second, hour: int = hour, rest: int = rest) -> None:
+                ds.AcquisitionDate = evening if second < 0 else morning
+                ds.AcquisitionTime = f"{hour:02d}{rest // 60:02d}{rest % 60:02d}.5"
+                ds.SeriesDescription = f"point {second}"
+
+            files.append(edit(file, change, copy_as=folder / f"{point}{file.name}"))
+    return files
+
+
+@pytest.mark.requirement("CMP-20")
+def test_time_points_on_both_sides_of_midnight_are_ranked_by_date_and_time(tmp_path: Path) -> None:
+    series = write_series(tmp_path / "a", shape=(8, 8, 8), modality="MR")
+    found = headers(in_turn(series, tmp_path / "b", evening="20240105", morning="20240106"))
+
+    assert [part.part for part in found] == ["AcquisitionTimeRank=001", "AcquisitionTimeRank=002"]
+    for number, part in enumerate(found):
+        assert [str(h.SeriesDescription) for h in part.headers] == [
+            f"point {second}" for second in range(-10 + 16 * number, 6 + 16 * number, 2)
+        ]
+
+
+@pytest.mark.requirement("CMP-20")
+@pytest.mark.parametrize("date", ["", "20240105"])
+def test_times_across_midnight_without_their_dates_are_no_guess(tmp_path: Path, date: str) -> None:
+    series = write_series(tmp_path / "a", shape=(8, 8, 8), modality="MR")
+    (part,) = headers(in_turn(series, tmp_path / "b", evening=date, morning=date))
+
+    ambiguous = part.finding("ambiguous-times")
+    assert ambiguous is not None
+    assert 23 < ambiguous.value < 24
+    assert ambiguous.keywords == ("AcquisitionDate", "AcquisitionTime")
+    assert part.finding("duplicate-positions") is not None
+
+
+@pytest.mark.requirement("CMP-20")
+def test_an_echo_of_two_image_types_is_not_cut_in_halves(tmp_path: Path) -> None:
+    series = write_series(tmp_path / "a", shape=(8, 8, 8), modality="MR")
+    files = second_set(series, tmp_path / "b", "EchoTime", "5", "80")
+    upper = {str(ds.ImagePositionPatient) for ds in series.datasets[4:]}
+    for file in files[8:]:
+        if str(dcmread(file).ImagePositionPatient) in upper:
+            edit(file, set_to("ImageType", ["ORIGINAL", "PRIMARY", "M", "X"]))
+    first, second = headers(files)
+
+    assert [part.part for part in (first, second)] == ["EchoTime=5", "EchoTime=80"]
+    assert [len(part.frames) for part in (first, second)] == [8, 8]
+    assert first.finding("mixed-contents") is None
+    mixed = second.finding("mixed-contents")
+    assert mixed is not None
+    assert mixed.keywords == ("ImageType",)
+
+
+@pytest.mark.requirement("CMP-20")
+def test_a_key_that_separates_all_goes_before_one_that_separates_some(tmp_path: Path) -> None:
+    # Three images at each position: EchoTime comes first and leaves two of them together, FlipAngle leaves none.
+    series = write_series(tmp_path / "a", shape=(4, 8, 8), modality="MR")
+    files = []
+    for name, echo, flip in (("a1", "5", "10"), ("a2", "5", "20"), ("a3", "10", "30")):
+        (tmp_path / name).mkdir()
+        for file in series.files:
+
+            def change(ds: Dataset, echo: str = echo, flip: str = flip) -> None:
+                ds.EchoTime, ds.FlipAngle = echo, flip
+
+            files.append(edit(file, change, copy_as=tmp_path / name / file.name))
+
+    assert [part.part for part in headers(files)] == ["FlipAngle=10", "FlipAngle=20", "FlipAngle=30"]
+
+
+@pytest.mark.requirement("CMP-20")
+def test_halves_that_share_a_position_say_that_they_are_halves(tmp_path: Path) -> None:
+    series = write_series(tmp_path / "a", shape=(6, 8, 8), spacing_mm=(2.0, 1.0, 1.0), modality="MR")
+    found = headers(moved_set(series, tmp_path / "b", 10.0, "AcquisitionNumber", 1, 2))
+
+    assert [len(part.frames) for part in found] == [6, 6]
+    partial = [part.finding("partial-extent") for part in found]
+    assert [f.value for f in partial if f is not None] == pytest.approx([0.5, 0.5])
