@@ -198,6 +198,28 @@ def test_settled_object_is_found_before_and_after_the_move(spool: Spool) -> None
         spool.resolve(object_path(study_key("1.2.3"), spool.new_id()))
 
 
+def test_settled_objects_are_listed_and_can_be_taken_back(spool: Spool) -> None:
+    first, second, unreadable = (evidence(spool) for _ in range(3))
+    for told in (second, first, unreadable):
+        spool.write_object(DATASET, evidence=told)
+    places = [object_path(study_key("1.2.3"), told.object_id) for told in (first, second)]
+    for told, place in zip((first, second), places, strict=True):
+        spool.settle([Settlement(object_id=told.object_id, spool_path=place)])
+    quarantined = spool.quarantine(unreadable.object_id)
+    (folder,) = spool.study_folders()
+    (folder / "notes.txt").write_text("put here by hand")
+    (folder / f"{spool.new_id()}.dcm").mkdir()
+    assert spool.objects_in(folder) == [spool.root / place for place in places]
+    assert spool.objects_in(spool.root / "quarantine") == [spool.root / quarantined]
+    assert spool.objects_in(folder.parent / "results") == []
+    spool.take_back([spool.root / places[1], spool.root / quarantined])
+    assert spool.objects_in(folder) == [spool.root / places[0]]
+    assert [entry.id for entry in spool.incoming()] == [second.object_id, unreadable.object_id]
+    assert spool.read_evidence(spool.resolve(places[1])) == second
+    with pytest.raises(SpoolUnsafe):
+        spool.take_back([spool.root / places[1]])
+
+
 def test_quarantined_object_leaves_incoming(spool: Spool) -> None:
     told = evidence(spool)
     spool.write_object(DATASET, evidence=told)
