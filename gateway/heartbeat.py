@@ -10,19 +10,22 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 
 import structlog
 from sqlalchemy import delete, select, update
 
 from storage import ledger
+from storage.alarms import raise_alarm
 from storage.database import Database
 from storage.errors import DatabaseAway
 from storage.records import Executor, utc_now
 
 _log = structlog.get_logger(__name__)
 _FORGOTTEN_AFTER = timedelta(days=7)
+ALARM_CLOCK = "clock-ahead"
 
 
 def executor_id(role: str) -> str:
@@ -46,6 +49,7 @@ class Heartbeat:
         self._takes_over = False
         self._lock = threading.Lock()
         self._works: dict[str, datetime] = {}  # what this process is busy with, and until when at most
+        self._ahead: dict[str, tuple[datetime, float]] = {}  # executor -> its beat in the future, and since when seen
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
@@ -129,20 +133,20 @@ class Heartbeat:
 
     def take_over_dead(self) -> list[str]:
         """Recover the work of executors of this role that are silent for longer than the takeover time."""
-        limit = utc_now() - timedelta(seconds=self._takeover_s)
+        now = utc_now()
+        limit = timedelta(seconds=self._takeover_s)
         with self._database.reading() as session:
-            dead = session.scalars(
-                select(Executor.executor_id).where(
-                    Executor.role == self._role, Executor.executor_id != self.executor_id, Executor.beat_at < limit
+            beats = {
+                name: beat_at
+                for name, beat_at in session.execute(
+                    select(Executor.executor_id, Executor.beat_at).where(
+                        Executor.role == self._role, Executor.executor_id != self.executor_id
+                    )
                 )
-            ).all()
-            forgotten = session.scalars(
-                select(Executor.executor_id).where(
-                    Executor.role == self._role,
-                    Executor.executor_id.in_(dead),
-                    Executor.beat_at < utc_now() - _FORGOTTEN_AFTER,
-                )
-            ).all()
+            }
+        ahead = {name: beat_at for name, beat_at in beats.items() if beat_at > now + limit}
+        dead = [name for name, beat_at in beats.items() if beat_at < now - limit] + self._stopped_ahead(ahead, now)
+        forgotten = {name for name, beat_at in beats.items() if beat_at < now - _FORGOTTEN_AFTER}
         taken = []
         for name in dead:
             recovered = self._recover(name)
@@ -162,3 +166,24 @@ class Heartbeat:
                 with self._database.session() as session:
                     session.execute(delete(Executor).where(Executor.executor_id == name))
         return taken
+
+    def _stopped_ahead(self, ahead: Mapping[str, datetime], now: datetime) -> list[str]:
+        """Which of the executors whose last beat lies in the future have not beaten again for the takeover time.
+
+        Their clock, or this host's, was wrong then or is wrong now. Until the time of the beat has come only waiting
+        for the next one tells a dead executor from a living one with another time.
+        """
+        seen, self._ahead = self._ahead, {}
+        for name, beat_at in ahead.items():
+            before = seen.get(name)
+            self._ahead[name] = before if before and before[0] == beat_at else (beat_at, time.monotonic())
+            if before is None:
+                with self._database.session() as session:
+                    raise_alarm(
+                        session,
+                        kind=ALARM_CLOCK,
+                        subject=f"executor:{name}",
+                        message=f"the last beat of {name} lies {beat_at - now} ahead of the clock of "
+                        f"{self.executor_id}; look at the clocks of both hosts (NTP)",
+                    )
+        return [name for name, (_, since) in self._ahead.items() if time.monotonic() - since > self._takeover_s]

@@ -20,32 +20,34 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from gateway import study_state
-from gateway.intake.errors import IntakeRejected
+from gateway.intake.errors import without_values
 from gateway.intake.evidence import (
     Decision,
     ExpectedCount,
-    SlicePosition,
     StudyEvidence,
     decide,
     gather,
     object_counts,
-    slice_gaps,
-    slice_position,
 )
+from gateway.intake.index_mark import IndexWatch
 from gateway.intake.reopening import reopen_missed
 from gateway.intake.routing import HeaderReader, state_after_routing
+from gateway.intake.slice_positions import SlicePositions
 from gateway.setting_types import PeerAddress
 from gateway.settings import Completeness, Settings
 from storage import ledger
 from storage.alarms import clear_alarms, raise_alarm
 from storage.database import Database
-from storage.errors import StorageError
+from storage.errors import DatabaseAway
 from storage.records import Instance, InstanceState, LedgerEvent, Study, StudyState, StudyVersion, utc_now
+from storage.spool import study_key
 
 ALARM_INCOMPLETE = "incomplete-study"
 ALARM_LATE = "late-objects"
+ALARM_FAILED = "assembly-failed"
 _ACTOR = "assembly"
-_HEADERS_PER_TICK = 400  # of one study: a large one must not keep the others waiting
+_LONGEST_PAUSE_S = 300
+_INDEX_LAG = timedelta(seconds=5)  # a working indexer is far below one second behind
 _HELD_LATE = 'objects came after the late window; an operator\'s "complete" makes a new version of the study'
 _log = structlog.get_logger(__name__)
 
@@ -61,7 +63,8 @@ class ExpectedCountSource(Protocol):
 class Assembly:
     """One per worker process; used by one thread. Several processes may tick over the same database.
 
-    `enqueue` puts the study's workflow into its queue within the given transaction.
+    `enqueue` puts the study's workflow into its queue within the given transaction. `indexed_until` says up to when
+    the index is complete (IndexMark.read).
     """
 
     def __init__(
@@ -72,20 +75,23 @@ class Assembly:
         expected_count: ExpectedCountSource,
         headers: HeaderReader,
         enqueue: Callable[[Session, StudyVersion], None],
+        indexed_until: Callable[[], datetime | None],
         clock: Callable[[], datetime] = utc_now,
         sweep_s: float = 30.0,
     ) -> None:
         self._database = database
         self._settings = settings
         self._expected_count = expected_count
-        self._headers = headers
         self._enqueue = enqueue
+        self._indexed_until = indexed_until
+        self._index_watch = IndexWatch(database)
         self._clock = clock
         self._sweep = timedelta(seconds=sweep_s)
         self._swept_at: datetime | None = None
-        # study -> object -> position (None: has none); dropped when the study is no longer being received.
-        self._positions: dict[str, dict[str, SlicePosition | None]] = {}
+        # Dropped when the study is no longer being received:
+        self._positions = SlicePositions(headers)
         self._interruptions: dict[str, set[str]] = {}  # study -> associations already noted
+        self._failures: dict[str, tuple[int, datetime]] = {}  # study -> how often it failed, and when last
 
     def tick(self) -> list[str]:
         """Look at all studies that are being received; returns the ids of the versions declared now.
@@ -93,6 +99,8 @@ class Assembly:
         A study whose rows or files cannot be read now stays open and does not hold up the others. Raises DatabaseAway.
         """
         now = self._clock()
+        indexed_until = self._indexed_until()  # before the rows are read: they may only be newer than it says
+        self._index_watch.look(now, indexed_until)
         self._sweep_missed(now)
         with self._database.reading() as session:
             open_studies = session.scalars(
@@ -100,17 +108,28 @@ class Assembly:
                 .where(Study.state == StudyState.RECEIVING)
                 .order_by(Study.last_received_at)
             ).all()
-        for noted in (self._positions, self._interruptions):
+        self._positions.keep_only(open_studies)
+        for noted in (self._interruptions, self._failures):
             for gone in set(noted) - set(open_studies):
                 del noted[gone]
         declared = []
         for uid in open_studies:
-            version_id = self._consider(uid, now)
+            if self._pauses(uid, now):
+                continue
+            try:
+                version_id = self._consider(uid, now, indexed_until)
+                self._note_success(uid)
+            except DatabaseAway:
+                raise
+            except Exception as error:  # noqa: BLE001 - the edge of this loop. Around the tick it would come too late:
+                # what one study's content brings to light would stop every other study, again after each restart.
+                self._note_failure(uid, error, now)
+                continue
             if version_id is not None:
                 declared.append(version_id)
         return declared
 
-    def _consider(self, uid: str, now: datetime) -> str | None:
+    def _consider(self, uid: str, now: datetime, indexed_until: datetime | None) -> str | None:
         with self._database.reading() as session:
             study = session.get(Study, uid)
             if study is None or study.state != StudyState.RECEIVING:
@@ -119,70 +138,47 @@ class Assembly:
                 return None
             settings = self._settings.completeness_of(study.calling_ae)
             evidence = gather(session, study)
-            unread = self._unread(session, uid) if evidence is not None and settings.gap_check else ()
-        if evidence is None and (now - study.last_received_at).total_seconds() < settings.quiet_s:
-            return None
+            unread = self._positions.unread(session, uid) if evidence is not None and settings.gap_check else ()
         if evidence is None:
-            self._settle_without_objects(uid)
+            seen_until = indexed_until or study.last_received_at
+            if (seen_until - study.last_received_at).total_seconds() >= settings.quiet_s:
+                self._settle_without_objects(uid)
             return None
-        evidence = replace(evidence, expected=self._expected(study, evidence, settings, now))
-        finished = self._read_positions(uid, unread)
+        # Quiet is what the index has seen to be quiet. Both times are the indexer's, so no other clock matters.
+        seen_until = max(indexed_until or evidence.last_object_at, evidence.last_object_at)
+        evidence = replace(evidence, expected=self._expected(study, evidence, settings, seen_until))
+        finished = self._positions.read(uid, unread)
         if settings.gap_check:
-            positions = self._positions.get(uid, {})
-            gaps = slice_gaps([p for p in positions.values() if p is not None])
-            evidence = replace(evidence, gaps=gaps, gaps_checked=finished)
-        decision = decide(evidence, settings, now)
+            evidence = replace(evidence, gaps=self._positions.gaps(uid), gaps_checked=finished)
+        decision = decide(evidence, settings, seen_until)
+        if decision.rule is None and now - seen_until > _INDEX_LAG and decide(evidence, settings, now).rule is not None:
+            decision = Decision(rule=None, waiting_for="the index, which is behind: older objects may still come")
         if decision.rule in {"quiet-after-release", "quiet-open"} and settings.gap_check and not finished:
             decision = Decision(rule=None, waiting_for="the slice positions to be read")
         self._note_interruptions(evidence)
         if decision.rule is None:
             self._note_waiting(study, evidence, decision)
             return None
-        return self._declare(study, evidence, decision, now)
+        return self._declare(study, evidence, decision, seen_until)
 
     def _expected(
-        self, study: Study, evidence: StudyEvidence, settings: Completeness, now: datetime
+        self, study: Study, evidence: StudyEvidence, settings: Completeness, seen_until: datetime
     ) -> ExpectedCount | None:
         sender = self._settings.sender(study.calling_ae)
         if settings.expected_count == "off" or sender is None or sender.query is None:
             return None
-        quiet = (now - evidence.last_object_at).total_seconds()
+        quiet = (seen_until - evidence.last_object_at).total_seconds()
         if not evidence.ended and quiet < settings.quiet_s:
             return None  # more is coming; the answer would be old before it is used
         return self._expected_count.latest(study.study_instance_uid, sender.query)
 
-    # -- slice positions ---------------------------------------------------------------------------------------
-
-    def _unread(self, session: Session, uid: str) -> Sequence[tuple[str, str]]:
-        """(object id, spool path) of objects in use whose header was not yet read; forgets those not in use."""
-        known = self._positions.setdefault(uid, {})
-        rows = session.execute(
-            select(Instance.object_id, Instance.spool_path).where(
-                Instance.study_instance_uid == uid, Instance.state == InstanceState.CURRENT
-            )
-        ).all()
-        for gone in set(known) - {object_id for object_id, _ in rows}:
-            del known[gone]
-        return [(object_id, path) for object_id, path in rows if object_id not in known]
-
-    def _read_positions(self, uid: str, unread: Sequence[tuple[str, str]]) -> bool:
-        """Read some of the headers while the study still grows; returns whether all are read."""
-        for object_id, path in unread[:_HEADERS_PER_TICK]:
-            try:
-                position = slice_position(self._headers(path))
-            except (IntakeRejected, StorageError, OSError) as error:
-                _log.warning("slice position not readable", object_id=object_id, error=type(error).__name__)
-                position = None
-            self._positions[uid][object_id] = position
-        return len(unread) <= _HEADERS_PER_TICK
-
     # -- declaring ---------------------------------------------------------------------------------------------
 
-    def _declare(self, study: Study, evidence: StudyEvidence, decision: Decision, now: datetime) -> str | None:
+    def _declare(self, study: Study, evidence: StudyEvidence, decision: Decision, seen_until: datetime) -> str | None:
         uid = study.study_instance_uid
         try:
             with self._database.session() as session:
-                version_id = self._declare_within(session, uid, evidence, decision, now)
+                version_id = self._declare_within(session, uid, evidence, decision, seen_until)
         except IntegrityError:
             # Another worker declared the same content between our look and our write.
             _log.info("study was declared elsewhere", study_key=study.study_key)
@@ -192,8 +188,9 @@ class Assembly:
         return version_id
 
     def _declare_within(
-        self, session: Session, uid: str, evidence: StudyEvidence, decision: Decision, now: datetime
+        self, session: Session, uid: str, evidence: StudyEvidence, decision: Decision, seen_until: datetime
     ) -> str | None:
+        now = self._clock()
         study = session.get(Study, uid, with_for_update=True)
         if study is None or study.state != StudyState.RECEIVING or study.wish != evidence.wish:
             return None
@@ -227,7 +224,7 @@ class Assembly:
             content_digest=digest,
             declared_at=now,
             rule=str(decision.rule),
-            evidence={**evidence.to_json(now), "because": list(decision.because)},
+            evidence={**evidence.to_json(seen_until), "because": list(decision.because)},
             object_ids=[object_id for _, _, object_id in content],
             workflow_id=workflow_id,
             rule_set_digest=None,
@@ -266,7 +263,8 @@ class Assembly:
             raise_alarm(session, kind=ALARM_INCOMPLETE, subject=subject, message=_incomplete(version, decision))
         else:
             clear_alarms(session, kind=ALARM_INCOMPLETE, subject=subject, by=_ACTOR)
-        clear_alarms(session, kind=ALARM_LATE, subject=subject, by=_ACTOR)
+        for settled in (ALARM_LATE, ALARM_FAILED):
+            clear_alarms(session, kind=settled, subject=subject, by=_ACTOR)
 
     # -- what comes late ---------------------------------------------------------------------------------------
 
@@ -324,10 +322,39 @@ class Assembly:
         The indexer does this as it writes the rows; here are the objects that were indexed while the study was being
         declared, or while its workflow moved the state on.
         """
-        if self._swept_at is not None and now - self._swept_at < self._sweep:
+        if self._swept_at is not None and abs(now - self._swept_at) < self._sweep:  # the clock may be put back
             return
         reopen_missed(self._database, now=now, first=self._swept_at is None)
         self._swept_at = now
+
+    # -- studies that fail to be judged ------------------------------------------------------------------------
+
+    def _pauses(self, uid: str, now: datetime) -> bool:
+        failures, failed_at = self._failures.get(uid, (0, now))
+        pause_s = min(2**failures, _LONGEST_PAUSE_S)
+        return failures > 0 and abs(now - failed_at).total_seconds() < pause_s  # the clock may be put back
+
+    def _note_failure(self, uid: str, error: Exception, now: datetime) -> None:
+        """The study is tried again after a growing pause; people see it, and that it waits."""
+        self._failures[uid] = (self._failures.get(uid, (0, now))[0] + 1, now)
+        what = without_values(error)
+        _log.error("a study cannot be judged; the others go on", study_key=study_key(uid), error=what)
+        with self._database.session() as session:
+            study = session.get(Study, uid, with_for_update=True)
+            if study is not None and study.state == StudyState.RECEIVING:
+                study.state_reason = f"waiting for another try: judging it failed ({type(error).__name__})"
+            raise_alarm(
+                session,
+                kind=ALARM_FAILED,
+                subject=ledger.study_subject(uid),
+                message=f"study {uid} cannot be judged whole or not: {what}; it is tried again, at most every "
+                f"{_LONGEST_PAUSE_S} s, and the others go on. This is a fault of the gateway: report it with the log",
+            )
+
+    def _note_success(self, uid: str) -> None:
+        if self._failures.pop(uid, None) is not None:
+            with self._database.session() as session:
+                clear_alarms(session, kind=ALARM_FAILED, subject=ledger.study_subject(uid), by=_ACTOR)
 
     # -- what people see ---------------------------------------------------------------------------------------
 

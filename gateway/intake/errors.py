@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import traceback
+from pathlib import Path
+
 
 class IntakeError(Exception):
     """Root of everything that intake raises on purpose."""
@@ -18,3 +21,10 @@ class IntakeRejected(IntakeError):
         self.reason = reason
         self.attribute = attribute
         super().__init__(f"{attribute}: {reason}" if attribute else reason)
+
+
+def without_values(error: Exception) -> str:
+    """Type and place of an error: the message of a database error holds the row, which holds patient data."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    return f"{type(error).__name__}{place}"

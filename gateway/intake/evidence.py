@@ -6,27 +6,21 @@ evidence, the sender's settings and the time, so that every past decision can be
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
-from pydicom.dataset import Dataset
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from gateway.intake.header import PARSER_ERRORS
+from gateway.intake.slice_gaps import SliceGap
 from gateway.settings import Completeness
-from storage.records import Association, Instance, InstanceState, Study
+from storage.records import Association, Instance, InstanceState, Series, Study
 
 RULES = ("operator", "expected-count", "quiet-after-release", "quiet-open", "give-up")
 
-# A step within 15 % of a whole multiple of the usual spacing is that many slices; less regular series are not judged.
-_STEP_TOLERANCE = 0.15
-_SAME_POSITION_MM = 0.01
 _MAX_GAPS_LISTED = 20
 
 
@@ -55,25 +49,6 @@ class ExpectedCount:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SliceGap:
-    """Missing slices of a series: between two positions along the slice normal, in millimetres."""
-
-    series_instance_uid: str
-    after_mm: float
-    before_mm: float
-    missing: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class SlicePosition:
-    """Where one image object lies: position and the row and column cosines, as received (PS3.3 C.7.6.2)."""
-
-    series_instance_uid: str
-    position_mm: tuple[float, float, float]
-    cosines: tuple[float, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
 class StudyEvidence:
     """Everything a completeness rule looks at.
 
@@ -87,7 +62,8 @@ class StudyEvidence:
     received: int
     object_states: Mapping[str, int]
     series: Mapping[str, int]  # Series Instance UID -> objects in use
-    last_object_at: datetime
+    last_object_at: datetime  # in whatever state
+    last_new_object_at: datetime  # of those in use
     first_object_at: datetime
     associations: tuple[AssociationEvidence, ...]
     expected: ExpectedCount | None = None
@@ -130,6 +106,7 @@ class StudyEvidence:
             "series": dict(self.series),
             "first_object_at": self.first_object_at.isoformat(),
             "last_object_at": self.last_object_at.isoformat(),
+            "last_new_object_at": self.last_new_object_at.isoformat(),
             "quiet_s": round((now - self.last_object_at).total_seconds(), 3),
             "associations": [
                 {**asdict(a), "ended_at": a.ended_at.isoformat() if a.ended_at else None} for a in self.associations
@@ -154,9 +131,16 @@ class Decision:
 
 
 def decide(evidence: StudyEvidence, settings: Completeness, now: datetime) -> Decision:
-    """The first rule that holds: operator, expected-count, quiet-after-release, quiet-open, give-up."""
-    quiet = (now - evidence.last_object_at).total_seconds()
+    """The first rule that holds: operator, expected-count, quiet-after-release, quiet-open, give-up.
+
+    `now`: the moment up to which nothing newer than the evidence was acknowledged (gateway.intake.index_mark).
+    """
     longer = max(settings.quiet_s, settings.quiet_open_s)
+    patience = max(settings.give_up_s, longer)
+    quiet = (now - evidence.last_object_at).total_seconds()
+    without_new = (now - evidence.last_new_object_at).total_seconds()
+    if without_new >= patience:
+        quiet = without_new  # a sender that repeats what is here already does not keep the study open for ever
     if evidence.wish == "wait":
         return Decision(rule=None, waiting_for="the operator, who said wait")
     if evidence.wish == "complete":
@@ -168,7 +152,7 @@ def decide(evidence: StudyEvidence, settings: Completeness, now: datetime) -> De
         return Decision(rule="expected-count")
     # Someone knows of more objects than can be used: only time, or a person, says that they will not come.
     if expected is not None and expected.count is not None and evidence.counted < expected.count:
-        if quiet >= max(settings.give_up_s, longer):
+        if quiet >= patience:
             return Decision(rule="give-up", because=("fewer objects than expected", *aside))
         return Decision(rule=None, waiting_for=f"{expected.source}, which has more objects of this study")
     if quiet < (settings.quiet_s if evidence.released else longer):
@@ -212,12 +196,12 @@ def gather(session: Session, study: Study, *, expected: ExpectedCount | None = N
         states[str(state)] = count
     if not states[InstanceState.CURRENT]:
         return None
-    first, last, received = session.execute(
-        select(
-            func.min(Instance.received_at), func.max(Instance.received_at),
-            func.count(Instance.sop_instance_uid.distinct()),
-        ).where(Instance.study_instance_uid == uid)
-    ).one()  # fmt: skip
+    first, received = session.execute(
+        select(func.min(Instance.received_at), func.count(Instance.sop_instance_uid.distinct())).where(
+            Instance.study_instance_uid == uid
+        )
+    ).one()
+    last_new = session.scalar(select(func.max(Series.last_received_at)).where(Series.study_instance_uid == uid))
     series = {
         str(series_uid): count
         for series_uid, count in session.execute(
@@ -233,7 +217,8 @@ def gather(session: Session, study: Study, *, expected: ExpectedCount | None = N
         object_states=dict(sorted(states.items())),
         series=series,
         first_object_at=first,
-        last_object_at=max(last, study.last_received_at),
+        last_object_at=study.last_received_at,
+        last_new_object_at=last_new or study.last_received_at,
         associations=_associations(session, uid),
         expected=expected,
         wish=study.wish,
@@ -332,62 +317,3 @@ def _resumed(association_id: str, delivered: Mapping[str, _Delivered], rows: Map
         if row is not None and row.ended == "released" and other.first_at >= mine.last_at:
             later |= other.series
     return mine.series <= later
-
-
-def slice_position(header: Dataset) -> SlicePosition | None:
-    """The position of an image object; None where it has none of its own (multi-frame, no image, unreadable)."""
-    try:
-        position, cosines = header.get("ImagePositionPatient"), header.get("ImageOrientationPatient")
-        if position is None or cosines is None or len(position) != 3 or len(cosines) != 6:
-            return None
-        x, y, z = (float(v) for v in position)
-        directions = tuple(float(v) for v in cosines)
-        series_uid = str(header.get("SeriesInstanceUID", ""))
-    except PARSER_ERRORS:
-        return None
-    if not all(map(math.isfinite, (x, y, z, *directions))):
-        return None
-    return SlicePosition(series_instance_uid=series_uid, position_mm=(x, y, z), cosines=directions)
-
-
-def slice_gaps(positions: Sequence[SlicePosition]) -> tuple[SliceGap, ...]:
-    """Missing slices per series and orientation, where most steps between neighbours are equal and a few are multiples.
-
-    Several images at one position (echoes, phases) count as one. A series that is irregular as a whole has no gaps.
-    """
-    stacks: dict[tuple[str, tuple[float, ...]], list[SlicePosition]] = {}
-    for p in positions:
-        key = (p.series_instance_uid, tuple(round(c, 3) + 0.0 for c in p.cosines))
-        stacks.setdefault(key, []).append(p)
-    return tuple(gap for (uid, cosines), stack in sorted(stacks.items()) for gap in _stack_gaps(uid, cosines, stack))
-
-
-def _stack_gaps(uid: str, cosines: tuple[float, ...], stack: Sequence[SlicePosition]) -> list[SliceGap]:
-    a, b, c, d, e, f = cosines
-    normal = (b * f - c * e, c * d - a * f, a * e - b * d)
-    length = math.sqrt(sum(n * n for n in normal))
-    if length < 0.5:
-        return []
-    heights = sorted(sum(n * v for n, v in zip(normal, p.position_mm, strict=True)) / length for p in stack)
-    distinct = heights[:1]
-    for height in heights[1:]:
-        if height - distinct[-1] > _SAME_POSITION_MM:
-            distinct.append(height)
-    steps = [after - before for before, after in itertools.pairwise(distinct)]
-    if len(steps) < 3:
-        return []
-    spacing = sorted(steps)[(len(steps) - 1) // 2]
-    regular = sum(1 for s in steps if abs(s - spacing) <= _STEP_TOLERANCE * spacing)
-    if regular * 2 < len(steps):
-        return []
-    gaps = []
-    for before, after in itertools.pairwise(distinct):
-        times = (after - before) / spacing
-        slices = round(times)
-        if slices >= 2 and abs(times - slices) <= _STEP_TOLERANCE * slices:
-            gaps.append(
-                SliceGap(
-                    series_instance_uid=uid, after_mm=round(before, 3), before_mm=round(after, 3), missing=slices - 1
-                )
-            )
-    return gaps

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from gateway.intake.errors import IntakeRejected
@@ -34,6 +35,7 @@ class Examined:
     header: Header | None
     fault: IntakeRejected | None
     study_instance_uid: str | None  # known for some faulty objects too
+    arrived_at: datetime  # for the quiet time of its study: the indexer knows better than the stamp
 
     @property
     def identity(self) -> PatientIdentity:
@@ -90,6 +92,7 @@ def examine(spool: Spool, incoming: Incoming) -> Examined:
         header=None if fault else header,
         fault=fault,
         study_instance_uid=study_uid,
+        arrived_at=evidence.received_at,
     )
 
 

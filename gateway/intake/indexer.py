@@ -2,7 +2,8 @@
 
 The database may be away for as long as it likes: the objects wait in the spool, in their order (REC-03). The rows
 are committed first, with the final path, and the file is moved afterwards; a crash in between leaves a row whose
-object is found in `incoming/` and moved by the next round.
+object is found in `incoming/` and moved by the next round. After each round the mark says up to when the index is
+complete (gateway.intake.index_mark).
 """
 
 from __future__ import annotations
@@ -12,28 +13,32 @@ import logging
 import stat
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import replace
+from datetime import datetime, timedelta
 from typing import Any
 
 from pydicom.dataset import Dataset
+from sqlalchemy import update
+from sqlalchemy.orm import Session
 
 from gateway.intake.association_index import apply_event
-from gateway.intake.errors import IntakeRejected
+from gateway.intake.errors import IntakeRejected, without_values
 from gateway.intake.examination import Examined, examine
+from gateway.intake.index_mark import IndexMark
 from gateway.intake.spool_comparison import SpoolComparison
 from gateway.intake.study_index import ACTOR, GATEWAY_SUBJECT, StudyIndex
 from gateway.settings import Settings
 from storage.alarms import clear_alarms, raise_alarm
 from storage.database import Database
 from storage.errors import DatabaseAway, ObjectMissing, SpoolUnsafe
+from storage.records import Instance, Series, Study, utc_now
 from storage.spool import Incoming, Settlement, Spool
 
 LOG = logging.getLogger(__name__)
 
-_POLL_S = 0.05
+_POLL_S = 0.03  # what is declared whole waits for the mark, so this is part of every study's way
 _BATCH = 100
 _FIRST_RETRY_S = 0.5
 _MAX_RETRY_S = 10.0
@@ -42,6 +47,8 @@ _MAX_NAMED = 5  # entries named in an alarm
 
 ALARM_ENTRY_UNREADABLE = "spool-entry-unreadable"
 ALARM_INDEX_REFUSED = "index-refused"
+ALARM_CLOCK = "clock-ahead"
+_CLOCK_TOLERANCE = timedelta(seconds=60)  # smaller differences only lengthen a wait by as much
 _WHAT_TO_DO = {
     ALARM_ENTRY_UNREADABLE: "cannot be read; look at the disk, the owner and the kind of file",
     ALARM_INDEX_REFUSED: "are refused by the database, also as faulty objects; the log names the error",
@@ -73,12 +80,16 @@ class Indexer:
         *,
         is_own_result: Callable[[Dataset], str | None] = no_foreign_results,
         clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], datetime] = utc_now,
     ) -> None:
         self._spool = spool
         self._database = database
         self._policy = settings.gateway.receiver.conflict_policy
         self._is_own_result = is_own_result
         self._clock = clock
+        self._wall_clock = wall_clock
+        self._mark = IndexMark(spool.root)
+        self._indexed_until: datetime | None = None  # the mark, once a round has begun
         self._comparison = SpoolComparison(spool, database)
         self._skipped: dict[str, tuple[str, str, float]] = {}  # entry id -> alarm kind, file name, when to try again
         self._alarmed: dict[str, list[str]] | None = None  # names per kind as last told; None: not told yet
@@ -111,7 +122,8 @@ class Indexer:
         Raises DatabaseAway, SpoolUnsafe: what was not committed stays in `incoming/`. An entry that cannot be read,
         or that the database refuses, stays there too: an alarm names it, and it is tried again every minute.
         """
-        now = self._clock()
+        now, listed_at = self._clock(), self._wall_clock()
+        self._take_up_mark(listed_at)
         self._comparison.step()
         incoming = self._spool.incoming()
         for gone in set(self._skipped) - {entry.id for entry in incoming}:
@@ -120,7 +132,27 @@ class Indexer:
         for start in range(0, len(waiting), _BATCH):
             self._index(waiting[start : start + _BATCH])
         self._tell_skipped()
+        self._indexed_until = max(self._indexed_until or listed_at, listed_at)
+        if self._comparison.files_done:  # until then, the spool may hold objects of a study that no row names
+            self._mark.write(self._indexed_until)
         return len(waiting)
+
+    def _take_up_mark(self, now: datetime) -> None:
+        """Go on from the last mark. One from the future shows that the clock was ahead and was put back since.
+
+        What was stamped meanwhile would keep its study waiting until the wrong time has come, so it counts from now.
+        """
+        if self._indexed_until is None:
+            self._indexed_until = self._mark.read()
+            self._mark.remove()  # the spool and the rows may have changed since: not true before it is written again
+        if self._indexed_until is None or self._indexed_until <= now + _CLOCK_TOLERANCE:
+            return
+        ahead = self._indexed_until - now
+        with self._database.session() as session:
+            for column in (Instance.received_at, Series.last_received_at, Study.last_received_at):
+                session.execute(update(column.class_).where(column > now).values({column.key: now}))
+            self._alarm_clock(session, f"this host's clock was put back by {ahead}; what was stamped ahead counts as")
+        self._indexed_until = now
 
     def _index(self, batch: Sequence[Incoming]) -> None:
         try:
@@ -131,7 +163,7 @@ class Indexer:
             if len(batch) == 1:
                 self._index_alone(batch[0])
                 return
-            LOG.warning("a batch of %d is indexed one by one: %s", len(batch), _without_values(error))
+            LOG.warning("a batch of %d is indexed one by one: %s", len(batch), without_values(error))
             for entry in batch:
                 self._index_alone(entry)
 
@@ -143,7 +175,7 @@ class Indexer:
         except _EntryUnreadable as error:
             self._skip(entry, ALARM_ENTRY_UNREADABLE, str(error))
         except Exception as error:  # noqa: BLE001 - the edge
-            LOG.error("%s cannot be indexed as it is: %s", entry.path.name, _without_values(error))
+            LOG.error("%s cannot be indexed as it is: %s", entry.path.name, without_values(error))
             self._index_as_faulty(entry, IntakeRejected(f"the index cannot hold it ({type(error).__name__})"))
 
     def _index_as_faulty(self, entry: Incoming, fault: IntakeRejected) -> None:
@@ -154,7 +186,7 @@ class Indexer:
         except _EntryUnreadable as error:
             self._skip(entry, ALARM_ENTRY_UNREADABLE, str(error))
         except Exception as error:  # noqa: BLE001 - the edge
-            self._skip(entry, ALARM_INDEX_REFUSED, _without_values(error))
+            self._skip(entry, ALARM_INDEX_REFUSED, without_values(error))
 
     def _skip(self, entry: Incoming, kind: str, why: str) -> None:
         LOG.error("%s stays in incoming/ and is tried again in %.0f s: %s", entry.path.name, _SKIPPED_RETRY_S, why)
@@ -188,7 +220,7 @@ class Indexer:
         for entry in batch:
             content = self._read(entry)
             if isinstance(content, Examined) and fault is not None:
-                content = _with_fault(content, fault)
+                content = replace(content, header=None, fault=fault)
             if content is not None:
                 read.append((entry, content))
         moves: list[Settlement] = []
@@ -197,7 +229,7 @@ class Indexer:
             index.prepare([content for _, content in read if isinstance(content, Examined)])
             for entry, content in read:
                 if isinstance(content, Examined):
-                    moves.append(index.place(content))
+                    moves.append(index.place(self._in_time(session, content)))
                     continue
                 kind, detail = content
                 try:
@@ -209,6 +241,26 @@ class Indexer:
             self._skipped.pop(entry.id, None)
             if entry.is_event:
                 self._spool.forget_event(entry.path)
+
+    def _in_time(self, session: Session, item: Examined) -> Examined:
+        """The object with times that fit this indexer's clock, by which quiet time is measured.
+
+        No object comes from the future. And it arrived after the mark of the round before, or that round would have
+        seen it; its stamp may be earlier where the transfer took long, or the receiver is another host.
+        """
+        now, stamped = self._wall_clock(), item.evidence.received_at
+        if stamped > now + _CLOCK_TOLERANCE:
+            self._alarm_clock(session, f"objects are stamped {stamped - now} ahead of this host's clock; they count as")
+        received_at = min(stamped, now)
+        return replace(
+            item,
+            evidence=replace(item.evidence, received_at=received_at),
+            arrived_at=max(received_at, min(self._indexed_until or received_at, now)),
+        )
+
+    def _alarm_clock(self, session: Session, what: str) -> None:
+        message = f"{what} received now. Look at the clocks of the receivers and of this host (NTP)"
+        raise_alarm(session, kind=ALARM_CLOCK, subject=GATEWAY_SUBJECT, message=message)
 
     def _read(self, entry: Incoming) -> Examined | Event | None:
         try:
@@ -237,23 +289,3 @@ class Indexer:
                 except BlockingIOError:
                     stop.wait(_FIRST_RETRY_S)
             yield
-
-
-def _without_values(error: Exception) -> str:
-    """Type and place of an error: the message of a database error holds the row, which holds patient data."""
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
-    return f"{type(error).__name__}{place}"
-
-
-def _with_fault(item: Examined, fault: IntakeRejected) -> Examined:
-    return Examined(
-        object_id=item.object_id,
-        path=item.path,
-        evidence=item.evidence,
-        digest=item.digest,
-        size_bytes=item.size_bytes,
-        header=None,
-        fault=fault,
-        study_instance_uid=item.study_instance_uid,
-    )

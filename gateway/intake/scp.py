@@ -187,11 +187,10 @@ class Receiver:
         return int(self._server.server_address[1])
 
     def start(self) -> None:
-        """Prepare the spool and listen. Raises SpoolUnsafe, OSError (address in use)."""
+        """Prepare the spool and listen. Raises SpoolFull, SpoolUnsafe, OSError (address in use)."""
         own = self.settings.gateway.receiver
         self.spool.prepare()
         self.spool.sweep_tmp()
-        self.spool.write_event("started", {"at": datetime.now(UTC).isoformat()})
         _config.LOG_HANDLER_LEVEL = "none"  # read when the server is made: no log line per PDU
         contexts = supported_contexts()
         self.known_sop_classes = frozenset(str(context.abstract_syntax) for context in contexts)
@@ -204,12 +203,20 @@ class Receiver:
         entity.network_timeout = own.network_timeout_s
         entity.connection_timeout = own.acse_timeout_s
         entity.maximum_associations = 1 << 20  # admission counts, and tells the peer why
-        self._server = entity.make_server(
+        bound = entity.make_server(
             (own.host, own.port),
             contexts=contexts,
             server_class=IntakeServer,
             request_handler=IntakeRequestHandler,
         )
+        try:
+            # Between binding and accepting: it ends the open associations of a predecessor, and where the address is
+            # in use that one is alive.
+            self.spool.write_event("started", {"at": datetime.now(UTC).isoformat()})
+        except StorageError:
+            bound.server_close()
+            raise
+        self._server = bound
         self._server.receiver = self
         entity._servers.append(self._server)
         self._threads = [

@@ -200,7 +200,7 @@ class StudyIndex:
         )
         study.state = StudyState.QUARANTINED
         study.state_reason = reason
-        study.last_received_at = max(study.last_received_at, item.evidence.received_at)
+        study.last_received_at = max(study.last_received_at, item.arrived_at)
         return self._row(
             item, InstanceState.QUARANTINED, f"{', '.join(differing)}: another patient than the study's first"
         )
@@ -256,7 +256,7 @@ class StudyIndex:
                 study_key=study_key(uid),
                 state=StudyState.RECEIVING,
                 first_received_at=evidence.received_at,
-                last_received_at=evidence.received_at,
+                last_received_at=item.arrived_at,
                 calling_ae=evidence.calling_ae,
                 version=0,
             )
@@ -272,7 +272,7 @@ class StudyIndex:
         study.study_id = study.study_id or item.text("StudyID", 64)
         study.study_date = study.study_date or item.text("StudyDate", 32)
         study.study_description = study.study_description or item.text("StudyDescription")
-        study.last_received_at = max(study.last_received_at, item.evidence.received_at)
+        study.last_received_at = max(study.last_received_at, item.arrived_at)
         study.calling_ae = item.evidence.calling_ae
 
     def _series(self, item: Examined) -> None:
@@ -280,7 +280,7 @@ class StudyIndex:
             return
         key = (str(item.study_instance_uid), item.header.series_instance_uid)
         series = self._session.get(Series, key)
-        received: datetime = item.evidence.received_at
+        received: datetime = item.arrived_at
         if series is None:
             self._session.add(
                 Series(
@@ -315,7 +315,7 @@ class StudyIndex:
         """A sender that starts over after an abort is at work: the study waits for it. Otherwise nothing changes."""
         study = self._session.get(Study, str(item.study_instance_uid), with_for_update=True)
         if study is not None and study.state == StudyState.RECEIVING:
-            study.last_received_at = max(study.last_received_at, item.evidence.received_at)
+            study.last_received_at = max(study.last_received_at, item.arrived_at)
 
     def _count(self, item: Examined) -> None:
         evidence = item.evidence

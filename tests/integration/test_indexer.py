@@ -117,6 +117,7 @@ class Bench:
             expected_count=ExpectedCounts(calling_ae="SEGGATE"),
             headers=lambda path: Dataset(),
             enqueue=lambda session, version: None,
+            indexed_until=lambda: datetime.now(UTC) + timedelta(seconds=seconds),
             clock=lambda: datetime.now(UTC) + timedelta(seconds=seconds),
         ).tick()
 

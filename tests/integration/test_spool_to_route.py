@@ -78,6 +78,7 @@ class Intake:
             expected_count=NoAnswer(),
             headers=self.header,
             enqueue=self.enqueue,
+            indexed_until=lambda: datetime.now(UTC) + self.ahead,
             clock=lambda: datetime.now(UTC) + self.ahead,
         )
 
