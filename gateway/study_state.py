@@ -14,6 +14,7 @@ NOBODY_TO_SEND_TO = "nobody to send it to: destinations.toml names no destinatio
 
 # Decided elsewhere; results of an older version do not change them.
 _NOT_DERIVED = {StudyState.RECEIVING, StudyState.QUARANTINED, StudyState.WHOLE}
+_UNDER_WAY = {DeliveryState.QUEUED, DeliveryState.SENT}
 
 
 def refresh(session: Session, study_instance_uid: str) -> StudyState | None:
@@ -62,13 +63,20 @@ def derived(results: Sequence[Result], deliveries: Sequence[Delivery]) -> tuple[
         reasons = [r.state_reason for r in results if r.state == ResultState.NOT_RUN]
         return StudyState.UNMATCHED, "; ".join(r for r in reasons if r) or None
     # Stored and still to be looked up is under way: only a delivery without a next attempt has ended.
-    if any(d.state in (DeliveryState.QUEUED, DeliveryState.SENT) or d.next_attempt_at is not None for d in deliveries):
-        return StudyState.DELIVERING, None
+    going = [d for d in deliveries if d.state in _UNDER_WAY or d.next_attempt_at is not None]
+    if going:
+        return StudyState.DELIVERING, _waits(going)
     for released in (r for r in results if r.state == ResultState.RELEASED):
         own = [d for d in deliveries if d.result_id == released.result_id]
         if all(d.state == DeliveryState.WITHHELD for d in own):
             return StudyState.HELD, _kept(own)
     return StudyState.VERIFIED, _unverifiable(deliveries)
+
+
+def _waits(deliveries: Sequence[Delivery]) -> str | None:
+    """What those that had an attempt wait for; of many results the same is said once."""
+    reasons = [f"delivery to {d.destination}: {d.state_reason}" for d in deliveries if d.state_reason]
+    return "; ".join(sorted(set(reasons))) or None
 
 
 def _kept(deliveries: Sequence[Delivery]) -> str:

@@ -226,6 +226,8 @@ class Reporting:
                 raise_alarm(session, kind="report-held", subject=f"delivery:{delivery_id}", message=str(error))
             if changed:
                 record_delivery(session, result, delivery, {})
+                session.flush()
+                study_state.refresh(session, result.study_instance_uid)
             return {"state": delivery.state, "retry_in_s": wait_s, "away": isinstance(error, TryLater) and error.whole}
 
     @staticmethod

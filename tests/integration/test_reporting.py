@@ -13,12 +13,14 @@ import pytest
 from sqlalchemy import select
 
 from emr.client import EmrClient, EmrEndpoint
-from emr.content import ReportContent
+from emr.content import ReportContent, ReportSeries
 from emr.errors import Misconfigured
 from emr.exchange import open_http
 from engine.bundle import Bundle
 from gateway.app import emr_clients
+from gateway.delivery.destination import OutgoingObject, Role
 from gateway.delivery.dispatch import Dispatch
+from gateway.delivery.reported import ReportedObjects
 from gateway.delivery.reporting import Reporting
 from gateway.destination_settings import DestinationSettings
 from gateway.errors import Permanent
@@ -31,24 +33,27 @@ from storage.records import (
     DestinationState,
     LedgerEvent,
     Result,
-    ResultObject,
     ResultState,
+    Series,
     Study,
     StudyState,
     utc_now,
 )
 from tests.support.emr_double import EmrDouble
 from tests.support.report_content import LIVER, PATIENT_ID, PATIENT_SYSTEM, report_content
-from tests.support.story_rows import STUDY_UID, NotedQueue, add_delivery, add_result, add_study, add_version
+from tests.support.story_rows import SERIES_UID, STUDY_UID, NotedQueue, add_delivery, add_result, add_study, add_version
 
 _HELD_AT_THE_DOOR = ("destination-refuses", "destination:emr")
 _HELD_AT_WRITING = ("destination-refuses", "destination:emr:report")
 
 
+_NO_OBJECTS = cast(ReportedObjects, SimpleNamespace(objects=lambda *_, **__: [], wait_s=lambda *_, **__: 0.0))
+
+
 class PlainReporting(Reporting):
     """Reporting with an invented content: what a report says is another test's matter."""
 
-    def _content(self, session: Any, result: Result, destination: Any) -> ReportContent:
+    def _content(self, session: Any, result: Result, destination: Any, objects: Any) -> ReportContent:
         return report_content(2, result_id=result.result_id)
 
 
@@ -67,6 +72,7 @@ class House:
         self.reporting = PlainReporting(
             database=self.database,
             clients={"emr": EmrClient(endpoint, http)},
+            reported=_NO_OBJECTS,
             bundle_of=lambda name, version: pytest.fail(f"{name} {version} is not needed"),
             institution="",
             software_version="0",
@@ -306,6 +312,20 @@ def test_only_a_released_result_is_reported(house: House, state: ResultState) ->
     assert house.emr.seen == []
 
 
+def test_the_study_says_what_its_report_waits_for_until_it_has_arrived(house: House) -> None:
+    nobody = {"resourceType": "Bundle", "type": "searchset"}
+    house.emr.fail(200, path="/fhir/Patient/_search", body=nobody)
+    house.attempt()
+    with house.database.reading() as session:
+        study = session.get_one(Study, STUDY_UID)
+    assert study.state == StudyState.DELIVERING
+    assert (study.state_reason or "").startswith("delivery to emr: no Patient")
+    house.attempt()
+    with house.database.reading() as session:
+        study = session.get_one(Study, STUDY_UID)
+    assert (study.state, study.state_reason) == (StudyState.VERIFIED, None)
+
+
 def test_a_held_report_that_is_superseded_leaves_no_alarm(house: House) -> None:
     house.emr.fail(
         200, path="/fhir/Patient/_search", body={"resourceType": "Bundle", "type": "searchset"}, forever=True
@@ -325,26 +345,28 @@ def test_a_held_report_that_is_superseded_leaves_no_alarm(house: House) -> None:
     assert house.alarms() == {}
 
 
-def test_of_several_encodings_the_report_always_names_the_binary_one_and_the_sr_that_points_at_it(
-    house: House,
-) -> None:
-    content = _content(house, verdict="pass", encodings=("SEG LABELMAP", "SR SR-LABELMAP", "SR SR", "SEG BINARY"))
-    assert [o.sop_instance_uid for o in content.objects] == ["2.25.3", "2.25.2"]
+def test_the_content_names_the_objects_the_series_and_its_part(house: House) -> None:
+    content = _content(house, verdict="pass")
+    assert [(o.role, o.sop_instance_uid) for o in content.objects] == [("SC", "2.25.3"), ("SR", "2.25.2")]
     assert [s.name for s in content.segments] == ["Liver"]
+    assert content.series == ReportSeries(
+        series_instance_uid=SERIES_UID, number=3, description="T1 ax", part="EchoTime=4.9"
+    )
 
 
 def test_a_result_without_a_qa_verdict_is_not_reported(house: House) -> None:
     with pytest.raises(Permanent, match="without a QA verdict"):
-        _content(house, verdict=None, encodings=())
+        _content(house, verdict=None)
 
 
-def _content(house: House, *, verdict: str | None, encodings: tuple[str, ...]) -> ReportContent:
-    """What Reporting makes of the rows of a result; object n (from 0) has the SOP Instance UID 2.25.n."""
+def _content(house: House, *, verdict: str | None) -> ReportContent:
+    """What Reporting makes of the rows of a result and of the objects that it is to name."""
     measured = {"name": "Liver", "volume_ml": 1.0, "voxels": 1, "confidence": 0.9, "mean_intensity": [1.0]}
     label = SimpleNamespace(name="Liver", type=LIVER, laterality=None)
     reporting = Reporting(
         database=house.database,
         clients={},
+        reported=_NO_OBJECTS,
         bundle_of=lambda _name, _version: cast(Bundle, SimpleNamespace(labels=[label])),
         institution="",
         software_version="0",
@@ -353,25 +375,34 @@ def _content(house: House, *, verdict: str | None, encodings: tuple[str, ...]) -
         result = add_result(
             session, ResultState.RELEASED, result_id="r2", verdict=verdict, measurements=[measured], checks=[]
         )
-        result.weights_digest = "ab" * 32
+        result.weights_digest, result.part, result.runtime = "ab" * 32, "EchoTime=4.9", {"series_number": 3}
         session.get_one(Study, STUDY_UID).patient_id = PATIENT_ID
-        for number, (role, encoding) in enumerate(name.split() for name in encodings):
-            session.add(
-                ResultObject(
-                    sop_instance_uid=f"2.25.{number}",
-                    result_id="r2",
-                    role=role,
-                    encoding=encoding,
-                    sop_class_uid="1.2",
-                    series_instance_uid="2.25.9",
-                    transfer_syntax_uid="1.2.840.10008.1.2.1",
-                    spool_path=f"{number}.dcm",
-                    digest="0" * 64,
-                    size_bytes=1,
-                )
+        now = utc_now()
+        session.add(
+            Series(
+                study_instance_uid=STUDY_UID,
+                series_instance_uid=SERIES_UID,
+                series_description="T1 ax",
+                first_received_at=now,
+                last_received_at=now,
             )
+        )
         session.flush()
-        return reporting._content(session, result, house.settings.fhir[0])
+        objects = [outgoing("SC", "2.25.3"), outgoing("SR", "2.25.2")]
+        return reporting._content(session, result, house.settings.fhir[0], objects)
+
+
+def outgoing(role: Role, sop_instance_uid: str) -> OutgoingObject:
+    return OutgoingObject(
+        sop_instance_uid=sop_instance_uid,
+        sop_class_uid="1.2",
+        transfer_syntax_uid="1.2.840.10008.1.2.1",
+        series_instance_uid="2.25.9",
+        study_instance_uid=STUDY_UID,
+        path=Path("unused"),
+        digest="0" * 64,
+        role=role,
+    )
 
 
 def _fail_reading_back(house: House, status: int) -> str:

@@ -32,6 +32,19 @@ RELEASED, VERIFIED = result(ResultState.RELEASED), delivery(DeliveryState.VERIFI
         pytest.param([RELEASED], [delivery(DeliveryState.QUEUED)], StudyState.DELIVERING, None, id="on its queue"),
         pytest.param([RELEASED], [VERIFIED, delivery(DeliveryState.SENT)], StudyState.DELIVERING, None, id="sent"),
         pytest.param(
+            [RELEASED, RELEASED],
+            [
+                VERIFIED,
+                delivery(DeliveryState.QUEUED, "emr", "no Patient has the identifier"),
+                delivery(DeliveryState.QUEUED, "emr", "no Patient has the identifier"),
+                delivery(DeliveryState.SENT, "archive", "no answer"),
+                delivery(DeliveryState.QUEUED, "vna"),
+            ],
+            StudyState.DELIVERING,
+            "delivery to archive: no answer; delivery to emr: no Patient has the identifier",
+            id="what is waited for is said once",
+        ),
+        pytest.param(
             [result(ResultState.HELD, "volume"), RELEASED],
             [VERIFIED],
             StudyState.HELD,
