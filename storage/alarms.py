@@ -1,13 +1,19 @@
-"""Alarms: what a person must look at. Repeats of an open alarm are counted, not multiplied."""
+"""Alarms: what a person must look at. Repeats of an open alarm are counted, not multiplied.
+
+A new one is also a line in the log, with its kind and subject only: a message may quote another system's answer.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import structlog
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from storage.records import Alarm, utc_now
+
+_log = structlog.get_logger(__name__)
 
 
 def raise_alarm(session: Session, *, kind: str, subject: str, message: str) -> Alarm:
@@ -19,6 +25,7 @@ def raise_alarm(session: Session, *, kind: str, subject: str, message: str) -> A
     if alarm is None:
         alarm = Alarm(kind=kind, subject=subject, message=message, raised_at=now, last_at=now, count=1)
         session.add(alarm)
+        _log.warning("alarm raised", kind=kind, subject=subject)
     else:
         alarm.message, alarm.last_at, alarm.count = message, now, alarm.count + 1
     session.flush()
