@@ -43,11 +43,11 @@ _SAME_PLACE_MM = 1.0
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Group:
-    """Frames of one grid: keys tell them from other groups, whole are the frames that `split` began with."""
+    """Frames of one grid: keys tell them from other groups, whole_mm are the positions (n, 3) `split` began with."""
 
     frames: tuple[Frame, ...]
     keys: tuple[tuple[str, str], ...] = ()
-    whole: tuple[Frame, ...] = ()
+    whole_mm: NDArray[np.float64]
 
     @cached_property
     def runs(self) -> list[list[Frame]]:
@@ -65,11 +65,15 @@ class Group:
         return [run[0] for run in self.runs]
 
     @property
-    def depths_mm(self) -> tuple[list[float], list[float]]:
+    def depths_mm(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Positions of the slices, and of the whole, along the normal."""
         normal = slice_normal(self.slices[0])
-        slices, whole = ([float(f.position_mm @ normal) for f in frames] for frames in (self.slices, self.whole))
-        return slices, whole
+        return positions_mm(self.slices) @ normal, self.whole_mm @ normal
+
+
+def positions_mm(frames: Sequence[Frame]) -> NDArray[np.float64]:
+    """(n, 3), LPS."""
+    return np.stack([frame.position_mm for frame in frames])
 
 
 def slice_normal(frame: Frame) -> NDArray[np.float64]:
@@ -116,7 +120,7 @@ def clusters(frames: Iterable[Frame], same: Callable[[Frame, Frame], bool]) -> l
 
 def split(group: Group) -> list[Group]:
     """The volumes of a group, by the rule of this module."""
-    return _split(replace(group, whole=group.frames))
+    return _split(replace(group, whole_mm=positions_mm(group.frames)))
 
 
 def _split(group: Group) -> list[Group]:
@@ -147,7 +151,7 @@ def _faults(parts: Sequence[Group]) -> tuple[int, int, int]:
 def _is_whole_volume(part: Group) -> bool:
     depths_mm, whole_mm = part.depths_mm
     alone = len(part.runs) == len(part.frames) >= _MIN_EVEN_SLICES
-    return alone and is_even(np.diff(depths_mm).tolist()) and covers(depths_mm, whole_mm)
+    return alone and is_even(np.diff(depths_mm)) and covers(depths_mm, whole_mm)
 
 
 def _divisions(group: Group) -> Iterator[list[Group]]:

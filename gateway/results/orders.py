@@ -7,7 +7,7 @@ A part of a series (CMP-20) that the model's contract excludes becomes a result 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sqlalchemy import select
@@ -19,7 +19,7 @@ from gateway.durable import INFERENCE, ROUTINE, URGENT, Enqueuer
 from gateway.errors import Rejected, meaning
 from gateway.intake.routing import Verdict
 from gateway.model_shelf import ModelShelf
-from gateway.results.contract import judge
+from gateway.results.contract import ContractFinding, judge
 from gateway.results.series import read_series
 from gateway.workflows import MAKE_RESULT
 from storage import ledger
@@ -62,23 +62,30 @@ class Orders:
             files = {d.series_instance_uid: series_files(session, self._spool, version, d) for d, _ in wanted}
             content = content_key(session, version)
         planned = [
-            (result, urgent)
+            (result, urgent, refusals)
             for decision, urgent in wanted
-            for result in self._plan(version, content, decision, files[decision.series_instance_uid])
+            for result, refusals in self._plan(version, content, decision, files[decision.series_instance_uid])
         ]
         with self._database.session() as session:
             # Another run of the same step may have been faster.
             known = _ordered(session, version_id)
-            added = [(r, u) for r, u in planned if (r.series_instance_uid, r.model_name) not in known]
-            self._write(session, version, added)
+            added = [(r, u) for r, u, _ in planned if _work(r) not in known]
+            refused = {r.result_id: refusals for r, _, refusals in planned if refusals}
+            self._write(session, version, added, refused)
             superseding.no_longer_wanted(session, version)
             study = session.get_one(Study, version.study_instance_uid)
             if study.version == version.number and study.state == StudyState.PROCESSING:
                 study_state.refresh(session, study.study_instance_uid)
         return "ordered" if known or any(r.state == ResultState.PENDING for r, _ in added) else "nothing-to-run"
 
-    def _write(self, session: Session, version: StudyVersion, added: Sequence[tuple[Result, bool]]) -> None:
-        """The rows, what they replace, their queue entries and the ledger event."""
+    def _write(
+        self,
+        session: Session,
+        version: StudyVersion,
+        added: Sequence[tuple[Result, bool]],
+        refused: Mapping[str, Sequence[ContractFinding]],
+    ) -> None:
+        """The rows, what they replace, their queue entries and the ledger event. refused: by result_id."""
         if not added:
             return
         stop = quarantine.reason_to_stop(session, version.study_instance_uid)
@@ -119,6 +126,10 @@ class Orders:
                         "weights_digest": r.weights_digest,
                         "state": r.state,
                         "reason": r.state_reason,
+                        "refused": [
+                            {"criterion": f.name, "value": f.value, "limit": f.limit}
+                            for f in refused.get(r.result_id, ())
+                        ],
                     }
                     for r, _ in added
                 ],
@@ -127,25 +138,25 @@ class Orders:
 
     def _plan(
         self, version: StudyVersion, content: str, decision: RoutingDecision, files: Sequence[Path]
-    ) -> list[Result]:
+    ) -> list[tuple[Result, list[ContractFinding]]]:
+        """Per part of the series the row, and what the contract says against it."""
         try:
             model = self._shelf.champion(str(decision.model))
             bundle = self._shelf.bundle(model)
         except (ModelMissing, ModelChanged, BundleInvalid) as error:
             reason = f"order: {meaning(error).__name__}: {error}"
-            return [_planned(version, content, decision, None, state=ResultState.FAILED, reason=reason)]
+            return [(_planned(version, content, decision, None, state=ResultState.FAILED, reason=reason), [])]
         try:
             parts = read_series(files, only_headers=True)
         except Rejected as error:
-            return [_planned(version, content, decision, model, state=ResultState.NOT_RUN, reason=str(error))]
+            return [(_planned(version, content, decision, model, state=ResultState.NOT_RUN, reason=str(error)), [])]
         planned = []
         for part in parts:
             failed = [f for f in judge(part, bundle.contract, channels=len(bundle.channels)) if not f.ok]
             reason = "; ".join(f"{f.name}: {f.detail}" for f in failed)
             state = ResultState.NOT_RUN if failed else ResultState.PENDING
-            planned.append(
-                _planned(version, content, decision, model, part=part.part, state=state, reason=reason or None)
-            )
+            result = _planned(version, content, decision, model, part=part.part, state=state, reason=reason or None)
+            planned.append((result, failed))
         return planned
 
 

@@ -68,10 +68,10 @@ class GeometryFinding:
     keywords: tuple[str, ...] = ()
 
 
-def is_even(distances: Sequence[float]) -> bool:
+def is_even(distances: Sequence[float] | NDArray[np.float64]) -> bool:
     """Whether all distances (mm, at least one) are the same but for rounding."""
     median = float(np.median(distances))
-    return max(abs(distance - median) for distance in distances) <= max(IRREGULARITY_LIMIT * median, SAME_POSITION_MM)
+    return float(np.abs(np.asarray(distances) - median).max()) <= max(IRREGULARITY_LIMIT * median, SAME_POSITION_MM)
 
 
 def distance_findings(frames: Sequence[Frame], distances: Sequence[float]) -> list[GeometryFinding]:
@@ -137,20 +137,21 @@ def duplicate_findings(runs: Sequence[Sequence[Frame]]) -> list[GeometryFinding]
     ]
 
 
-def covers(depths: Sequence[float], whole: Sequence[float]) -> bool:
+def covers(depths: NDArray[np.float64], whole: NDArray[np.float64]) -> bool:
     """Whether slices reach as far as the images they were separated from, up to one slice distance of their own.
 
     Both are positions along one normal, mm; depths ascend.
     """
     step = float(np.median(np.diff(depths))) if len(depths) > 1 else 0.0
-    return max(depths[0] - min(whole), max(whole) - depths[-1]) <= max(_MARGIN * step, SAME_POSITION_MM)
+    short = max(float(depths[0] - whole.min()), float(whole.max() - depths[-1]))
+    return short <= max(_MARGIN * step, SAME_POSITION_MM)
 
 
-def extent_findings(depths: Sequence[float], whole: Sequence[float]) -> list[GeometryFinding]:
+def extent_findings(depths: NDArray[np.float64], whole: NDArray[np.float64]) -> list[GeometryFinding]:
     """partial-extent, for what `covers` denies; its value is the covered fraction."""
     if covers(depths, whole):
         return []
-    extent, of = depths[-1] - depths[0], max(whole) - min(whole)
+    extent, of = float(np.ptp(depths)), float(np.ptp(whole))
     detail = f"covers {extent:.1f} of {of:.1f} mm of the images it was told apart from"
     return [GeometryFinding(kind="partial-extent", value=extent / of, limit=1.0, detail=detail)]
 

@@ -24,7 +24,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from gateway.results.frame_groups import Group, clusters, partition, preference, slice_normal, split
+from gateway.results.frame_groups import Group, clusters, partition, positions_mm, preference, slice_normal, split
 from gateway.results.frames import Frame
 from gateway.results.slice_findings import (
     GeometryFinding,
@@ -71,7 +71,7 @@ class Stack:
 
 def stacks(frames: Sequence[Frame]) -> tuple[Stack, ...]:
     """Sort frames into volumes by the rules of this module; parts in the order of their names."""
-    groups = [Group(frames=tuple(sorted(frames, key=preference)))]
+    groups = [Group(frames=tuple(sorted(frames, key=preference)), whole_mm=positions_mm(frames))]
     for rule in (_by_localizer, _by_frame_of_reference, _by_size, _by_orientation, _by_pixel_spacing, _by_stack):
         groups = [part for group in groups for part in rule(group)]
     groups = [part for group in groups for part in split(group)]
@@ -158,7 +158,7 @@ def _stack(part: str, group: Group, parts: int) -> Stack:
     frames = tuple(group.slices)
     first = frames[0]
     normal = slice_normal(first)
-    positions = np.stack([f.position_mm for f in frames])
+    positions = positions_mm(frames)
     findings: list[GeometryFinding] = []
     if len(frames) == 1:
         distances: tuple[float, ...] = ()

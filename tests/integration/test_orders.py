@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from pydicom import dcmread
 from sqlalchemy import select
 
 import gateway
@@ -270,3 +271,22 @@ def test_a_model_of_two_channels_is_not_run_and_says_so(ward: Ward) -> None:
     assert ward.order() == "nothing-to-run"
     reason = "channels: the model wants 2 channels; one series gives 1"
     assert ward.results() == {"organs": (ResultState.NOT_RUN, reason)}
+
+
+@pytest.mark.requirement("INF-37")
+@pytest.mark.requirement("CMP-20")
+def test_a_volume_of_two_contrasts_is_not_run_and_the_ledger_names_the_attribute(ward: Ward, tmp_path: Path) -> None:
+    for file in sorted((tmp_path / "series").iterdir())[:3]:
+        ds = dcmread(file)
+        ds.KVP = "80"
+        ds.save_as(file)
+    ward.shelf.bundles["organs"] = replace(ward.shelf.default, contract=_CONTRACT)
+    ward.route("organs")
+    assert ward.order() == "nothing-to-run"
+    state, reason = ward.results()["organs"]
+    assert state == ResultState.NOT_RUN
+    assert reason is not None
+    assert reason.startswith("contents: slices differ in KVP (0018,0060)")
+    with ward.database.reading() as session:
+        (event,) = [e for e in session.scalars(select(LedgerEvent)) if e.kind == "ordered"]
+    assert event.detail["results"][0]["refused"] == [{"criterion": "contents", "value": ["KVP"], "limit": []}]

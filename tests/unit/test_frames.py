@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -214,3 +215,65 @@ def test_every_truncation_of_a_file_is_refused_or_read(tmp_path: Path) -> None:
         except AttributeRejected:
             refused += 1
     assert refused > len(data) // 8
+
+
+@pytest.mark.parametrize(
+    ("values", "since_midnight_s"),
+    [
+        ({"AcquisitionDate": "20240105", "AcquisitionTime": "235959.5"}, 86399.5),
+        ({"AcquisitionDate": "20240105", "AcquisitionTime": "10"}, 36000),
+        ({"AcquisitionDateTime": "20240105101530.25"}, 36930.25),
+        ({"AcquisitionDateTime": "20240105101530+0200", "AcquisitionTime": "121530"}, 29730),
+        ({"AcquisitionDateTime": "20240105101530-0130"}, 42330),
+        ({"AcquisitionDate": "20240105", "AcquisitionTime": "1e5", "AcquisitionDateTime": "202401051000"}, 36000),
+    ],
+)
+def test_when_a_slice_was_acquired_is_read_with_its_date(
+    tmp_path: Path, values: dict[str, str], since_midnight_s: float
+) -> None:
+    assert acquired_s(tmp_path, values) == date(2024, 1, 5).toordinal() * 86400 - 86400 + since_midnight_s
+
+
+@pytest.mark.parametrize(
+    ("values", "since_midnight_s"),
+    [
+        ({"AcquisitionTime": "101530"}, 36930),
+        ({"AcquisitionDate": "20241305", "AcquisitionTime": "101530"}, 36930),
+        ({"AcquisitionDate": "20240105"}, None),
+        ({"AcquisitionTime": "soon"}, None),
+        ({}, None),
+    ],
+)
+def test_without_a_date_the_time_counts_from_midnight(
+    tmp_path: Path, values: dict[str, str], since_midnight_s: float | None
+) -> None:
+    assert acquired_s(tmp_path, values) == since_midnight_s
+
+
+def test_a_frame_has_its_own_time(tmp_path: Path) -> None:
+    file = one_file(tmp_path, enhanced=True)
+
+    def later(ds: Dataset) -> None:
+        for second, group in enumerate(ds.PerFrameFunctionalGroupsSequence):
+            group.FrameContentSequence[0].FrameAcquisitionDateTime = f"2024010510170{second}"
+
+    change(file, later)
+    first, *others = (frame.acquired_s for frame in read_frames(read_object(file)))
+    assert first is not None
+    assert others == [first + 1, first + 2]
+
+
+def acquired_s(folder: Path, values: dict[str, str]) -> float | None:
+    """Of an image that has these attributes of its acquisition, written without a check of their values."""
+    file = one_file(folder)
+
+    def leave(ds: Dataset) -> None:
+        for keyword in ("AcquisitionDate", "AcquisitionTime", "AcquisitionDateTime"):
+            if keyword in ds:
+                del ds[keyword]
+            if keyword in values:
+                ds.add_new(keyword, "LO", values[keyword])
+
+    change(file, leave)
+    (frame,) = read_frames(read_object(file))
+    return frame.acquired_s
