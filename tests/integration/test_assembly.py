@@ -14,9 +14,10 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from gateway.destination_settings import DestinationSettings
-from gateway.intake.assembly import ALARM_INCOMPLETE, ALARM_LATE, Assembly, content_digest
+from gateway.intake.assembly import ALARM_FAILED, ALARM_INCOMPLETE, ALARM_LATE, Assembly, content_digest
 from gateway.intake.errors import IntakeRejected
 from gateway.intake.evidence import ExpectedCount
+from gateway.intake.index_mark import ALARM_INDEX_BEHIND
 from gateway.intake.operator_wish import open_evidence, set_wish
 from gateway.setting_types import PeerAddress
 from gateway.settings import Completeness, GatewaySettings, SenderSettings, Settings
@@ -56,6 +57,7 @@ class Ward:
         self.enqueued: list[str] = []
         self.headers_read: list[str] = []
         self.unreadable: set[str] = set()
+        self.poisoned: set[str] = set()  # series
         self.settings = Settings(
             folder=tmp_path, gateway=GatewaySettings(**gateway), destinations=DestinationSettings()
         )
@@ -82,6 +84,8 @@ class Ward:
         self.headers_read.append(spool_path)
         if spool_path in self.unreadable:
             raise IntakeRejected("cut off")
+        if spool_path.split("/")[0] in self.poisoned:
+            raise OverflowError("cannot convert float infinity to integer")
         header = Dataset()
         header.SeriesInstanceUID = spool_path.split("/")[0]
         header.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
@@ -587,3 +591,83 @@ def test_open_evidence_shows_what_is_waited_for(ward: Ward) -> None:
     assert "not released" in str(shown["state_reason"])
     assert isinstance(shown["evidence"], dict)
     assert shown["evidence"]["objects"] == 4
+
+
+@pytest.mark.requirement("CMP-15", open="MPPS, IAN, orders, storage commitment; settings per modality")
+def test_a_study_that_cannot_be_judged_stops_no_other_and_is_tried_again_at_growing_intervals(ward: Ward) -> None:
+    other = "1.2.840.2"
+    ward.poisoned.add("1.2.840.1.1")
+    for uid in (STUDY, other):
+        ward.receive(range(4), study=uid, series=f"{uid}.1")
+    ward.end()
+    assert len(ward.after(30)) == 1
+    assert ward.study(other).state == StudyState.WHOLE
+    assert ward.study().state_reason == "waiting for another try: judging it failed (OverflowError)"
+    with ward.database.reading() as session:
+        (alarm,) = open_alarms(session)
+    assert (alarm.kind, alarm.subject) == (ALARM_FAILED, ledger.study_subject(STUDY))
+    assert STUDY in alarm.message
+    assert "OverflowError" in alarm.message
+    assert "float infinity" not in alarm.message
+    tries = []
+    for second in range(1, 16):
+        before = len(ward.headers_read)
+        ward.after(1)
+        if len(ward.headers_read) > before:
+            tries.append(second)
+    assert tries == [2, 6, 14]
+    ward.now -= timedelta(days=1)  # a clock that is put back does not stop the tries
+    before = len(ward.headers_read)
+    ward.assembly.tick()
+    assert len(ward.headers_read) > before
+    ward.now += timedelta(days=1)
+    ward.poisoned.clear()
+    assert len(ward.after(300)) == 1
+    assert ward.alarms() == []
+
+
+@pytest.mark.requirement("CMP-15", open="MPPS, IAN, orders, storage commitment; settings per modality")
+def test_quiet_time_counts_up_to_where_the_index_is_complete(ward: Ward) -> None:
+    ward.receive(range(4))
+    ward.end()
+    ward.index_is_behind = None
+    assert ward.after(600) == []
+    ward.index_is_behind = timedelta(seconds=571)
+    assert ward.after(0) == []
+    assert ward.study().state_reason == "waiting for the index, which is behind: older objects may still come"
+    ward.index_is_behind = timedelta(seconds=570)
+    assert len(ward.after(0)) == 1
+    assert ward.versions()[0].evidence["quiet_s"] == 30
+
+
+def test_an_index_that_stays_behind_is_alarmed_once_and_does_not_bind_the_operator(ward: Ward) -> None:
+    ward.receive(range(4))
+    ward.end()
+    ward.index_is_behind = timedelta(hours=1)
+    ward.after(0)
+    assert ward.alarms() == []  # at a start the mark is old
+    ward.after(60)
+    ward.after(60)
+    with ward.database.reading() as session:
+        (alarm,) = open_alarms(session)
+    assert (alarm.kind, alarm.count) == (ALARM_INDEX_BEHIND, 1)
+    ward.wish("complete")
+    assert len(ward.after(0)) == 1
+    ward.assembly = ward.new_assembly()
+    ward.index_is_behind = timedelta()
+    ward.after(0)
+    assert ward.alarms() == []
+
+
+@pytest.mark.requirement("CMP-15", open="MPPS, IAN, orders, storage commitment; settings per modality")
+def test_repeats_of_what_is_here_keep_a_study_open_no_longer_than_give_up_s(database: Database, tmp_path: Path) -> None:
+    ward = Ward(database, tmp_path, completeness=Completeness(give_up_s=600))
+    ward.receive(range(4))
+    ward.end()
+    for second in range(20, 600, 20):
+        ward.receive([0], association=f"d{second}", state=InstanceState.DUPLICATE)
+        ward.end(f"d{second}")
+        assert ward.after(20) == []
+    ward.receive([0], association="last", state=InstanceState.DUPLICATE)
+    assert len(ward.after(20)) == 1
+    assert ward.versions()[0].evidence["quiet_s"] == 20

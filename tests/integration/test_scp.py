@@ -32,6 +32,7 @@ from gateway.intake.scp import Receiver
 from gateway.intake.structure import MAX_DEPTH
 from gateway.settings import SenderSettings
 from storage.database import Database
+from storage.errors import SpoolFull
 from storage.records import Association, Instance, Refusal, Series, Study
 from storage.spool import Spool
 from tests.support import peers
@@ -85,6 +86,31 @@ def wait_for(condition: Callable[[], object], timeout_s: float = 10.0) -> None:
 
 def data_bytes(receiver: Receiver, path: Path) -> bytes:
     return path.read_bytes()[receiver.spool.dataset_offset(path) :]
+
+
+def test_a_second_receiver_on_the_same_address_leaves_the_first_one_and_its_associations_alone(
+    receiver: Receiver, tmp_path: Path
+) -> None:
+    with ScriptedPeer(receiver.port) as peer:
+        peer.associate()
+        assert peer.store(data_set("1.2.3.1"), sop_instance=UID).status == 0x0000
+        with pytest.raises(OSError, match="in use"):
+            Receiver(intake_settings(tmp_path, port=receiver.port), receiver.spool).start()
+        assert len(events(receiver, "started")) == 1
+        peer.release()
+
+
+def test_a_receiver_that_cannot_record_its_start_gives_the_address_back(
+    receiver: Receiver, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    settings = intake_settings(tmp_path / "other")
+    other = Receiver(settings, Spool(settings.spool_dir, 1 << 62))  # more than any disk has: the spool is full
+    made: list[Any] = []
+    make_server = other.entity.make_server
+    monkeypatch.setattr(other.entity, "make_server", lambda *a, **k: made.append(make_server(*a, **k)) or made[-1])
+    with pytest.raises(SpoolFull):
+        other.start()
+    assert made[0].socket.fileno() == -1
 
 
 # -- what is stored ------------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select
 
-from gateway.heartbeat import Heartbeat, executor_id
+from gateway.heartbeat import ALARM_CLOCK, Heartbeat, executor_id
+from storage.alarms import open_alarms
 from storage.database import Database
 from storage.errors import DatabaseAway
 from storage.records import Executor, LedgerEvent, utc_now
@@ -185,3 +186,21 @@ def test_the_heart_goes_on_beating_when_a_recovery_fails(database: Database) -> 
     beating.start()
     wait_until(lambda: len(recovery.asked) > 2, "it has failed several times")
     beating.stop()
+
+
+def test_a_dead_executor_whose_clock_was_ahead_is_taken_over_and_a_living_one_is_not(database: Database) -> None:
+    silent(database, _DEAD, for_s=-36000)
+    silent(database, "worker@alive", for_s=-36000)
+    recovery = Recovery(worker_elsewhere=2, worker_alive=1)
+    watching = Heartbeat(database, role="worker", beat_s=3600.0, takeover_s=0.2, recover=recovery)
+
+    def taken() -> list[str]:
+        with database.session() as session:
+            session.get_one(Executor, "worker@alive").beat_at += timedelta(milliseconds=1)
+        return watching.take_over_dead()
+
+    assert taken() == []
+    assert wait_until(taken, "the silent one is taken over", poll_s=0.02) == [_DEAD]
+    with database.reading() as session:
+        alarms = {alarm.subject: alarm.count for alarm in open_alarms(session) if alarm.kind == ALARM_CLOCK}
+    assert alarms == {f"executor:{_DEAD}": 1, "executor:worker@alive": 1}

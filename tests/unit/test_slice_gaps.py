@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
 
 from gateway.intake.slice_gaps import SlicePosition, slice_gaps, slice_position
@@ -65,3 +66,15 @@ def test_headers_without_a_usable_position_have_none() -> None:
     found = slice_position(header)
     assert found is not None
     assert found.position_mm == (1.0, 2.0, 3.0)
+
+
+@pytest.mark.parametrize("value", ["1.7e308", "-1e7", "nan", "inf", "1e400"])
+@pytest.mark.parametrize("keyword", ["ImagePositionPatient", "ImageOrientationPatient"])
+def test_a_value_beyond_one_kilometre_is_no_position(keyword: str, value: str) -> None:
+    header = Dataset()
+    header.ImageOrientationPatient = ["1", "0", "0", "0", "1", "0"]
+    header.ImagePositionPatient = ["1", "2", "3"]
+    raw = "\\".join([value, *["0"] * (2 if keyword == "ImagePositionPatient" else 5)]).encode()
+    tag = header[keyword].tag
+    header._dict[tag] = RawDataElement(tag, "DS", len(raw), raw, 0, False, True)
+    assert slice_position(header) is None
