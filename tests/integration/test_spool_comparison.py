@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from gateway.intake import spool_comparison
+from gateway.intake.index_mark import IndexMark
 from gateway.intake.indexer import Indexer
 from gateway.intake.spool_comparison import SpoolComparison
 from storage.database import Database
@@ -124,6 +125,24 @@ def test_a_study_is_taken_back_whole_before_the_files_count_as_compared(bench: B
     comparison.step()
     assert comparison.files_done
     assert len(bench.spool.incoming()) == spool_comparison._STEP + 20
+
+
+@pytest.mark.requirement("CMP-15")
+def test_index_does_not_count_as_complete_while_the_spool_may_hold_objects_without_a_row(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spool_comparison, "_STEP", 1)
+    back_up(bench, tmp_path)
+    for study in range(3):
+        bench.slice(f"1.2.3.{study}", study=f"1.2.{study}", **JANE)
+    bench.indexer.run_once()
+    restore(bench, tmp_path)
+    mark = IndexMark(bench.spool.root)
+    known = []
+    while not bench.indexer.compared:
+        bench.indexer.run_once()
+        known.append((len(bench.rows(Instance)), mark.read() is not None))
+    assert known[:3] == [(1, False), (2, False), (3, True)]
 
 
 def test_rows_whose_file_is_gone_are_counted_and_kept(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
