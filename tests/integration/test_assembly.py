@@ -377,7 +377,7 @@ def test_a_study_with_quarantined_objects_is_declared_late_and_with_an_alarm(war
 
 
 @pytest.mark.parametrize("first", [{"study": "1.2.840.77"}, {"series": "1.2.840.1.2"}])
-def test_objects_whose_uids_another_study_or_series_holds_are_named(ward: Ward, first: dict[str, str]) -> None:
+def test_objects_whose_uids_another_study_or_series_holds_are_named(ward: Ward, first: dict[str, Any]) -> None:
     ward.receive([3], **first, sop_prefix="1.2.840.1.1")
     ward.receive(range(3))
     ward.receive([2, 3], state=InstanceState.CONFLICT)  # of slice 2, a copy is in use

@@ -6,6 +6,7 @@ import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,7 @@ from storage.records import Instance, InstanceState
 from tests.integration.test_indexer import Bench
 from tests.support.received_objects import data_set
 
-JANE = {"id": "P1", "name": "Doe^Jane", "birth_date": "19700101"}
+JANE: dict[str, Any] = {"id": "P1", "name": "Doe^Jane", "birth_date": "19700101"}
 
 
 @pytest.fixture
@@ -114,9 +115,12 @@ def test_an_empty_database_is_filled_from_the_spool_in_steps(
     assert described(bench) == before
 
 
-def test_a_study_is_taken_back_whole_before_the_files_count_as_compared(bench: Bench, tmp_path: Path) -> None:
+def test_a_study_is_taken_back_whole_however_many_objects_it_has(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spool_comparison, "_STEP", 5)
     back_up(bench, tmp_path)
-    for number in range(spool_comparison._STEP + 20):
+    for number in range(12):
         bench.slice(f"1.2.3.{number}", **JANE)
     bench.indexer.run_once()
     restore(bench, tmp_path)
@@ -124,7 +128,7 @@ def test_a_study_is_taken_back_whole_before_the_files_count_as_compared(bench: B
     assert not comparison.files_done
     comparison.step()
     assert comparison.files_done
-    assert len(bench.spool.incoming()) == spool_comparison._STEP + 20
+    assert len(bench.spool.incoming()) == 12
 
 
 @pytest.mark.requirement("CMP-15")
