@@ -19,6 +19,7 @@ from emr.client import EmrClient, EmrEndpoint
 from emr.errors import CredentialsInvalid
 from emr.exchange import open_http
 from gateway import durable
+from gateway.delivery.contact import forget_removed
 from gateway.delivery.destination import Destination
 from gateway.delivery.dicomweb import DicomWebPacs
 from gateway.delivery.dimse import DimsePacs
@@ -200,7 +201,10 @@ def _start_delivery(settings: Settings, database: Database, spool: Spool, *, bou
     # MLflow takes seconds to import; the first report shall not wait for it.
     shelf.known()
     concurrency = {d.name: d.concurrency for d in settings.destinations.all}
-    # A destination that was taken out of the configuration: its deliveries are taken up once more, to be parked.
+    # Of a destination that was taken out of the configuration nothing is said any more; its deliveries are taken up once
+    # more, to be parked.
+    with database.session() as session:
+        forget_removed(session, concurrency)
     forgotten = [name for name in awaited_destinations(database) if name not in concurrency]
     queues = [(delivery_queue(name), concurrency.get(name, 1)) for name in [*concurrency, *forgotten]]
     durable.launch(queues=queues, poll_s=worker.poll_s)

@@ -136,6 +136,20 @@ def release(
 
 
 @app.command()
+def withhold(
+    destination: Annotated[str, typer.Argument(help="A name of destinations.toml, also one that was taken out of it.")],
+    reason: Annotated[str, typer.Option(help="Why; kept in the ledger with your name: nothing about the patient.")],
+    study: Annotated[str | None, typer.Option(help="Only this study: its UID, or the beginning of it.")] = None,
+    config: Config = DEFAULT_CONFIG,
+    as_json: Json = False,
+) -> None:
+    """Give up for good what is parked for a destination: it is not sent there any more, and retry leaves it alone."""
+    from gateway.commands import studies as command
+
+    raise typer.Exit(command.withhold(config, destination, reason=reason, study=study, as_json=as_json))
+
+
+@app.command()
 def complete(
     study: Annotated[str, typer.Argument(help="Study Instance UID, or the beginning of it.")],
     wait: Annotated[bool, typer.Option("--wait", help="The opposite: wait, whatever the rules say.")] = False,

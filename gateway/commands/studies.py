@@ -1,4 +1,4 @@
-"""`seggate studies`, `show`, `retry`, `release`, `complete`."""
+"""`seggate studies`, `show`, `retry`, `withhold`, `release`, `complete`."""
 
 from __future__ import annotations
 
@@ -143,6 +143,28 @@ def release(config: Path, study: str, *, reason: str, as_json: bool) -> int:
             f"objects that stay aside: {released.objects_aside}"
         )
     return 0
+
+
+def withhold(config: Path, destination: str, *, reason: str, study: str | None, as_json: bool) -> int:
+    """0 when something was withheld; 1 where nothing is parked for the destination."""
+    from gateway.withholding import withhold_parked
+
+    database, uid = Database(load_settings(config).database_url), None
+    if study is not None:
+        with database.reading() as session:
+            found = _find(session, study)
+            if found is None:
+                return 1
+            uid = found.study_instance_uid
+    actor = f"user:{getpass.getuser()}"
+    withheld = withhold_parked(database, destination, reason=reason, actor=actor, study_instance_uid=uid)
+    if as_json:
+        print_json([vars(w) for w in withheld])
+    elif not withheld:
+        say(f"seggate: nothing is parked for {destination!r}")
+    for w in withheld if not as_json else ():
+        say(f"{w.study_instance_uid}: deliveries withheld: {w.deliveries}; its state is {w.state}")
+    return 0 if withheld else 1
 
 
 def complete(config: Path, study: str, *, wait: bool) -> int:

@@ -23,13 +23,15 @@ def withheld_words(reason: str, *, unknown_end: bool) -> str:
     return reason if not unknown_end or _MAY_HAVE_ARRIVED in reason else f"{reason}{_MAY_HAVE_ARRIVED}"
 
 
-def record_delivery(session: Session, result: Result, delivery: Delivery, detail: dict[str, Any]) -> None:
+def record_delivery(
+    session: Session, result: Result, delivery: Delivery, detail: dict[str, Any], *, actor: str = "delivery"
+) -> None:
     """The ledger event of a delivery: `delivery-<state>`."""
     ledger.append(
         session,
         subject=ledger.study_subject(result.study_instance_uid),
         kind=f"delivery-{delivery.state}",
-        actor="delivery",
+        actor=actor,
         detail={
             "result_id": result.result_id,
             "destination": delivery.destination,

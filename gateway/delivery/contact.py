@@ -1,28 +1,31 @@
 """What is known of a destination between attempts: its circuit, what it takes, and at which address that was learned.
 
 One row per name (DestinationState), shared by every process that delivers. A name that is given to another address
-starts anew: that the old one was away, or took no segmentations, says nothing of the new one.
+starts anew: that the old one was away, or took no segmentations, says nothing of the new one. Of a name that
+destinations.toml no longer has nothing is kept.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 
 import structlog
-from sqlalchemy import update
+from sqlalchemy import select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from gateway.delivery.attempt import DESTINATION_REFUSES, FALLBACK_ENCODING, QUERY_REFUSES
 from gateway.delivery.retry import Circuit
 from gateway.destination_settings import DicomWebDestination, DimseDestination, FhirDestination, OrthancDestination
-from storage.alarms import clear_alarms, raise_alarm
-from storage.records import DestinationState, utc_now
+from storage.alarms import clear_alarms, open_alarms, raise_alarm
+from storage.records import Alarm, Delivery, DestinationState, utc_now
 
 AnyPacs = DimseDestination | DicomWebDestination | OrthancDestination
 AnyDestination = AnyPacs | FhirDestination
 
 DESTINATION_AWAY = "destination-away"
+_REPORT_ALARMS = ("report-held", "report-not-found")
 
 _log = structlog.get_logger(__name__)
 
@@ -95,6 +98,27 @@ def note_contact(session: Session, row: DestinationState, *, away: bool, reason:
     if not away:
         for kind in (DESTINATION_AWAY, DESTINATION_REFUSES):
             clear_alarms(session, kind=kind, subject=subject, by="gateway")
+
+
+def forget_removed(session: Session, names: Collection[str]) -> None:
+    """Rows and alarms of destinations other than `names` go. What was parked for them stays, with its alarm."""
+    for row in session.scalars(select(DestinationState).where(DestinationState.name.not_in(names))):
+        _log.warning("a destination is no longer configured: forgotten", destination=row.name)
+        session.delete(row)
+    for alarm in open_alarms(session):
+        if (about := _destination_of(session, alarm)) is not None and about not in names:
+            clear_alarms(session, kind=alarm.kind, subject=alarm.subject, by="gateway")
+
+
+def _destination_of(session: Session, alarm: Alarm) -> str | None:
+    """Whom an alarm blames; None where it is about something else, or about our own part of a delivery."""
+    about, _, which = alarm.subject.partition(":")
+    if about == "destination":
+        return which.partition(":")[0]
+    if about == "delivery" and alarm.kind in _REPORT_ALARMS:
+        delivery = session.get(Delivery, which)
+        return delivery.destination if delivery is not None else None
+    return None
 
 
 def _first_contact(session: Session, destination: AnyDestination) -> DestinationState:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
 import pytest
 from sqlalchemy import select, text
 from structlog.testing import capture_logs
 
 from gateway.delivery.attempt import DESTINATION_REFUSES, FALLBACK_ENCODING, QUERY_REFUSES
-from gateway.delivery.contact import DESTINATION_AWAY, AnyDestination, destination_row, note_contact
+from gateway.delivery.contact import DESTINATION_AWAY, AnyDestination, destination_row, forget_removed, note_contact
 from gateway.destination_settings import DicomWebDestination, DimseDestination
+from gateway.metrics import exposition
 from storage.alarms import open_alarms, raise_alarm
 from storage.database import Database
-from storage.records import DestinationState
+from storage.records import DeliveryState, DestinationState, ResultState, StudyState
+from storage.spool import Spool
+from tests.support.story_rows import add_delivery, add_result, add_study, add_version
 from tests.support.waiting import PATIENCE_S, wait_until
 
 _PACS = DimseDestination(name="pacs", ae_title="PACS", host="192.0.2.1", port=104)
@@ -88,6 +92,40 @@ def test_a_row_from_before_addresses_were_kept_is_taken_over(database: Database)
         session.get_one(DestinationState, "pacs").address = None
     with database.session() as session:
         assert destination_row(session, _PACS).circuit == "open"
+
+
+def test_nothing_is_said_any_more_of_a_destination_that_was_taken_out(database: Database, tmp_path: Path) -> None:
+    kept = _PACS.model_copy(update={"name": "kept"})
+    with database.session() as session:
+        add_study(session, StudyState.FAILED)
+        add_version(session)
+        add_result(session, ResultState.RELEASED)
+        gone = add_delivery(session, DeliveryState.PARKED, destination="emr")
+        waits = add_delivery(session, DeliveryState.QUEUED, destination="kept")
+        for destination in (_PACS, kept):
+            note_contact(session, destination_row(session, destination), away=True, reason="no route")
+        for kind, subject in (
+            (FALLBACK_ENCODING, "destination:pacs:BINARY"),
+            (DESTINATION_REFUSES, "destination:emr:report"),
+            ("report-held", f"delivery:{gone.delivery_id}"),
+            ("report-held", f"delivery:{waits.delivery_id}"),
+            ("delivery-parked", f"delivery:{gone.delivery_id}"),
+            ("spool-full", "gateway"),
+        ):
+            raise_alarm(session, kind=kind, subject=subject, message="")
+    with database.session() as session:
+        forget_removed(session, ["kept"])
+    with database.reading() as session:
+        assert {(a.kind, a.subject) for a in open_alarms(session)} == {
+            (DESTINATION_AWAY, "destination:kept"),
+            ("report-held", f"delivery:{waits.delivery_id}"),
+            ("delivery-parked", f"delivery:{gone.delivery_id}"),  # that is for a person to decide
+            ("spool-full", "gateway"),
+        }
+    spool = Spool(tmp_path / "spool", reserve_bytes=0)
+    spool.prepare()
+    down = [line for line in exposition(database, spool).decode().splitlines() if "destination_down{" in line]
+    assert down == ['seggate_destination_down{destination="kept"} 1.0']
 
 
 def _waiting_for_a_lock(database: Database) -> bool:
