@@ -201,8 +201,8 @@ def _start_delivery(settings: Settings, database: Database, spool: Spool, *, bou
     # MLflow takes seconds to import; the first report shall not wait for it.
     shelf.known()
     concurrency = {d.name: d.concurrency for d in settings.destinations.all}
-    # Of a destination that was taken out of the configuration nothing is said any more; its deliveries are taken up once
-    # more, to be parked.
+    # Of a destination that was taken out of the configuration nothing is said any more; its deliveries are taken up
+    # once more, to be parked.
     with database.session() as session:
         forget_removed(session, concurrency)
     forgotten = [name for name in awaited_destinations(database) if name not in concurrency]
