@@ -28,6 +28,7 @@ from gateway.delivery.orthanc import OrthancPacs
 from gateway.delivery.release import Release
 from gateway.delivery.reporting import Reporting
 from gateway.destination_settings import FhirDestination
+from gateway.disk_space import ReserveWatch
 from gateway.durable import INFERENCE, STUDIES, Enqueuer, delivery_queue
 from gateway.heartbeat import Heartbeat, executor_id
 from gateway.intake.assembly import Assembly
@@ -141,10 +142,11 @@ def run_services(
     """Delivery, scheduler, web: those of `roles`, in one process, until `stop`."""
     from gateway.scheduler import Scheduler
     from gateway.web import make_app, server
+    from gateway.web_server import WebServer
 
     database, spool = open_database(settings), open_spool(settings)
     closing: list[Callable[[], object]] = [database.close]
-    web = None
+    duties: list[Callable[[], None]] = []  # done every second
     try:
         if "delivery" in roles:
             closing.append(_start_delivery(settings, database, spool, boundary=boundary))
@@ -152,17 +154,19 @@ def run_services(
             scheduler = Scheduler(settings, database)
             scheduler.start()
             closing.append(scheduler.stop)
+            duties.append(ReserveWatch(database, spool).look)
         if "web" in roles:
-            web = server(make_app(settings, database, spool), settings.gateway.web)
-            thread = threading.Thread(target=web.run, name="web", daemon=True)
-            thread.start()
-        while not stop.wait(1.0):
-            if web is not None and not thread.is_alive():
-                raise SystemExit(f"the web server ended; is port {settings.gateway.web.port} taken?")
+            own = settings.gateway.web
+            web = WebServer(
+                lambda: server(make_app(settings, database, spool), own), database, where=f"{own.host}:{own.port}"
+            )
+            closing.append(web.stop)
+            duties.append(web.tend)
+        while not stop.is_set():
+            for duty in duties:
+                duty()
+            stop.wait(1.0)
     finally:
-        if web is not None:
-            web.should_exit = True
-            thread.join(timeout=5)
         for close in reversed(closing):
             close()
 
