@@ -24,6 +24,7 @@ from gateway.delivery.destination import Destination
 from gateway.delivery.dicomweb import DicomWebPacs
 from gateway.delivery.dimse import DimsePacs
 from gateway.delivery.dispatch import Dispatch, awaited_destinations
+from gateway.delivery.emr_connection import Emr, EmrConnection
 from gateway.delivery.orthanc import OrthancPacs
 from gateway.delivery.release import Release
 from gateway.delivery.reporting import Reporting
@@ -177,7 +178,7 @@ def _start_delivery(settings: Settings, database: Database, spool: Spool, *, bou
     encoding = Encoding(
         database=database, spool=spool, shelf=shelf, settings=settings, software_version=software_version()
     )
-    clients = emr_clients(settings)
+    clients = emr_connections(settings)
     reporting = Reporting(
         database=database,
         clients=clients,
@@ -236,8 +237,13 @@ def pacs_destinations(settings: Settings) -> Mapping[str, Destination]:
     }
 
 
+def emr_connections(settings: Settings) -> Mapping[str, Emr]:
+    """Per configured EMR, by name. A secret that cannot be read or used is told by the first contact with its EMR."""
+    return {d.name: EmrConnection(partial(_emr_client, d)) for d in settings.destinations.fhir}
+
+
 def emr_clients(settings: Settings) -> Mapping[str, EmrClient]:
-    """A client per configured EMR, by name; raises SettingsInvalid when a secret cannot be read or used."""
+    """The same, connected at once; raises SettingsInvalid when a secret cannot be read or used."""
     try:
         return {d.name: _emr_client(d) for d in settings.destinations.fhir}
     except CredentialsInvalid as error:
@@ -258,17 +264,17 @@ def _authorization(destination: FhirDestination) -> Authorization:
     key = f"fhir {destination.name}"
     if destination.auth == "token":
         return StaticToken(
-            _read_again(partial(secret, file=destination.token_file, env=destination.token_env, key=key))
+            _secret_for_emr(partial(secret, file=destination.token_file, env=destination.token_env, key=key))
         )
     if destination.auth == "basic" and destination.password_file is not None:
         password = partial(read_secret, destination.password_file, f"{key}: password_file")
-        return Basic(destination.username, _read_again(password))
+        return Basic(destination.username, _secret_for_emr(password))
     if destination.auth == "smart" and destination.smart is not None:
         smart = destination.smart
         return SmartBackendServices(
             base_url=destination.url,
             client_id=smart.client_id,
-            private_key_pem=read_secret(smart.key_file, f"{key}: key_file"),
+            private_key_pem=_secret_for_emr(partial(read_secret, smart.key_file, f"{key}: key_file"))(),
             key_id=smart.key_id,
             scope=smart.scope,
             token_url=smart.token_url,
@@ -276,8 +282,8 @@ def _authorization(destination: FhirDestination) -> Authorization:
     return NoAuthorization()
 
 
-def _read_again(read: Callable[[], str]) -> Callable[[], str]:
-    """`read` for the EMR side, which reads a refused secret again: a file that is just being replaced is waited for."""
+def _secret_for_emr(read: Callable[[], str]) -> Callable[[], str]:
+    """`read` with the EMR side's error: a file that is absent, or just being replaced, is waited for there."""
 
     def read_for_emr() -> str:
         try:

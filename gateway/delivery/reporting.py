@@ -9,7 +9,6 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from emr.client import EmrClient
 from emr.content import (
     Code,
     ReportCheck,
@@ -27,6 +26,7 @@ from gateway import quarantine, study_state
 from gateway.delivery.attempt import DESTINATION_REFUSES, QUERY_REFUSES
 from gateway.delivery.bookkeeping import cut_short, record_delivery, withheld_words
 from gateway.delivery.contact import destination_row, note_contact
+from gateway.delivery.emr_connection import Emr
 from gateway.delivery.retry import backoff_s, overdue_attempts, patience_ended
 from gateway.destination_settings import FhirDestination
 from gateway.errors import Permanent
@@ -47,7 +47,7 @@ class Reporting:
         self,
         *,
         database: Database,
-        clients: Mapping[str, EmrClient],
+        clients: Mapping[str, Emr],
         bundle_of: BundleOf,
         institution: str,
         software_version: str,
