@@ -27,6 +27,7 @@ from gateway.delivery.dispatch import Dispatch, awaited_destinations
 from gateway.delivery.emr_connection import Emr, EmrConnection
 from gateway.delivery.orthanc import OrthancPacs
 from gateway.delivery.release import Release
+from gateway.delivery.reported import ReportedObjects
 from gateway.delivery.reporting import Reporting
 from gateway.destination_settings import FhirDestination
 from gateway.disk_space import ReserveWatch
@@ -179,9 +180,11 @@ def _start_delivery(settings: Settings, database: Database, spool: Spool, *, bou
         database=database, spool=spool, shelf=shelf, settings=settings, software_version=software_version()
     )
     clients = emr_connections(settings)
+    destinations = settings.destinations
     reporting = Reporting(
         database=database,
         clients=clients,
+        reported=ReportedObjects(database=database, pacs=destinations.pacs, objects_of=encoding.outgoing),
         bundle_of=lambda name, semver: shelf.bundle(shelf.version(name, semver)),
         institution=settings.gateway.institution,
         software_version=software_version(),
@@ -189,7 +192,7 @@ def _start_delivery(settings: Settings, database: Database, spool: Spool, *, bou
     enqueuer = Enqueuer(database)
     dispatch = Dispatch(
         database=database,
-        settings=settings.destinations,
+        settings=destinations,
         pacs=pacs_destinations(settings),
         reporting=reporting,
         objects_of=encoding.outgoing,

@@ -349,7 +349,8 @@ class EmrClient:
         return answer
 
     def _refusal(self, answer: Answer, what: str, content: ReportContent) -> EmrError:
-        private = (content.patient_id, content.patient_name or "", content.accession_number or "")
+        known = (content.patient_id, content.patient_name, content.accession_number)
+        private = [value or "" for value in (*known, content.series.description, content.series.part)]
         if about_content(answer):
             return Refused(f"{what}: HTTP {answer.status}: {summary(answer, private)}")
         return _misconfigured(answer, what, private)

@@ -106,6 +106,9 @@ REFERENCE_TARGETS: dict[str, frozenset[str]] = {
     "DiagnosticReport.imagingStudy": frozenset({"ImagingStudy"}),
     "Observation.subject": frozenset({"Patient", "Group", "Device", "Location"}),
     "Observation.device": frozenset({"Device", "DeviceMetric"}),
+    "Observation.derivedFrom": frozenset(
+        {"DocumentReference", "ImagingStudy", "Media", "QuestionnaireResponse", "Observation", "MolecularSequence"}
+    ),
     "Observation.partOf": frozenset(
         {
             "MedicationAdministration",

@@ -86,10 +86,33 @@ class ReportCheck:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReportSeries:
+    """The images that the result was made from. `number` and `description` are (0020,0011) and (0008,103E); `part`
+    says which volume of a series that holds several. The texts are the site's own and may say anything: not in repr."""
+
+    series_instance_uid: str
+    number: int | None = None
+    description: str = field(default="", repr=False)
+    part: str = field(default="", repr=False)
+
+    def __post_init__(self) -> None:
+        _uid(self.series_instance_uid, "the source's series_instance_uid")
+
+    @property
+    def shown(self) -> str:
+        """`series 3 (T1 axial), part EchoTime=4.9`; its UID where the images have neither number nor description."""
+        number = "" if self.number is None else str(self.number)
+        description = _line(self.description)
+        name = " ".join(filter(None, (number, f"({description})" if description else "")))
+        part = _line(self.part)
+        return f"series {name or self.series_instance_uid}" + (f", part {part}" if part else "")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReportObject:
     """A DICOM object of the result at the PACS."""
 
-    role: Literal["SEG", "SR"]
+    role: Literal["SEG", "SC", "SR"]
     sop_class_uid: str
     sop_instance_uid: str
     series_instance_uid: str
@@ -125,6 +148,7 @@ class ReportContent:
 
     result_id: str
     study_instance_uid: str
+    series: ReportSeries
     patient_id: str = field(repr=False)
     model: ReportModel
     segments: tuple[ReportSegment, ...]
@@ -160,6 +184,11 @@ class ReportContent:
         _fraction(self.mean_confidence, "mean_confidence")
         if self.wado_root is not None and not re.fullmatch(r"https?://[^\s?#@]+", self.wado_root):
             raise ReportInvalid("wado_root must be an http(s) URL without user, query or fragment")
+
+
+def _line(text: str) -> str:
+    """One line of at most 64 characters, as VR LO allows, without what no screen shows."""
+    return "".join(c for c in " ".join(text.split()) if c.isprintable())[:64]
 
 
 def _uid(value: str, name: str) -> None:

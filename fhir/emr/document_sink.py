@@ -13,7 +13,15 @@ from pydantic import ValidationError
 from emr import codes
 from emr.content import ReportContent, ReportSegment, Verdict
 from emr.errors import ReportInvalid
-from emr.report import binding_faults, conclusion, device_identifier, identifier, study_reference, subject_reference
+from emr.report import (
+    binding_faults,
+    conclusion,
+    device_identifier,
+    identifier,
+    series_reference,
+    study_reference,
+    subject_reference,
+)
 
 
 def document_identifier(content: ReportContent) -> str:
@@ -54,7 +62,7 @@ def build_document(content: ReportContent, patient_reference: str) -> DocumentRe
                 }
             }
         ],
-        "context": {"related": [study_reference(content)]},
+        "context": {"related": [study_reference(content), series_reference(content)]},
     }
     if content.institution:
         resource["custodian"] = {"type": "Organization", "display": content.institution}
@@ -76,6 +84,8 @@ def render_html(content: ReportContent) -> str:
     model = content.model
     facts = [
         ("Study Instance UID", content.study_instance_uid),
+        ("Images", content.series.shown),
+        ("Series Instance UID", content.series.series_instance_uid),
         ("Study date", content.study_date.isoformat() if content.study_date else "unknown"),
         ("Accession number", content.accession_number or "none"),
         ("Model", f"{model.name} {model.version}"),

@@ -25,6 +25,13 @@ from emr.content import Code, ReportCheck, ReportContent, ReportObject, ReportSe
 from emr.errors import ReportInvalid
 
 _NAMESPACE = uuid.UUID("9caa7875-59d6-440b-9854-c38dd386b905")
+_TITLES = {
+    "SEG": "AI segmentation (DICOM SEG), not reviewed",
+    "SC": "AI segmentation as pictures (DICOM SC), not reviewed",
+    "SR": "AI measurements (DICOM SR), not reviewed",
+}
+# One document for the image in whatever form a PACS took it, so that a later version of the study finds it again.
+_DOCUMENTS = {"SEG": "seg", "SC": "seg", "SR": "sr"}
 _PATIENT = re.compile(r"Patient/[A-Za-z0-9.-]{1,64}")
 Json = dict[str, Any]
 
@@ -140,6 +147,14 @@ def study_reference(content: ReportContent) -> Json:
     }
 
 
+def series_reference(content: ReportContent) -> Json:
+    """The source series, by identifier alone: R4 has no resource for a series."""
+    return {
+        "identifier": {"system": codes.DICOM_UID, "value": f"urn:oid:{content.series.series_instance_uid}"},
+        "display": content.series.shown,
+    }
+
+
 def effective(content: ReportContent) -> Json:
     """`effectiveDateTime`: the day of the study, or a stated absence where the images have no date."""
     if content.study_date is not None:
@@ -151,18 +166,19 @@ def effective(content: ReportContent) -> Json:
 def conclusion(content: ReportContent) -> str:
     """One line for the EMR's list view; says first that no person has looked at it."""
     model = content.model
-    text = f"AI result, not reviewed. {len(content.segments)} segment(s) by {model.name} {model.version}."
+    text = f"AI result, not reviewed. {len(content.segments)} segment(s) by {model.name} {model.version} "
+    text += f"in {content.series.shown}."
     if content.verdict is Verdict.REVIEW:
         flagged = [check.name for check in content.checks if check.verdict is not Verdict.PASS]
         text += " Quality checks ask for review" + (f": {', '.join(flagged)}." if flagged else ".")
     if content.supersedes_result_id is not None:
-        text += " Replaces an earlier AI result of this study."
+        text += " Replaces an earlier AI result of this series."
     return text
 
 
 def object_document_identifier(content: ReportContent, item: ReportObject) -> str:
     """Identifier value of the DocumentReference to one DICOM object of the result."""
-    return f"{content.result_id}.{item.role.lower()}"
+    return f"{content.result_id}.{_DOCUMENTS[item.role]}"
 
 
 def object_identifier(item: ReportObject) -> Json:
@@ -204,6 +220,12 @@ def _observation(content: ReportContent, value: str, code: Json, subject: Json, 
         "resourceType": "Observation",
         "identifier": [identifier(value)],
         "partOf": [study_reference(content)],
+        "derivedFrom": [
+            {
+                **study_reference(content),
+                "display": f"{content.series.shown}; Series Instance UID {content.series.series_instance_uid}",
+            }
+        ],
         "status": "preliminary",
         "category": [codes.hl7_concept(codes.OBSERVATION_CATEGORY, "imaging", "Imaging")],
         "code": code,
@@ -283,35 +305,35 @@ def _check(check: ReportCheck) -> Json:
 
 
 def _document(content: ReportContent, item: ReportObject, subject: Json, device: Json) -> Json:
-    title = {"SEG": "AI segmentation (DICOM SEG), not reviewed", "SR": "AI measurements (DICOM SR), not reviewed"}
+    title = _TITLES[item.role]
     document: Json = {
         "resourceType": "DocumentReference",
         "masterIdentifier": object_identifier(item),
         "identifier": [identifier(object_document_identifier(content, item))],
         "status": "current",
         "docStatus": "preliminary",
-        "type": codes.concept(codes.IMAGING_REPORT) if item.role == "SR" else {"text": title["SEG"]},
+        "type": codes.concept(codes.IMAGING_REPORT) if item.role == "SR" else {"text": title},
         "category": [codes.concept(codes.RADIOLOGY_LOINC)],
         "subject": subject,
         "date": content.issued.isoformat(timespec="seconds"),
         "author": [device],
-        "description": title[item.role],
+        "description": f"{title}; {content.series.shown}",
         "content": [
             {
                 "attachment": {
                     "contentType": "application/dicom",
                     "url": _object_url(content, item),
-                    "title": title[item.role],
+                    "title": title,
                 },
                 "format": {"system": codes.URI, "code": f"urn:oid:{item.sop_class_uid}"},
             }
         ],
-        "context": {"related": [study_reference(content)]},
+        "context": {"related": [study_reference(content), series_reference(content)]},
     }
     if content.institution:
         document["custodian"] = {"type": "Organization", "display": content.institution}
     if content.supersedes_result_id is not None:
-        former = _reference("DocumentReference", f"{content.supersedes_result_id}.{item.role.lower()}")
+        former = _reference("DocumentReference", f"{content.supersedes_result_id}.{_DOCUMENTS[item.role]}")
         document["relatesTo"] = [{"code": "replaces", "target": former}]
     return document
 

@@ -8,7 +8,7 @@ the PACS does not show yet) must not hold up the others: it gives its place up a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,8 +20,9 @@ from gateway.delivery.attempt import QUERY_REFUSES, attempt
 from gateway.delivery.bookkeeping import cut_short, record_delivery, withheld_words
 from gateway.delivery.capability import Learned
 from gateway.delivery.contact import AnyDestination, AnyPacs, address_of, claim, destination_row, kind_of, note_contact
-from gateway.delivery.destination import Destination, OutgoingObject
+from gateway.delivery.destination import Destination
 from gateway.delivery.ladder import LadderState, elsewhere, park, requeue, withhold
+from gateway.delivery.reported import ObjectsOf, kept_state
 from gateway.delivery.reporting import Reporting
 from gateway.destination_settings import DestinationSettings, FhirDestination
 from gateway.durable import Enqueuer, delivery_queue, next_workflow_id
@@ -30,9 +31,6 @@ from gateway.workflows import DELIVER
 from storage.alarms import clear_alarms, raise_alarm
 from storage.database import Database
 from storage.records import Delivery, DeliveryState, Result, ResultState, utc_now
-
-ObjectsOf = Callable[[str, str], Sequence[OutgoingObject]]
-"""(result_id, encoding) → the objects to send in that encoding, image first, encoded when first asked for."""
 
 _FINISHED = {DeliveryState.VERIFIED, DeliveryState.STORED, DeliveryState.PARKED, DeliveryState.WITHHELD}
 _ENDED = {DeliveryState.PARKED, DeliveryState.WITHHELD}  # by somebody's decision, whatever is still planned
@@ -87,6 +85,10 @@ class Dispatch:
             stop = quarantine.reason_to_stop(session, result.study_instance_uid)
             if stop is not None and delivery.state in (DeliveryState.QUEUED, DeliveryState.SENT):
                 return self._withhold(session, delivery, result, stop)
+            if isinstance(destination, FhirDestination):
+                wait_s = self._reporting.wait_s(session, delivery, now=now)
+                if wait_s > 0:
+                    return self._wait_for_image(session, delivery, turn, wait_s)
             row = destination_row(session, destination)
             wait_s = claim(session, row, destination)
             if wait_s > 0:
@@ -101,24 +103,28 @@ class Dispatch:
             outcome = self._send(delivery_id, destination, learned, recovered=recovered)
         away = outcome.pop("away", False)
         if not away and (outcome["retry_in_s"] or 0.0) > _WAITS_IN_PLACE_S:
-            return self._give_way(delivery_id, turn, outcome)
+            with self._database.session() as session:
+                delivery = session.get_one(Delivery, delivery_id, with_for_update=True)
+                return self._give_way(session, delivery, turn, outcome) if delivery.workflow_id == turn else outcome
         return outcome
 
-    def _give_way(self, delivery_id: str, turn: str, outcome: dict[str, Any]) -> dict[str, Any]:
+    def _wait_for_image(self, session: Session, delivery: Delivery, turn: str, wait_s: float) -> dict[str, Any]:
+        """The EMR is not asked meanwhile, so this counts as no attempt."""
+        delivery.state_reason = "waits until a PACS has the image that it refers to"
+        outcome = {"state": delivery.state, "retry_in_s": wait_s}
+        return self._give_way(session, delivery, turn, outcome) if wait_s > _WAITS_IN_PLACE_S else outcome
+
+    def _give_way(self, session: Session, delivery: Delivery, turn: str, outcome: dict[str, Any]) -> dict[str, Any]:
         """Back on the queue for later: what it waits for does not concern the others."""
-        with self._database.session() as session:
-            delivery = session.get_one(Delivery, delivery_id, with_for_update=True)
-            if delivery.workflow_id != turn:
-                return outcome
-            delivery.workflow_id = next_workflow_id(turn)
-            self._enqueuer.enqueue(
-                session,
-                queue=delivery_queue(delivery.destination),
-                workflow=DELIVER,
-                workflow_id=delivery.workflow_id,
-                argument=delivery_id,
-                delay_s=float(outcome["retry_in_s"]),
-            )
+        delivery.workflow_id = next_workflow_id(turn)
+        self._enqueuer.enqueue(
+            session,
+            queue=delivery_queue(delivery.destination),
+            workflow=DELIVER,
+            workflow_id=delivery.workflow_id,
+            argument=delivery.delivery_id,
+            delay_s=float(outcome["retry_in_s"]),
+        )
         return {"state": outcome["state"], "retry_in_s": None}
 
     def _send(self, delivery_id: str, destination: AnyPacs, learned: Learned, *, recovered: bool) -> dict[str, Any]:
@@ -206,9 +212,7 @@ def _unless_ended(state: LadderState, delivery: Delivery) -> LadderState:
 
 def _ladder(delivery: Delivery) -> LadderState:
     """The kept state of a delivery, or a new one; with new patience where it was put on its queue anew since."""
-    if not delivery.objects:
-        return LadderState.new(delivery.delivery_id, delivery.queued_at)
-    state = LadderState.from_dict(delivery.objects[0])
+    state = kept_state(delivery)
     return requeue(state, utc_now()) if state.finished or delivery.queued_at > state.since else state
 
 

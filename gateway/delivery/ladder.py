@@ -116,6 +116,11 @@ class LadderState:
         return tuple(o for o in self.objects if o.encoding == self.encoding)
 
     @property
+    def taken(self) -> tuple[str, ...]:
+        """SOP Instance UIDs of those that the destination has, in the order in which they were sent."""
+        return tuple(o.sop_instance_uid for o in self.current if _HEIGHT[o.rung] > 0)
+
+    @property
     def warnings(self) -> tuple[str, ...]:
         """Warnings of stored objects, as what they are."""
         return tuple(f"{o.sop_instance_uid}: {o.meaning}" for o in self.current if o.outcome == "warning")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from emr.content import (
@@ -16,6 +15,7 @@ from emr.content import (
     ReportModel,
     ReportObject,
     ReportSegment,
+    ReportSeries,
     Verdict,
 )
 from emr.errors import EmrError, Misconfigured, PatientNotResolved, TryLater
@@ -26,13 +26,15 @@ from gateway import quarantine, study_state
 from gateway.delivery.attempt import DESTINATION_REFUSES, QUERY_REFUSES
 from gateway.delivery.bookkeeping import cut_short, record_delivery, withheld_words
 from gateway.delivery.contact import destination_row, note_contact
+from gateway.delivery.destination import OutgoingObject
 from gateway.delivery.emr_connection import Emr
+from gateway.delivery.reported import ReportedObjects
 from gateway.delivery.retry import backoff_s, overdue_attempts, patience_ended
 from gateway.destination_settings import FhirDestination
 from gateway.errors import Permanent
 from storage.alarms import clear_alarms, raise_alarm
 from storage.database import Database
-from storage.records import Delivery, DeliveryState, Result, ResultObject, ResultState, Study, utc_now
+from storage.records import Delivery, DeliveryState, Result, ResultState, Series, Study, utc_now
 
 BundleOf = Callable[[str, str], Bundle]
 """(model name, version) → its bundle."""
@@ -48,15 +50,21 @@ class Reporting:
         *,
         database: Database,
         clients: Mapping[str, Emr],
+        reported: ReportedObjects,
         bundle_of: BundleOf,
         institution: str,
         software_version: str,
     ) -> None:
         self._database = database
         self._clients = clients
+        self._reported = reported
         self._bundle_of = bundle_of
         self._institution = institution
         self._software_version = software_version
+
+    def wait_s(self, session: Session, delivery: Delivery, *, now: datetime) -> float:
+        """See ReportedObjects.wait_s."""
+        return self._reported.wait_s(session, delivery, now=now)
 
     def attempt(self, delivery_id: str, destination: FhirDestination, *, now: datetime) -> dict[str, Any]:
         """{"state", "retry_in_s"}, and "away" where the EMR as a whole is.
@@ -70,8 +78,12 @@ class Reporting:
             delivery = session.get_one(Delivery, delivery_id)
             result = session.get_one(Result, delivery.result_id)
             result_id, report_id = result.result_id, _report_id(delivery)
-            content = None if report_id else self._released(session, result, destination)
-        if content is not None:
+            if report_id is None:
+                _require_release(result, destination)
+        if report_id is None:
+            objects = self._reported.objects(result_id, now=now)
+            with self._database.reading() as session:
+                content = self._content(session, session.get_one(Result, result_id), destination, objects)
             try:
                 receipt = client.send(content)
             except (TryLater, PatientNotResolved) as error:
@@ -95,6 +107,7 @@ class Reporting:
         content = ReportContent(
             result_id="rehearsal",
             study_instance_uid="2.25.1",
+            series=ReportSeries(series_instance_uid="2.25.5"),
             patient_id="rehearsal",
             model=ReportModel(name="rehearsal", version="0.0.0", weights_digest="0" * 64),
             segments=(
@@ -243,25 +256,14 @@ class Reporting:
         study_state.refresh(session, result.study_instance_uid)
         return {"state": delivery.state, "retry_in_s": None}
 
-    def _released(self, session: Session, result: Result, destination: FhirDestination) -> ReportContent:
-        """The content of a result that may leave the house; whoever queued another one is mistaken."""
-        if result.state != ResultState.RELEASED:
-            raise Permanent(
-                f"{destination.name}: result {result.result_id} is {result.state}; only released results are reported, "
-                "so nothing was sent"
-            )
-        return self._content(session, result, destination)
-
-    def _content(self, session: Session, result: Result, destination: FhirDestination) -> ReportContent:
+    def _content(
+        self, session: Session, result: Result, destination: FhirDestination, objects: Sequence[OutgoingObject]
+    ) -> ReportContent:
         study = session.get_one(Study, result.study_instance_uid)
+        series = session.get(Series, (result.study_instance_uid, result.series_instance_uid))
         bundle = self._bundle_of(result.model_name, result.model_version)
         specs = {s.name: s for s in bundle.labels}
         runtime = result.runtime or {}
-        objects = session.scalars(
-            select(ResultObject)
-            .where(ResultObject.result_id == result.result_id)
-            .order_by(ResultObject.role, ResultObject.encoding)
-        ).all()
         segments = tuple(
             ReportSegment(
                 number=number,
@@ -283,6 +285,12 @@ class Reporting:
         return ReportContent(
             result_id=result.result_id,
             study_instance_uid=result.study_instance_uid,
+            series=ReportSeries(
+                series_instance_uid=result.series_instance_uid,
+                number=runtime.get("series_number"),
+                description=(series.series_description if series else None) or "",
+                part=result.part,
+            ),
             patient_id=study.patient_id or "",
             issuer_of_patient_id=study.issuer_of_patient_id,
             patient_name=study.patient_name,
@@ -304,12 +312,13 @@ class Reporting:
             ),
             objects=tuple(
                 ReportObject(
-                    role="SEG" if o.role == "SEG" else "SR",
+                    role=o.role,
                     sop_class_uid=o.sop_class_uid,
                     sop_instance_uid=o.sop_instance_uid,
                     series_instance_uid=o.series_instance_uid,
                 )
-                for o in _one_per_role(objects)
+                for o in objects
+                if o.role != "notice"
             ),
             issued=result.created_at,
             software_version=self._software_version,
@@ -317,6 +326,15 @@ class Reporting:
             supersedes_result_id=result.supersedes,
             institution=self._institution,
             wado_root=destination.wado_root or None,
+        )
+
+
+def _require_release(result: Result, destination: FhirDestination) -> None:
+    """Only a released result may leave the house; whoever queued another one is mistaken."""
+    if result.state != ResultState.RELEASED:
+        raise Permanent(
+            f"{destination.name}: result {result.result_id} is {result.state}; only released results are reported, "
+            "so nothing was sent"
         )
 
 
@@ -356,15 +374,6 @@ def _verdict(result: Result) -> Verdict:
     if result.verdict is None:
         raise Permanent(f"result {result.result_id} was released without a QA verdict; it is not reported")
     return Verdict(result.verdict)
-
-
-def _one_per_role(objects: Any) -> list[ResultObject]:
-    """One SEG and the SR that points at it: of several encodings the same at every attempt, BINARY before LABELMAP."""
-    chosen: dict[str, ResultObject] = {}
-    for item in objects:
-        if item.role in ("SEG", "SR"):
-            chosen.setdefault(item.role, item)
-    return list(chosen.values())
 
 
 def _date(value: str | None) -> date | None:

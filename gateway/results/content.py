@@ -63,9 +63,9 @@ class ObjectReference:
 
 @dataclass(frozen=True, kw_only=True)
 class Superseded:
-    """The objects of the earlier result that this one replaces (CMP-17)."""
+    """The objects of the earlier result that this one replaces (CMP-17). image: SEG, or SC where it has no SEG."""
 
-    segmentation: ObjectReference | None = None
+    image: ObjectReference | None = None
     report: ObjectReference | None = None
 
 

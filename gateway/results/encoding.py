@@ -1,14 +1,14 @@
 """Step `encode`: labels and statistics → SEG and SR in the spool, each written once; fallbacks when first asked for.
 
-The objects are a pure function of the result's row, its labels and the source headers, so that a step repeated after
-a crash writes the same bytes and the same UIDs.
+The objects are a pure function of the result's row, its labels, the source headers and the result that this one
+replaces, so that a step repeated after a crash writes the same bytes and the same UIDs.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from sqlalchemy.orm import Session
 
 from engine.bundle import Bundle
 from gateway.delivery.destination import OutgoingObject, Role
+from gateway.delivery.reported import taken_by_a_pacs
 from gateway.disk_space import alarmed_when_full
 from gateway.errors import Permanent, Rejected
 from gateway.intake.header import text_of
@@ -87,9 +88,7 @@ class Encoding:
         if verdict == Verdict.HOLD:
             self._keep(source, [encode_notice(source.content)])
             return "encoded"
-        encoding = self._first_encoding(source.content)
-        segmentation = encode_segmentation(source.content, encoding=encoding)
-        self._keep(source, [segmentation, encode_structured_report(source.content, segmentation=encoding)])
+        self._keep(source, self._encoded(source, self._first_encoding(source.content)))
         return "encoded"
 
     def outgoing(self, result_id: str, encoding: str) -> Sequence[OutgoingObject]:
@@ -112,8 +111,8 @@ class Encoding:
             objects = self._fallback(result_id, encoding)
             image = next(o for o in objects if o.encoding == encoding)
         # The report points at the segmentation that goes with it; beside a picture, at the one that was made first.
-        wanted = SR_ENCODING.get(encoding) if encoding != "SC" else None  # type: ignore[call-overload]
-        reports = [o for o in objects if o.role == "SR" and wanted in (None, o.encoding)][:1]
+        wanted = self._first_report(result) if encoding == "SC" else SR_ENCODING[_of_segmentation(encoding)]
+        reports = [o for o in objects if o.role == "SR" and o.encoding == wanted]
         return [_outgoing(o, study, self._spool) for o in (image, *reports)]
 
     def overlay(self, result_id: str, path: Path) -> None:
@@ -132,19 +131,31 @@ class Encoding:
         ]
         return "LABELMAP" if wanted and all(e == "LABELMAP" for e in wanted) else "BINARY"
 
+    def _first_report(self, result: Result) -> str | None:
+        """Encoding of the SR that was made first; the ledger alone knows it."""
+        with self._database.reading() as session:
+            for event in ledger.events(session, ledger.study_subject(result.study_instance_uid)):
+                if event.kind == "encoded" and event.detail["result_id"] == result.result_id:
+                    return next((str(o["encoding"]) for o in event.detail["objects"] if o["role"] == "SR"), None)
+        return None
+
     def _fallback(self, result_id: str, encoding: str) -> Sequence[ResultObject]:
         source = self._source(result_id, pixels=encoding == "SC")
-        if encoding == "SC":
-            made = [encode_secondary_capture(source.content, _image(source.part))]
-        else:
-            wanted: SegEncoding = "LABELMAP" if encoding == "LABELMAP" else "BINARY"
-            made = [
-                encode_segmentation(source.content, encoding=wanted),
-                encode_structured_report(source.content, segmentation=wanted),
-            ]
-        self._keep(source, made)
+        self._keep(source, self._encoded(source, encoding))
         with self._database.reading() as session:
             return _objects(session, result_id)
+
+    def _encoded(self, source: _Source, encoding: str) -> list[EncodedObject]:
+        """The picture, or a SEG and the SR that points at it."""
+        with self._database.reading() as session:
+            content = replace(source.content, supersedes=_superseded(session, source.result, encoding))
+        if encoding == "SC":
+            return [encode_secondary_capture(content, _image(source.part))]
+        wanted = _of_segmentation(encoding)
+        return [
+            encode_segmentation(content, encoding=wanted),
+            encode_structured_report(content, segmentation=wanted),
+        ]
 
     def _source(self, result_id: str, *, pixels: bool = False) -> _Source:
         with self._database.reading() as session:
@@ -152,7 +163,7 @@ class Encoding:
             version = session.get_one(StudyVersion, result.version_id)
             study = session.get_one(Study, result.study_instance_uid)
             files = series_files(session, self._spool, version, result)
-            superseded = _superseded(session, result)
+            superseded = _superseded(session, result, "")
             content_digest = content_key(session, version)
         part = select_part(read_series(files, only_headers=True), result.part)
         if pixels:
@@ -293,19 +304,35 @@ def _outgoing(item: ResultObject, study_instance_uid: str, spool: Spool) -> Outg
     )
 
 
-def _superseded(session: Session, result: Result) -> Superseded:
-    """References to the SEG and SR that this result replaces (CMP-17)."""
+def _of_segmentation(encoding: str) -> SegEncoding:
+    return "LABELMAP" if encoding == "LABELMAP" else "BINARY"
+
+
+def _superseded(session: Session, result: Result, encoding: str) -> Superseded:
+    """What the objects of this encoding replace (CMP-17): the same of the earlier result; where it was not made in
+    this encoding, what a PACS has of it, else any."""
     if result.supersedes is None:
         return Superseded()
-    old: dict[str, ObjectReference] = {}
-    for item in _objects(session, result.supersedes):
-        reference = ObjectReference(
-            sop_class_uid=item.sop_class_uid,
-            sop_instance_uid=item.sop_instance_uid,
-            series_instance_uid=item.series_instance_uid,
+    taken = taken_by_a_pacs(session, result.supersedes)
+    old = sorted(_objects(session, result.supersedes), key=lambda o: o.sop_instance_uid not in taken)
+
+    def reference(roles: Sequence[str], wanted: str) -> ObjectReference | None:
+        able = [o for o in old if o.role in roles]
+        item = next((o for o in able if o.encoding == wanted), next(iter(able), None))
+        return (
+            None
+            if item is None
+            else ObjectReference(
+                sop_class_uid=item.sop_class_uid,
+                sop_instance_uid=item.sop_instance_uid,
+                series_instance_uid=item.series_instance_uid,
+            )
         )
-        old.setdefault(item.role, reference)
-    return Superseded(segmentation=old.get("SEG"), report=old.get("SR"))
+
+    return Superseded(
+        image=reference(("SEG", "SC"), encoding),
+        report=reference(("SR",), SR_ENCODING.get(encoding, "")),  # type: ignore[call-overload]
+    )
 
 
 def _segments(result: Result, bundle: Bundle) -> tuple[SegmentContent, ...]:

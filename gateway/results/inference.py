@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,7 @@ from engine.volume import LabelMap
 from gateway import quarantine
 from gateway.disk_space import alarmed_when_full
 from gateway.errors import Permanent, Rejected, is_of_the_machine
+from gateway.intake.header import text_of
 from gateway.model_shelf import ModelShelf
 from gateway.results.orders import series_files
 from gateway.results.series import SeriesPart, decode, read_series
@@ -205,6 +207,11 @@ def _centroid(segment: SegmentStatistics, region: tuple[int, ...], labels: Label
     return [round(float(v), 3) for v in point[:3]]
 
 
+def _series_number(part: SeriesPart) -> int | None:
+    text = text_of(part.headers[0], "SeriesNumber") or ""
+    return int(text) if re.fullmatch(r"-?[0-9]{1,10}", text) else None
+
+
 def _runtime(prediction: Prediction, part: SeriesPart, read_s: float) -> dict[str, Any]:
     info, missing = prediction.runtime, part.finding("missing-slices")
     return {
@@ -217,6 +224,7 @@ def _runtime(prediction: Prediction, part: SeriesPart, read_s: float) -> dict[st
         "peak_estimate_bytes": info.peak_estimate_bytes,
         "mean_confidence": prediction.mean_confidence,
         "unit": "[hnsf'U]" if part.modality == "CT" else "1",
+        "series_number": _series_number(part),
         "slices": len(part.frames),
         "missing_slices": int(missing.value) if missing is not None else 0,
         "spacing_mm": list(part.geometry.spacing_mm),

@@ -91,8 +91,8 @@ def _derivation(content: ResultContent, affected: int, step: int) -> str:
     text = f"Overlay of {model.name} {model.version} on the {affected} affected slices of the source series"
     if step > 1:
         text += f", 1 in {step} of them shown"
-    if content.supersedes.segmentation is not None:
-        text += f"; supersedes the result of SOP Instance {content.supersedes.segmentation.sop_instance_uid}"
+    if content.supersedes.image is not None:
+        text += f"; supersedes the result of SOP Instance {content.supersedes.image.sop_instance_uid}"
     return f"{text}. {WARNING_TEXT}"
 
 

@@ -97,8 +97,8 @@ def encode_segmentation(content: ResultContent, *, encoding: Encoding = "BINARY"
     _fix_dimension_uid(dataset, component_uid(content.identity, role="SEG", encoding=encoding, component="dimensions"))
     dataset.PositionReferenceIndicator = header.attributes.get("PositionReferenceIndicator")
     dataset.ContentCreatorName = None  # no person made this
-    if content.supersedes.segmentation is not None:
-        _refer_to_superseded(dataset, content.supersedes.segmentation)
+    if content.supersedes.image is not None:
+        _refer_to_superseded(dataset, content.supersedes.image)
     return finished(dataset, header, role="SEG", encoding=encoding, transfer_syntax_uid=_TRANSFER_SYNTAX[encoding])
 
 

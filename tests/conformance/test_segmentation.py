@@ -264,7 +264,7 @@ def test_a_new_version_names_the_one_it_replaces(tmp_path: Path) -> None:
     old = ObjectReference(
         sop_class_uid="1.2.840.10008.5.1.4.1.1.66.4", sop_instance_uid="2.25.77", series_instance_uid="2.25.78"
     )
-    made = encode_segmentation(content_of(part, labels, supersedes=Superseded(segmentation=old)))
+    made = encode_segmentation(content_of(part, labels, supersedes=Superseded(image=old)))
     assert iod_errors(written(made, tmp_path)) == []
     dataset = pydicom.dcmread(BytesIO(made.data))
     assert dataset.ReferencedImageSequence[0].ReferencedSOPInstanceUID == "2.25.77"

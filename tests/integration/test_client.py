@@ -176,7 +176,7 @@ def test_no_patient_data_in_urls_or_messages(emr: EmrDouble, http: httpx.Client)
                 "severity": "error",
                 "code": "invalid",
                 "expression": ["Bundle.entry[3]"],
-                "diagnostics": f"subject {PATIENT_ID} Yamada Tarou born 1970-01-01 {ACCESSION} is not known here",
+                "diagnostics": f"subject {PATIENT_ID} Yamada Tarou born 1970 {ACCESSION} koronar is not known here",
             }
         ],
     }
@@ -194,6 +194,7 @@ def test_no_patient_data_in_urls_or_messages(emr: EmrDouble, http: httpx.Client)
         said.append(str(caught.value))
         assert 'invalid at Bundle.entry[3] "subject …' in said[-1]
     assert 'HTTP 400: invalid at Bundle.entry[3] "subject … born … is not known here"' in said[0]
+    assert "koronar" not in said[0]  # a word of the series description
     for value in private:
         assert value not in "".join(said)
         assert all(value not in s.path and value not in s.query for s in emr.seen)

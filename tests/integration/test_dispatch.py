@@ -26,6 +26,7 @@ from gateway.delivery.destination import (
     check_file,
 )
 from gateway.delivery.dispatch import Dispatch
+from gateway.delivery.reported import ReportedObjects
 from gateway.delivery.reporting import Reporting
 from gateway.destination_settings import DestinationSettings
 from gateway.workflows import Story
@@ -133,6 +134,7 @@ class House:
         reporting = PlainReporting(
             database=self.database,
             clients={"emr": cast(EmrClient, self.peer)},
+            reported=ReportedObjects(database=self.database, pacs=self.settings.pacs, objects_of=self.objects),
             bundle_of=lambda name, version: pytest.fail(f"{name} {version} is not needed"),
             institution="",
             software_version="0",
@@ -416,3 +418,37 @@ def test_killed_between_sending_and_writing_it_down_the_object_is_asked_for_and_
     house.peer.asking = lambda: None
     assert house.attempt(delivery) == {"state": DeliveryState.VERIFIED, "retry_in_s": None}
     assert house.peer.sent == ["objects"]
+
+
+@pytest.mark.requirement("EMR-47", "OUT-44")
+def test_a_report_leaves_after_its_image_was_stored_and_is_not_counted_before(house: House) -> None:
+    objects = house.add("pacs")
+    report = house.add("emr")
+    assert house.attempt(report) == {"state": DeliveryState.QUEUED, "retry_in_s": 0.5}  # in its place: it is soon over
+    assert (house.row(report).attempts, house.peer.sent) == (0, [])
+    assert "until a PACS has the image" in str(house.row(report).state_reason)
+    assert house.attempt(objects)["state"] == DeliveryState.VERIFIED
+    assert house.attempt(report)["state"] == DeliveryState.VERIFIED
+    assert house.peer.sent == ["objects", "report"]
+    assert house.row(report).state_reason is None
+
+
+@pytest.mark.requirement("EMR-47")
+def test_a_report_that_waits_longer_for_its_image_lets_the_others_pass(house: House) -> None:
+    house.add("pacs")
+    report = house.add("emr", queued_at=utc_now() - timedelta(seconds=60))
+    turn = house.row(report).workflow_id
+    assert house.attempt(report) == {"state": DeliveryState.QUEUED, "retry_in_s": None}
+    assert house.queue.ids == [house.row(report).workflow_id] != [turn]
+    assert house.queue.calls[0]["delay_s"] == pytest.approx(30, abs=1)
+    assert house.peer.sent == []
+
+
+@pytest.mark.requirement("EMR-47", "QUE-29")
+def test_a_report_does_not_wait_for_a_pacs_that_is_away(house: House) -> None:
+    objects, report = house.add("pacs"), house.add("emr")
+    house.peer.sending = fails(DestinationAway("pacs cannot be reached"))
+    house.attempt(objects)
+    house.peer.sending = lambda: None
+    assert house.attempt(report)["state"] == DeliveryState.VERIFIED
+    assert house.peer.sent == ["objects", "report"]

@@ -5,9 +5,19 @@ from __future__ import annotations
 from datetime import UTC, date, datetime
 from typing import Literal
 
-from emr.content import Code, ReportCheck, ReportContent, ReportModel, ReportObject, ReportSegment, Verdict
+from emr.content import (
+    Code,
+    ReportCheck,
+    ReportContent,
+    ReportModel,
+    ReportObject,
+    ReportSegment,
+    ReportSeries,
+    Verdict,
+)
 
 STUDY_UID = "1.2.826.0.1.3680043.8.498.1"
+SERIES_UID = "1.2.826.0.1.3680043.8.498.2"
 PATIENT_SYSTEM = "urn:oid:1.2.36.146.595.217.0.1"
 PATIENT_ID = "P|0,4$7\\1"  # every character that a FHIR search parameter has to escape
 PATIENT_NAME = "Yamada^Tarou=山田^太郎=やまだ^たろう"
@@ -41,6 +51,7 @@ def report_content(
     values: dict[str, object] = {
         "result_id": result_id,
         "study_instance_uid": STUDY_UID,
+        "series": ReportSeries(series_instance_uid=SERIES_UID),
         "patient_id": PATIENT_ID,
         "model": ReportModel(name="hippocampus-mr", version="1.0.0", weights_digest="ab" * 32),
         "segments": tuple(report_segment(n + 1, full=full) for n in range(organs)),
@@ -71,6 +82,9 @@ def report_content(
                     sop_instance_uid="2.25.21",
                     series_instance_uid="2.25.22",
                 ),
+            ),
+            "series": ReportSeries(
+                series_instance_uid=SERIES_UID, number=3, description="T1 koronar, Hippocampus", part="EchoTime=4.9"
             ),
             "accession_number": ACCESSION,
             "study_date": date(2026, 3, 1),

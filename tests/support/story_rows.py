@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
 from sqlalchemy.orm import Session
 
+from gateway.delivery.destination import Role
+from gateway.delivery.ladder import LadderState, ObjectProgress, Rung
 from gateway.durable import Enqueuer
 from storage.records import (
     Delivery,
@@ -140,7 +142,7 @@ def add_delivery(
         kind="dimse",
         state=state,
         attempts=columns.pop("attempts", 0),
-        queued_at=now,
+        queued_at=columns.pop("queued_at", now),
         updated_at=updated_at or now,
         next_attempt_at=next_attempt_at,
         workflow_id=f"delivery {result_id} {destination}",
@@ -149,3 +151,15 @@ def add_delivery(
     session.add(delivery)
     session.flush()
     return delivery
+
+
+def kept_ladder(encoding: str, *taken: str, refused: Sequence[str] = ()) -> dict[str, Any]:
+    """What a delivery to a PACS keeps in `objects`: an image and, if named, its report, taken in this encoding."""
+    now = utc_now()
+    roles: tuple[tuple[Role, str], ...] = (("SC" if encoding == "SC" else "SEG", "1.2.3"), ("SR", "1.2.4"))
+    objects = tuple(
+        ObjectProgress(sop_instance_uid=uid, sop_class_uid=sop_class, role=role, encoding=encoding, rung=Rung.STORED)
+        for uid, (role, sop_class) in zip(taken, roles, strict=False)
+    )
+    state = replace(LadderState.new("d", now), encoding=encoding, refused=tuple(refused), objects=objects)
+    return state.as_dict()

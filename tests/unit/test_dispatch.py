@@ -12,6 +12,7 @@ from sqlalchemy import select
 
 from gateway.delivery.destination import DestinationAway, ObjectStatus, OutgoingObject, Verification
 from gateway.delivery.dispatch import Dispatch, awaited_destinations
+from gateway.delivery.reported import ReportedObjects
 from gateway.delivery.reporting import Reporting
 from gateway.destination_settings import DestinationSettings
 from storage.alarms import open_alarms
@@ -104,7 +105,12 @@ class Desk:
             settings=_DESTINATIONS,
             pacs={pacs.name: pacs},  # type: ignore[dict-item]
             reporting=Reporting(
-                database=database, clients={}, bundle_of=_no_bundle, institution="", software_version="0"
+                database=database,
+                clients={},
+                reported=ReportedObjects(database=database, pacs=_DESTINATIONS.pacs, objects_of=lambda *_: [_SEG]),
+                bundle_of=_no_bundle,
+                institution="",
+                software_version="0",
             ),
             objects_of=lambda _result, _encoding: [_SEG],
             enqueuer=self.queue,

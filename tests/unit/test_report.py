@@ -12,11 +12,11 @@ import pytest
 
 from emr import codes
 from emr.capability import Capability
-from emr.content import Code, ReportCheck, ReportModel, ReportObject, ReportSegment, Verdict
+from emr.content import Code, ReportCheck, ReportModel, ReportObject, ReportSegment, ReportSeries, Verdict
 from emr.document_sink import build_document, render_html
 from emr.errors import ReportInvalid
 from emr.report import binding_faults, build_bundle, person_display, validated
-from tests.support.report_content import LIVER, report_content, report_segment
+from tests.support.report_content import LIVER, SERIES_UID, report_content, report_segment
 
 PATIENT = "Patient/42"
 
@@ -103,6 +103,48 @@ def test_documents_point_to_the_archive_or_to_the_uid() -> None:
     )
     url = resources(bundle_of(1, wado_root=None), "DocumentReference")[0]["content"][0]["attachment"]["url"]
     assert url == "urn:oid:2.25.11"
+
+
+@pytest.mark.requirement("CMP-20", "EMR-47")
+def test_two_series_of_a_study_make_reports_that_a_reader_can_tell_apart() -> None:
+    other = ReportSeries(series_instance_uid="1.2.3", number=4, description="T1 axial")
+    first, second = bundle_of(1), bundle_of(1, series=other)
+    named = "series 3 (T1 koronar, Hippocampus), part EchoTime=4.9"
+    for bundle, words, uid in ((first, named, SERIES_UID), (second, "series 4 (T1 axial)", "1.2.3")):
+        assert f"hippocampus-mr 1.0.0 in {words}." in resources(bundle, "DiagnosticReport")[0]["conclusion"]
+        for observation in resources(bundle, "Observation"):
+            (source,) = observation["derivedFrom"]
+            assert source["identifier"] == observation["partOf"][0]["identifier"]
+            assert source["display"] == f"{words}; Series Instance UID {uid}"
+        for document in resources(bundle, "DocumentReference"):
+            assert document["description"].endswith(f", not reviewed; {words}")
+            assert document["context"]["related"][1] == {
+                "identifier": {"system": "urn:dicom:uid", "value": f"urn:oid:{uid}"},
+                "display": words,
+            }
+
+
+@pytest.mark.parametrize(
+    ("series", "shown"),
+    [
+        ({"number": 0}, "series 0"),
+        ({"description": " T1\t ax\x1b\u200bial "}, "series (T1 axial)"),
+        ({"description": "x" * 99}, f"series ({'x' * 64})"),
+        ({}, "series 1.2.3"),
+    ],
+)
+def test_a_series_is_named_by_what_the_images_say_of_it(series: dict[str, Any], shown: str) -> None:
+    assert ReportSeries(series_instance_uid="1.2.3", **series).shown == shown
+
+
+@pytest.mark.requirement("OUT-44")
+def test_a_picture_that_stands_in_for_a_segmentation_is_the_document_of_the_image() -> None:
+    picture = ReportObject(role="SC", sop_class_uid="1.2", sop_instance_uid="2.25.31", series_instance_uid="2.25.32")
+    (document,) = resources(bundle_of(1, objects=(picture,)), "DocumentReference")
+    assert document["masterIdentifier"]["value"] == "urn:oid:2.25.31"
+    assert document["description"].startswith("AI segmentation as pictures (DICOM SC), not reviewed")
+    assert document["identifier"][0]["value"].endswith(".seg")  # so that a retry, or a later version, finds it
+    assert document["relatesTo"][0]["target"]["identifier"]["value"] == "b" * 32 + ".seg"
 
 
 def test_new_version_replaces_the_documents_of_the_old() -> None:
@@ -249,7 +291,7 @@ def test_other_values_are_checked_too() -> None:
 
 def test_repr_of_the_content_does_not_identify_the_patient() -> None:
     shown = repr(report_content(1))
-    for value in ("P|0,4", "Yamada", "ACC-778812"):
+    for value in ("P|0,4", "Yamada", "ACC-778812", "koronar", "EchoTime"):
         assert value not in shown
 
 
@@ -261,6 +303,8 @@ def test_document_holds_the_report_as_escaped_html() -> None:
     assert "&lt;script&gt;x&lt;/script&gt;" in page
     assert "2.50" in page
     assert "AI result, not reviewed." in page
+    assert "series 3 (T1 koronar, Hippocampus), part EchoTime=4.9" in page
+    assert SERIES_UID in page
     document = json.loads(build_document(content, PATIENT).model_dump_json())
     assert document["docStatus"] == "preliminary"
     assert document["subject"]["reference"] == PATIENT
