@@ -109,6 +109,8 @@ def retry(config: Path, study: str | None, *, all_parked: bool, as_json: bool) -
         enqueuer.close()
     if as_json:
         print_json([vars(r) for r in retried])
+    elif not retried:
+        say("nothing is parked")
     else:
         for r in retried:
             say(f"{r.study_instance_uid}: {_queued(r) if r.anything else _nothing_to_retry(database, r)}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,13 +11,19 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from sqlalchemy import select
 
 from emr.errors import CredentialsInvalid, Misconfigured
 from gateway.app import emr_clients, emr_connections
 from gateway.destination_settings import DestinationSettings
-from gateway.settings import Settings, SettingsInvalid
+from gateway.settings import Settings, SettingsInvalid, load_settings
+from gateway.state import prepare_state
+from storage.database import Database
+from storage.records import Executor
+from tests.support.config_folder import write_config
 from tests.support.emr_double import EmrDouble
 from tests.support.report_content import PATIENT_ID, PATIENT_SYSTEM, report_content
+from tests.support.waiting import wait_until
 
 _SMART = {"client_id": "gateway", "key_id": "1", "token_url": "http://127.0.0.1:1/token"}
 
@@ -65,6 +73,27 @@ def test_a_key_that_cannot_be_used_is_told_by_the_contact(emr: EmrDouble, tmp_pa
     key_file.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
     emr_clients(configured)["emr"].close()
     connection.close()
+
+
+def test_the_delivery_process_starts_without_the_secret_of_an_emr(tmp_path: Path) -> None:
+    fhir = f'[[fhir]]\nname = "emr"\nurl = "http://127.0.0.1:1"\npatient_identifier_system = "{PATIENT_SYSTEM}"\n'
+    config = write_config(tmp_path, destinations=f'{fhir}auth = "token"\ntoken_file = "{tmp_path / "absent"}"\n')
+    database = prepare_state(load_settings(config))
+    command = [sys.executable, "-m", "gateway.role", "services", "--config", str(config), "--roles", "delivery"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_until(lambda: process.poll() is not None or delivers(database), "the delivery role beats")
+        assert process.poll() is None
+    finally:
+        process.terminate()
+        _, said = process.communicate(timeout=60)
+        database.close()
+    assert (process.returncode, said) == (0, "")
+
+
+def delivers(database: Database) -> bool:
+    with database.reading() as session:
+        return session.scalars(select(Executor).where(Executor.role == "delivery")).first() is not None
 
 
 def test_an_absent_ca_file_is_told_by_the_contact(emr: EmrDouble, tmp_path: Path) -> None:
