@@ -158,7 +158,7 @@ def clear_if_none_is_unsent(session: Session, *, by: str) -> None:
         clear_alarms(session, **_NO_DESTINATION, by=by)
 
 
-def _unsent() -> Select[tuple[str, str]]:
+def _unsent() -> Select[str, str]:
     """Released results of newest versions without a delivery; those of a quarantined study have to wait."""
     return (
         select(Result.result_id, Result.study_instance_uid)
