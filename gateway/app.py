@@ -126,6 +126,8 @@ def run_worker(settings: Settings, *, stop: threading.Event, boundary: Boundary 
         while not stop.wait(worker.poll_s):
             try:
                 assembly.tick()
+                with contextlib.suppress(RulesInvalid):  # told before a study needs it
+                    routes.current()
             except DatabaseAway as error:
                 _log.warning("assembly waits for the database", error=str(error))
                 stop.wait(_AWAY_PAUSE_S)

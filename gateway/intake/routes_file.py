@@ -31,10 +31,10 @@ _RETRY = timedelta(seconds=10)
 @dataclass(frozen=True, kw_only=True)
 class _Loaded:
     """`stamp` is of the file that was looked at last; `fault` is set where it was refused, `absent` where enabled rules
-    name models of which no version serves, and `until` in both cases."""
+    name models of which no version serves, and `until` in both cases. `rules` is None where there are no good ones."""
 
     stamp: _Stamp | None
-    rules: RuleSet
+    rules: RuleSet | None
     fault: str = ""
     absent: tuple[str, ...] = ()
     until: datetime | None = None  # then the file is read again: what was wrong around it may have been mended
@@ -65,23 +65,27 @@ class RoutesFile:
     def current(self) -> RuleSet:
         """The rules of the file, or of the last good one where the file is broken or gone.
 
-        Raises RulesInvalid only where no good one was ever loaded into this database.
+        Raises RulesInvalid only where no good one was ever loaded into this database. Costs one look at the file's
+        status where nothing changed, so that a worker may call it in its loop: a fault is then told at once.
         """
         with self._lock:
             stamp, now, known = self._stamp(), self._clock(), self._loaded
-            if known is not None and known.stamp == stamp and (known.until is None or now < known.until):
-                return known.rules
-            try:
-                rules = self._read()
-            except RulesInvalid as error:
-                again = known is not None and known.fault == str(error)
-                rules = known.rules if known is not None and again else self._last_good(error)
-                self._loaded = _Loaded(stamp=stamp, rules=rules, fault=str(error), until=now + _RETRY)
-            else:
-                self._accept(rules)
-                absent = self._without_model(rules, known.absent if known is not None else ())
-                self._loaded = _Loaded(stamp=stamp, rules=rules, absent=absent, until=now + _RETRY if absent else None)
-            return rules
+            if known is None or known.stamp != stamp or (known.until is not None and now >= known.until):
+                known = self._loaded = self._load(stamp, known, now + _RETRY)
+            if known.rules is None:
+                raise RulesInvalid(known.fault)
+            return known.rules
+
+    def _load(self, stamp: _Stamp | None, known: _Loaded | None, until: datetime) -> _Loaded:
+        try:
+            rules = self._read()
+        except RulesInvalid as error:
+            again = known is not None and known.fault == str(error)
+            in_use = known.rules if known is not None and again else self._last_good(error)
+            return _Loaded(stamp=stamp, rules=in_use, fault=str(error), until=until)
+        self._accept(rules)
+        absent = self._without_model(rules, known.absent if known is not None else ())
+        return _Loaded(stamp=stamp, rules=rules, absent=absent, until=until if absent else None)
 
     def _stamp(self) -> _Stamp | None:
         """What changes when the file is rewritten or replaced; None where it is not there."""
@@ -139,8 +143,8 @@ class RoutesFile:
                 clear_alarms(session, kind=ALARM_NO_MODEL, subject=_SUBJECT, by="worker")
         return absent
 
-    def _last_good(self, error: RulesInvalid) -> RuleSet:
-        """The rules in use, else the newest kept ones (at start-up); alarmed either way."""
+    def _last_good(self, error: RulesInvalid) -> RuleSet | None:
+        """The rules in use, else the newest kept ones (at start-up), else None; alarmed in every case."""
         in_use = self._loaded.rules if self._loaded is not None else None
         with self._database.session() as session:
             if in_use is None:
@@ -151,8 +155,6 @@ class RoutesFile:
                 session, kind=ALARM_BROKEN, subject=_SUBJECT, message=f"routes file refused, {consequence}: {error}"
             )
         _log.error("routes file refused", consequence=consequence, faults=str(error).splitlines()[:20])
-        if in_use is None:
-            raise error
         return in_use
 
     def _parsed(self, record: RuleSetRecord) -> RuleSet:

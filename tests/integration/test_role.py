@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 
 from gateway.demo.stage import free_ports
+from gateway.intake.routes_file import ALARM_BROKEN
 from gateway.role import CANNOT_START
 from gateway.settings import load_settings
 from gateway.state import prepare_state
+from storage.alarms import open_alarms
+from storage.records import LedgerEvent
 from tests.support.waiting import wait_until
 
 
@@ -74,6 +77,33 @@ def test_delivery_scheduler_and_web_may_run_apart_and_each_only_once(config: Pat
         for process in apart:
             process.communicate(timeout=60)
     assert [p.returncode for p in apart] == [0, 0]
+
+
+@pytest.mark.requirement("RTE-25", open="rollback with one command")
+def test_a_worker_tells_of_a_broken_routes_file_and_of_its_repair_before_a_study_needs_it(config: Path) -> None:
+    routes = config / "routes.toml"
+    routes.write_text("rules = []\n")
+    database = prepare_state(load_settings(config))
+
+    def alarms() -> list[str]:
+        with database.reading() as session:
+            return [a.kind for a in open_alarms(session)]
+
+    def loaded() -> int:
+        with database.reading() as session:
+            return session.query(LedgerEvent).filter_by(kind="routes-loaded").count()
+
+    worker = _start(config, "worker")
+    try:
+        wait_until(lambda: loaded() == 1, what="the rules are read at the start")
+        routes.write_text("broken")
+        wait_until(lambda: alarms() == [ALARM_BROKEN], what="the fault is alarmed")
+        routes.write_text("rules = []\ntime_zone = 'UTC'\n")
+        wait_until(lambda: alarms() == [] and loaded() == 2, what="the repair is seen")
+    finally:
+        worker.terminate()
+        worker.communicate(timeout=60)
+        database.close()
 
 
 def test_a_state_that_cannot_be_written_is_named_in_one_line(config: Path, tmp_path: Path) -> None:

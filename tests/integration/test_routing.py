@@ -337,6 +337,24 @@ def test_without_any_good_file_the_faults_are_raised(routes: Callable[..., Route
         routes().current()
 
 
+def test_without_any_good_file_the_fault_is_alarmed_once_and_the_mended_file_is_taken(
+    routes: Callable[..., RoutesFile], database: Database, tmp_path: Path
+) -> None:
+    path = tmp_path / "routes.toml"
+    path.write_text("broken")
+    file = routes()
+    for _ in range(30):  # more seconds than a refused file is left alone for
+        with pytest.raises(RulesInvalid, match="not valid TOML"):
+            file.current()
+    with database.reading() as session:
+        ((kind, count),) = [(a.kind, a.count) for a in open_alarms(session)]
+    assert (kind, count) == (ALARM_BROKEN, 1)
+    path.write_text(CT_RULE)
+    assert [r.name for r in file.current().rules] == ["ct"]
+    with database.reading() as session:
+        assert list(open_alarms(session)) == []
+
+
 def test_a_route_to_a_model_that_does_not_serve_is_taken_and_alarmed_until_it_does(
     routes: Callable[..., RoutesFile], database: Database, tmp_path: Path
 ) -> None:
