@@ -86,7 +86,8 @@ def test_a_backlog_is_declared_whole_only_when_all_of_it_is_indexed(
         bench.put(number, bench.now + timedelta(seconds=number))
     bench.ended()
     bench.now += timedelta(minutes=10)
-    index, batches = Indexer._index, []
+    index = Indexer._index
+    batches: list[int] = []
 
     def index_one_batch(indexer: Indexer, batch: Sequence[Incoming]) -> None:
         if batches:
