@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 
 from emr.client import EmrClient
-from emr.content import ReportContent
+from emr.content import ReportContent, ReportObject
 from emr.errors import Unavailable
 from emr.receipt import ReceiptEntry, ReportReceipt
 from gateway.delivery.contact import kind_of
@@ -64,12 +64,14 @@ class Peer:
     asking: Callable[[], None] = lambda: None
     sent: list[str] = field(default_factory=list)
     holds: set[str] = field(default_factory=set)
+    named: list[str] = field(default_factory=list)  # in the last report
     name: str = "pacs"
 
     def send(self, what: Any) -> Any:
         self.sent.append("report" if isinstance(what, ReportContent) else "objects")
         self.sending()
         if isinstance(what, ReportContent):
+            self.named = [o.sop_instance_uid for o in what.objects]
             return _RECEIPT
         self.holds |= {o.sop_instance_uid for o in what}
         return tuple(
@@ -103,8 +105,17 @@ class Peer:
 class PlainReporting(Reporting):
     """Reporting with an invented content: what a report says is another test's matter."""
 
-    def _content(self, *_: Any) -> ReportContent:
-        return report_content(2, result_id="r1")
+    def _content(self, session: Any, result: Any, destination: Any, objects: Sequence[OutgoingObject]) -> ReportContent:
+        named = tuple(
+            ReportObject(
+                role="SEG",
+                sop_class_uid=o.sop_class_uid,
+                sop_instance_uid=o.sop_instance_uid,
+                series_instance_uid=o.series_instance_uid,
+            )
+            for o in objects
+        )
+        return report_content(2, result_id="r1", objects=named)
 
 
 class House:
@@ -430,6 +441,7 @@ def test_a_report_leaves_after_its_image_was_stored_and_is_not_counted_before(ho
     assert house.attempt(objects)["state"] == DeliveryState.VERIFIED
     assert house.attempt(report)["state"] == DeliveryState.VERIFIED
     assert house.peer.sent == ["objects", "report"]
+    assert house.peer.named == ["1.2.3.9"]
     assert house.row(report).state_reason is None
 
 
