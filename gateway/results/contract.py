@@ -181,7 +181,7 @@ def _duplicates(part: SeriesPart, contract: Contract) -> ContractFinding:
 
 def _contents(part: SeriesPart, contract: Contract) -> ContractFinding:
     """One contrast at one time; the value names the attributes that say otherwise, as DICOM does."""
-    found = [f for f in map(part.finding, ("mixed-contents", "ambiguous-times")) if f is not None]
+    found = [f for f in (part.finding("mixed-contents"), part.finding("ambiguous-times")) if f is not None]
     return ContractFinding(
         name="contents",
         value=tuple(keyword for f in found for keyword in f.keywords),

@@ -132,6 +132,7 @@ first_retry_s = 0.5
                 other_slice.save_as(file)
             short = series(folder, 603, KNOWN)
             gateway.send([*whole.files, *held.files, *mixed.files, *other])
+            gateway.send(changed(held, folder / "again", SeriesDescription="sent again with other content")[:1])
             send_raw(gateway, truncated(short, folder / "short"))
             with pytest.raises(PeerRefused):
                 gateway.send(whole.files, calling_ae="STRANGER")

@@ -107,7 +107,12 @@ def test_a_receiver_that_cannot_record_its_start_gives_the_address_back(
     other = Receiver(settings, Spool(settings.spool_dir, 1 << 62))  # more than any disk has: the spool is full
     made: list[Any] = []
     make_server = other.entity.make_server
-    monkeypatch.setattr(other.entity, "make_server", lambda *a, **k: made.append(make_server(*a, **k)) or made[-1])
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        made.append(make_server(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr(other.entity, "make_server", noted)
     with pytest.raises(SpoolFull):
         other.start()
     assert made[0].socket.fileno() == -1
