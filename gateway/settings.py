@@ -8,15 +8,15 @@ Every key is described in the commented files of `config/`; a test proves that b
 from __future__ import annotations
 
 import os
-import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from gateway.destination_settings import DestinationSettings
+from gateway.setting_faults import DELIMITER, PREFIX, faults, unknown_variables, unreadable_variable
 from gateway.setting_types import AeTitle, PeerAddress, Port, Seconds, Section
 
 T = TypeVar("T", bound=BaseModel)
@@ -174,7 +174,7 @@ class LoggingSettings(Section):
 class GatewaySettings(BaseSettings):
     """gateway.toml."""
 
-    model_config = SettingsConfigDict(frozen=True, extra="forbid", env_prefix="SEGGATE_", env_nested_delimiter="__")
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", env_prefix=PREFIX, env_nested_delimiter=DELIMITER)
 
     state_dir: Path = Path("state")
     models_dir: Path | None = None  # None = <state_dir>/models
@@ -274,42 +274,48 @@ def secret(*, file: Path | None, env: str, key: str) -> str:
 def load_settings(folder: Path) -> Settings:
     """Read gateway.toml, destinations.toml and logging.toml from `folder`.
 
-    Raises SettingsInvalid naming file and key of every fault in all of them, a line each.
+    Raises SettingsInvalid naming file and key, or environment variable, of every fault in all of them, a line each.
     """
     if not (folder / "gateway.toml").is_file():
         raise SettingsInvalid(
             f"{folder / 'gateway.toml'} does not exist; give the folder with --config or SEGGATE_CONFIG"
         )
-    faults: list[str] = []
+    found: list[str] = []
 
     def part(kind: type[T], name: str) -> T | None:
         try:
-            return _validated(kind, folder / name) if (folder / name).is_file() else kind()
+            return _validated(kind, folder / name)
         except SettingsInvalid as error:
-            faults.append(str(error))
+            found.append(str(error))
             return None
 
     gateway = part(GatewaySettings, "gateway.toml")
     destinations = part(DestinationSettings, "destinations.toml")
     logging = part(LoggingSettings, "logging.toml")
     if gateway is None or destinations is None or logging is None:
-        raise SettingsInvalid("\n".join(faults))
+        raise SettingsInvalid("\n".join(found))
+    secrets = {gateway.web.token_env, *(getattr(d, "token_env", "") for d in destinations.all)}
+    if unknown := unknown_variables(GatewaySettings, _variables(), secrets):
+        raise SettingsInvalid("\n".join(unknown))
     return Settings(folder=folder, gateway=gateway, destinations=destinations, logging=logging)
 
 
 def _validated(kind: type[T], path: Path) -> T:
+    """The settings of a file, which may be absent; gateway.toml's with the environment."""
     try:
-        table: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+        table: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except OSError as error:
         raise SettingsInvalid(f"{path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingsInvalid(f"{path}: not valid TOML: {error}") from error
     try:
         return kind(**table)
+    except SettingsError as error:
+        raise SettingsInvalid(unreadable_variable(error, _variables())) from error
     except ValidationError as error:
-        lines = [f"{path}: {_location(e['loc'])}: {e['msg']}" for e in error.errors()]
-        raise SettingsInvalid("\n".join(lines)) from error
+        variables = _variables() if kind is GatewaySettings else []
+        raise SettingsInvalid("\n".join(faults(error, kind, str(path), variables))) from error
 
 
-def _location(loc: tuple[int | str, ...]) -> str:
-    return re.sub(r"\.\[", "[", ".".join(f"[{p}]" if isinstance(p, int) else p for p in loc)) or "(file)"
+def _variables() -> list[str]:
+    return [name for name in os.environ if name.upper().startswith(PREFIX)]

@@ -72,6 +72,73 @@ def test_a_fault_names_the_file_and_the_key(tmp_path: Path, file: str, text: str
     assert line.startswith(f"{config / file}: {key}: ")
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[receiver]\nprot = 104", "receiver.prot: unknown key; did you mean port?"),
+        ("[recever]\nport = 104", "recever: unknown key; did you mean receiver?"),
+        ('[[senders]]\nae_title = "A"\ncompleteness = { quiet = 1 }', "senders[0].completeness.quiet: unknown key;"),
+        ("colour = 1", "colour: unknown key"),
+        ('[web]\nhost = "0.0.0.0"', "web: host: an address beyond loopback needs"),
+    ],
+)
+def test_a_fault_says_what_to_write_instead(tmp_path: Path, text: str, words: str) -> None:
+    config = write_config(tmp_path)
+    (config / "gateway.toml").write_text(text)
+    with pytest.raises(SettingsInvalid) as caught:
+        load_settings(config)
+    assert str(caught.value).startswith(f"{config / 'gateway.toml'}: {words}")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("SEGGATE_RECEIVER__PORT", "abc", "Input should be a valid integer"),
+        ("SEGGATE_RECEIVER__PROT", "104", "unknown; did you mean SEGGATE_RECEIVER__PORT?"),
+        ("SEGGATE_RECIEVER__PORT", "104", "no setting has this name; did you mean SEGGATE_RECEIVER?"),
+        ("SEGGATE_STATE_DRI", "/x", "no setting has this name; did you mean SEGGATE_STATE_DIR?"),
+        ("SEGGATE_SENDERS", "nonsense", "not valid JSON"),
+        ("SEGGATE_SENDERS", '[{"ae_title": ""}]', "[0].ae_title: String should have"),
+        ("SEGGATE_QUALITY__DISABLED_CHECKS", "nonsense", "not valid JSON"),
+    ],
+)
+def test_a_fault_of_the_environment_names_the_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, words: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(SettingsInvalid) as caught:
+        load_settings(write_config(tmp_path))
+    assert str(caught.value).startswith(f"environment variable {variable}: {words}")
+
+
+def test_a_fault_between_file_and_environment_names_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEGGATE_WEB__HOST", "0.0.0.0")
+    config = write_config(tmp_path)
+    with pytest.raises(SettingsInvalid) as caught:
+        load_settings(config)
+    assert str(caught.value).startswith(f"{config / 'gateway.toml'}: web: host: an address beyond loopback needs")
+    assert str(caught.value).endswith("(with SEGGATE_WEB__HOST from the environment)")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("SEGGATE_EXECUTOR", "2"),
+        ("SEGGATE_EMR_TOKEN", "s3cret"),
+        ("seggate_receiver__port", "4243"),
+        ("SEGGATE_SERVICE_HOST", "10.0.0.1"),
+        ("SEGGATE_PORT", "tcp://10.0.0.1:104"),
+        ("SEGGATE_WEB_PORT_8080_TCP_ADDR", "10.0.0.1"),
+    ],
+)
+def test_a_variable_that_something_reads_is_no_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    emr = '[[fhir]]\nname = "emr"\nurl = "http://127.0.0.1:1"\npatient_identifier_system = "urn:oid:1.2"\n'
+    load_settings(write_config(tmp_path, destinations=f'{emr}auth = "token"\ntoken_env = "SEGGATE_EMR_TOKEN"\n'))
+
+
 def test_faults_of_several_files_are_told_together(tmp_path: Path) -> None:
     config = write_config(tmp_path, gateway="prot = 1", destinations="[[pacs]]")
     (config / "logging.toml").write_text("not toml")
