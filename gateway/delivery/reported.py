@@ -24,8 +24,7 @@ ObjectsOf = Callable[[str, str], Sequence[OutgoingObject]]
 """(result_id, encoding) → the objects to send in that encoding, image first, encoded when first asked for."""
 
 PATIENCE_S = 600.0
-_LOOK_AGAIN_S = 0.5
-_AT_ONCE_S = 5.0  # a PACS that is well has the image within this time; until then it is looked for often
+_FIRST_LOOK_S = 0.1  # a PACS that is well has the image within tenths of a second
 _LONGEST_WAIT_S = 30.0
 
 
@@ -64,7 +63,7 @@ class ReportedObjects:
         has_it = any(w.ended and w.state.taken for w in ways)
         if has_it or all(w.ended or _is_away(session, w.delivery.destination) for w in ways):
             return 0.0
-        return _LOOK_AGAIN_S if waited_s < _AT_ONCE_S else min(_LONGEST_WAIT_S, waited_s / 2)
+        return min(_LONGEST_WAIT_S, max(_FIRST_LOOK_S, waited_s / 2))
 
     def objects(self, result_id: str, *, now: datetime) -> Sequence[OutgoingObject]:
         """Image first. What a PACS has; else what the first PACS that still waits for it will be sent next.
