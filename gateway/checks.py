@@ -23,7 +23,7 @@ from sqlalchemy import func, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from gateway.intake.routing_rules import RuleSet, RulesInvalid, parse_rules
-from gateway.settings import Settings, SettingsInvalid, load_settings
+from gateway.settings import FILES, Settings, SettingsInvalid, load_settings
 from storage.database import Database
 from storage.errors import DatabaseAway, StorageError
 from storage.records import LedgerEvent, utc_now
@@ -35,7 +35,6 @@ _TIME_ERROR = 5  # adjtimex(2): the clock is not synchronised
 _TIMEX_BYTES = 1024  # struct timex has 208; the rest is room
 _VOLATILE = frozenset({"tmpfs", "ramfs"})
 _REMOTE = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "fuse.sshfs", "9p"})
-_FILES = ("gateway.toml", "destinations.toml", "routes.toml", "logging.toml")
 
 
 class Status(enum.StrEnum):
@@ -74,7 +73,7 @@ def check_configuration(folder: Path) -> tuple[list[Finding], Settings | None, R
         settings = load_settings(folder)
     except SettingsInvalid as error:
         findings += [failed("configuration", line) for line in str(error).splitlines()]
-    absent = [name for name in _FILES[1:] if not (folder / name).is_file()]
+    absent = [name for name in FILES[1:] if not (folder / name).is_file()]
     if "routes.toml" in absent:
         findings.append(failed("configuration", f"{folder / 'routes.toml'} does not exist: nothing can be routed"))
         absent.remove("routes.toml")
@@ -90,7 +89,7 @@ def check_configuration(folder: Path) -> tuple[list[Finding], Settings | None, R
         except OSError as error:
             findings.append(failed("configuration", f"{folder / 'routes.toml'}: {error.strerror}"))
     if settings is not None and rules is not None:
-        there = [name for name in _FILES if name not in absent]
+        there = [name for name in FILES if name not in absent]
         defaults = f"; defaults for {', '.join(absent)}" if absent else ""
         findings.append(ok("configuration", f"{', '.join(there)} in {folder}: {len(rules.rules)} routes{defaults}"))
     return findings, settings, rules
@@ -212,13 +211,13 @@ def check_models(settings: Settings, rules: RuleSet | None) -> list[Finding]:
 
     from engine.errors import EngineError
     from gateway.model_shelf import ModelShelf
-    from gateway.state import open_registry
+    from gateway.state import open_registry, registry_exists
     from storage.models import CHAMPION, RegisteredModel
 
     wanted = sorted({r.model for r in rules.rules if r.enabled and r.model}) if rules is not None else []
     registered: Sequence[RegisteredModel] = ()
     registry = open_registry(settings)
-    if settings.gateway.database.registry_url or (settings.models_dir / "registry.sqlite").exists():
+    if registry_exists(settings):
         try:
             registered = registry.all()
         except (MlflowException, SQLAlchemyError) as error:

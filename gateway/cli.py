@@ -154,11 +154,12 @@ def complete(
     study: Annotated[str, typer.Argument(help="Study Instance UID, or the beginning of it.")],
     wait: Annotated[bool, typer.Option("--wait", help="The opposite: wait, whatever the rules say.")] = False,
     config: Config = DEFAULT_CONFIG,
+    as_json: Json = False,
 ) -> None:
     """Declare a study whole now (or, with --wait, keep it open until this is called again)."""
     from gateway.commands import studies as command
 
-    raise typer.Exit(command.complete(config, study, wait=wait))
+    raise typer.Exit(command.complete(config, study, wait=wait, as_json=as_json))
 
 
 @app.command()
@@ -245,7 +246,7 @@ def models_verify(
 
 @config.command("show")
 def config_show(config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
-    """Print the settings in force, with where each file was read; secrets stay hidden."""
+    """Print the settings in force, the files they are from and what the environment sets; secrets stay hidden."""
     from gateway.commands import config as command
 
     raise typer.Exit(command.show(config, as_json=as_json))
@@ -263,6 +264,10 @@ def main() -> None:
         sys.exit(2)
     except StorageError as error:
         sys.stderr.write(f"seggate: {error}\n")
+        sys.exit(1)
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+        sys.stderr.write(f"seggate: {what}\n")
         sys.exit(1)
 
 

@@ -19,6 +19,7 @@ from gateway.destination_settings import DestinationSettings
 from gateway.setting_faults import DELIMITER, PREFIX, faults, unknown_variables, unreadable_variable
 from gateway.setting_types import AeTitle, PeerAddress, Port, Seconds, Section
 
+FILES = ("gateway.toml", "destinations.toml", "routes.toml", "logging.toml")
 T = TypeVar("T", bound=BaseModel)
 
 
@@ -295,7 +296,7 @@ def load_settings(folder: Path) -> Settings:
     if gateway is None or destinations is None or logging is None:
         raise SettingsInvalid("\n".join(found))
     secrets = {gateway.web.token_env, *(getattr(d, "token_env", "") for d in destinations.all)}
-    if unknown := unknown_variables(GatewaySettings, _variables(), secrets):
+    if unknown := unknown_variables(GatewaySettings, variables(), secrets):
         raise SettingsInvalid("\n".join(unknown))
     return Settings(folder=folder, gateway=gateway, destinations=destinations, logging=logging)
 
@@ -311,11 +312,12 @@ def _validated(kind: type[T], path: Path) -> T:
     try:
         return kind(**table)
     except SettingsError as error:
-        raise SettingsInvalid(unreadable_variable(error, _variables())) from error
+        raise SettingsInvalid(unreadable_variable(error, variables())) from error
     except ValidationError as error:
-        variables = _variables() if kind is GatewaySettings else []
-        raise SettingsInvalid("\n".join(faults(error, kind, str(path), variables))) from error
+        used = variables() if kind is GatewaySettings else []
+        raise SettingsInvalid("\n".join(faults(error, kind, str(path), used))) from error
 
 
-def _variables() -> list[str]:
+def variables() -> list[str]:
+    """Names of the `SEGGATE_…` variables that are set."""
     return [name for name in os.environ if name.upper().startswith(PREFIX)]

@@ -7,15 +7,15 @@ from pathlib import Path
 
 from gateway.commands.output import local, print_json, say, table
 from gateway.settings import load_settings
+from gateway.state import existing_database
 from storage import ledger
 from storage.alarms import open_alarms
-from storage.database import Database
 from storage.records import Alarm, utc_now
 
 
 def alarms(config: Path, *, clear: int | None, as_json: bool) -> int:
     """List the open alarms, or clear one; who cleared it is kept in the ledger."""
-    database = Database(load_settings(config).database_url)
+    database = existing_database(load_settings(config))
     if clear is not None:
         with database.session() as session:
             alarm = session.get(Alarm, clear)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gateway.commands.output import console, print_json
-from gateway.settings import load_settings
+from gateway.settings import FILES, load_settings, variables
 
 _PASSWORD_IN_URL = re.compile(r"(://[^:/@\s]+):[^@\s]+@")
 
@@ -17,6 +17,8 @@ def show(config: Path, *, as_json: bool) -> int:
     settings = load_settings(config)
     document = {
         "folder": str(settings.folder),
+        "files": {n: str(settings.folder / n) for n in FILES if (settings.folder / n).is_file()},
+        "environment": sorted(variables()),
         "state_dir": str(settings.state_dir),
         "spool_dir": str(settings.spool_dir),
         "models_dir": str(settings.models_dir),

@@ -13,7 +13,7 @@ from typing import Any
 
 from gateway.commands.output import console, print_json, printable, say, table
 from gateway.settings import Settings, load_settings
-from gateway.state import open_database, open_registry, prepare_state
+from gateway.state import existing_database, open_registry, prepare_state, registry_exists
 from storage import ledger
 from storage.database import Database
 from storage.errors import ModelChanged
@@ -141,7 +141,8 @@ def _record(settings: Settings, database: Database, model: RegisteredModel, *, b
 
 
 def list_(config: Path, *, as_json: bool) -> int:
-    found = open_registry(load_settings(config)).all()
+    settings = load_settings(config)
+    found = open_registry(settings).all() if registry_exists(settings) else ()
     if as_json:
         print_json([_row(m) for m in found])
     elif not found:
@@ -281,7 +282,7 @@ def _recorded(settings: Settings) -> dict[tuple[str, str], str]:
 
     from storage.records import LedgerEvent
 
-    database = open_database(settings)
+    database = existing_database(settings)
     try:
         with database.reading() as session:
             events = session.scalars(select(LedgerEvent).where(LedgerEvent.kind == "model-imported")).all()

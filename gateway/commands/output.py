@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -33,15 +33,18 @@ def say(message: str) -> None:
     sys.stderr.flush()
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, whole: Collection[str] = ()) -> None:
+    """`whole` are columns whose cells stay on one line, to be copied and searched for, however narrow the terminal."""
     if title:
         console().print(title, markup=False)
     made = Table(show_lines=False, pad_edge=False)
     for column in columns:
-        made.add_column(column, overflow="fold")
+        longest = max((len(str(row[columns.index(column)])) for row in rows), default=0)
+        is_whole = column in whole
+        made.add_column(column, overflow="fold", no_wrap=is_whole, min_width=longest if is_whole else None)
     for row in rows:
         made.add_row(*(Text("" if cell is None else printable(str(cell))) for cell in row))
-    console().print(made)
+    console().print(made, crop=not whole)
 
 
 def printable(text: str) -> str:

@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 
 from gateway.commands.output import console, local, print_json, printable, say, table
 from gateway.settings import load_settings
+from gateway.state import existing_database
 from storage import ledger
 from storage.database import Database
 from storage.records import (
@@ -37,7 +38,7 @@ def studies(config: Path, *, state: str | None, limit: int, as_json: bool) -> in
     if state is not None and state not in set(StudyState):
         say(f"seggate: unknown state {state!r}; choose from {', '.join(StudyState)}")
         return 2
-    database = Database(load_settings(config).database_url)
+    database = existing_database(load_settings(config))
     with database.reading() as session:
         query = select(Study).order_by(Study.last_received_at.desc()).limit(limit)
         if state is not None:
@@ -64,13 +65,14 @@ def studies(config: Path, *, state: str | None, limit: int, as_json: bool) -> in
                 )
                 for r in rows
             ],
+            whole=("study",),
         )
     return 0
 
 
 def show(config: Path, study: str, *, as_json: bool) -> int:
     """The ledger of one study, its results, deliveries and the routing rule by rule."""
-    database = Database(load_settings(config).database_url)
+    database = existing_database(load_settings(config))
     with database.reading() as session:
         found = _find(session, study)
         if found is None:
@@ -92,7 +94,7 @@ def retry(config: Path, study: str | None, *, all_parked: bool, as_json: bool) -
         say("seggate: name one study, or give --all")
         return 2
     settings = load_settings(config)
-    database, destinations = Database(settings.database_url), settings.destinations
+    database, destinations = existing_database(settings), settings.destinations
     if study is not None:
         with database.reading() as session:
             found = _find(session, study)
@@ -123,7 +125,7 @@ def release(config: Path, study: str, *, reason: str, as_json: bool) -> int:
     from gateway.errors import Rejected
     from gateway.quarantine_release import release_quarantine
 
-    database = Database(load_settings(config).database_url)
+    database = existing_database(load_settings(config))
     with database.reading() as session:
         found = _find(session, study)
         if found is None:
@@ -151,7 +153,7 @@ def withhold(config: Path, destination: str, *, reason: str, study: str | None, 
     """0 when something was withheld; 1 where nothing is parked for the destination."""
     from gateway.withholding import withhold_parked
 
-    database, uid = Database(load_settings(config).database_url), None
+    database, uid = existing_database(load_settings(config)), None
     if study is not None:
         with database.reading() as session:
             found = _find(session, study)
@@ -169,19 +171,23 @@ def withhold(config: Path, destination: str, *, reason: str, study: str | None, 
     return 0 if withheld else 1
 
 
-def complete(config: Path, study: str, *, wait: bool) -> int:
+def complete(config: Path, study: str, *, wait: bool, as_json: bool) -> int:
     """Leave the operator's wish for the assembly, which acts at its next look; 1 when the study is not open."""
     from gateway.intake.operator_wish import set_wish
 
-    database = Database(load_settings(config).database_url)
+    database = existing_database(load_settings(config))
+    wish = "wait" if wait else "complete"
     with database.session() as session:
         found = _find(session, study)
         if found is None:
             return 1
         uid = found.study_instance_uid
-        if not set_wish(session, uid, "wait" if wait else "complete", actor=f"user:{getpass.getuser()}"):
+        if not set_wish(session, uid, wish, actor=f"user:{getpass.getuser()}"):
             say(f"seggate: {uid} is not being received; its state is {found.state}")
             return 1
+    if as_json:
+        print_json({"study_uid": uid, "wish": wish})
+    else:
         say(f"{uid}: {'stays open' if wait else 'will be declared whole'}")
     return 0
 
@@ -373,11 +379,11 @@ def _print_study(document: dict[str, Any]) -> None:
 
 
 def _brief(detail: dict[str, Any]) -> str:
-    """Evidence on one or few lines: `key: value`, long values cut (`--json` has them whole)."""
+    """Evidence on one or few lines: `key: value`, long values cut."""
     lines = []
     for key, value in detail.items():
         text = value if isinstance(value, str) else str(value)
-        lines.append(f"{key}: {text if len(text) <= 160 else text[:157] + '...'}")
+        lines.append(f"{key}: {text if len(text) <= 160 else text[:140] + '… (--json has the rest)'}")
     return "\n".join(lines)
 
 
