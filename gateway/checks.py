@@ -132,6 +132,9 @@ def check_disk(settings: Settings) -> list[Finding]:
                 spool.prepare()
                 seconds, free = spool.check_sync(), spool.free_bytes()
     except (StorageError, OSError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if isinstance(cause, OSError) and cause.errno in {errno.ENOSPC, errno.EDQUOT}:
+            return [failed("disk space", f"{root}: no space is left; nothing is accepted or written until there is")]
         words = error.strerror if isinstance(error, OSError) else str(error)
         return [failed("disk sync", f"{root} cannot be written by this user: {words}")]
     findings += [_sync_finding(where, seconds, _file_system(root)), _space_finding(free, reserve_bytes)]

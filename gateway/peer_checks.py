@@ -24,7 +24,7 @@ from emr.client import EmrClient
 from emr.errors import EmrError, PatientNotResolved
 from gateway.app import emr_clients, pacs_destinations
 from gateway.checks import Finding, check_bind, failed, ok, warning
-from gateway.delivery.association import associated
+from gateway.delivery.association import RejectedForNow, associated
 from gateway.delivery.destination import DestinationAway, DestinationRefuses, EchoReport
 from gateway.destination_settings import (
     DestinationSettings,
@@ -76,6 +76,12 @@ def check_receiver_port(settings: Settings) -> Finding:
             answered = association.send_c_echo().get("Status") == 0x0000
     except DestinationRefuses:
         return ok("receiver port", f"{where}: a DICOM receiver runs there, and refuses {calling} as it must")
+    except RejectedForNow:
+        return failed(
+            "receiver port",
+            f"{where}: a DICOM receiver runs there, and accepts nothing for now: too little disk space, too many "
+            "associations, or it is ending",
+        )
     except DestinationAway:
         return failed("receiver port", f"{where} is in use by something that does not answer C-ECHO")
     if ours and answered:

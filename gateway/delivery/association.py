@@ -20,6 +20,10 @@ _MAX_PDU_BYTES = 131072
 _REJECTED_PERMANENT = 0x01  # PS3.8 9.3.4, Table 9-21
 
 
+class RejectedForNow(DestinationAway):
+    """The peer is there and rejected the association as transient (PS3.8 9.3.4)."""
+
+
 @contextmanager
 def associated(
     peer: PeerAddress, contexts: Sequence[PresentationContext], *, calling_ae_title: str, timeout_s: float, name: str
@@ -27,7 +31,7 @@ def associated(
     """An established association; released at the end, aborted when the body raises.
 
     `timeout_s` bounds the connection, the negotiation and every answer, each by itself. `name` is the destination's,
-    for the message. Raises DestinationAway or DestinationRefuses.
+    for the message. Raises DestinationAway (RejectedForNow) or DestinationRefuses.
     """
     entity = _Entity(calling_ae_title)
     entity.connection_timeout = entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = timeout_s
@@ -58,7 +62,7 @@ def _failure(association: Association, error: OSError | None, where: str) -> Des
         words = f"{where} rejected the association: {answer.reason_str}"
         if answer.result == _REJECTED_PERMANENT:
             return DestinationRefuses(f"{words}; `seggate check` prints what must be entered there")
-        return DestinationAway(words)
+        return RejectedForNow(words)
     if association.rejected_contexts:
         return DestinationRefuses(f"{where} accepts none of what was proposed")
     return DestinationAway(f"{where} took the connection, but the association was aborted or not answered in time")

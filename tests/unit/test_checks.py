@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import socket
 import zoneinfo
@@ -91,6 +93,24 @@ def test_the_disk_check_before_the_first_start_leaves_nothing_behind(tmp_path: P
     assert [f.check for f in findings] == ["disk sync", "disk space"]
     assert Status.FAILED not in {f.status for f in findings}
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_not_called_a_lack_of_permission(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, prepared: bool
+) -> None:
+    settings = settings_in(tmp_path)
+    if prepared:
+        open_spool(settings).prepare()
+
+    def full(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("storage.spool.write_file", full)
+    (finding,) = checks.check_disk(settings)
+    assert (finding.check, finding.status) == ("disk space", Status.FAILED)
+    assert "no space is left" in finding.detail
 
 
 def test_the_disk_check_uses_the_spool_that_is_there(tmp_path: Path) -> None:
