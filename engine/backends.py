@@ -19,6 +19,7 @@ from engine.errors import BackendFailed, BundleInvalid
 FloatArray = NDArray[np.float32]
 Device = Literal["auto", "cpu", "cuda"]
 
+_NO_PROVIDER = "this onnxruntime package has no CUDA provider (the extra `gpu` has)"
 _log = logging.getLogger(__name__)
 
 
@@ -53,7 +54,8 @@ class OnnxBackend:
     """One ONNX file in ONNX Runtime, warmed up with a batch of zeros of shape (1, channels, *patch_size).
 
     `device`: "cpu"; "cuda" (BackendFailed where it does not run a batch); "auto" (CUDA where it runs a batch, else the
-    CPU, with the reason in the log). `threads`: intra-operator threads, None leaves the choice to the runtime.
+    CPU, with a warning where CUDA is offered and fails). `threads`: intra-operator threads, None leaves the choice to
+    the runtime.
     Raises BundleInvalid when the file is no network with one input and one output of the expected number of axes.
     """
 
@@ -77,12 +79,14 @@ class OnnxBackend:
         if device == "cpu":
             self._open_cpu()
             return
-        reason = self._open_cuda()
+        offered = "CUDAExecutionProvider" in self._runtime.get_available_providers()
+        reason = self._open_cuda() if offered else _NO_PROVIDER
         if reason is None:
             return
         if device == "cuda":
             raise BackendFailed(f"{model_path.name}: CUDA was asked for and cannot be used: {reason}")
-        _log.info("CUDA is not used for %s: %s", model_path.name, reason)
+        # A package without CUDA is what was installed; one with CUDA that does not work is news.
+        _log.log(logging.WARNING if offered else logging.DEBUG, "CUDA is not used for %s: %s", model_path.name, reason)
         self._open_cpu()
 
     @property
@@ -130,8 +134,6 @@ class OnnxBackend:
 
     def _open_cuda(self) -> str | None:
         """None when CUDA has run a batch, else the reason why it is not used (the session is closed again)."""
-        if "CUDAExecutionProvider" not in self._runtime.get_available_providers():
-            return "this onnxruntime package has no CUDA provider (the extra `gpu` has)"
         # TF32 would round the inputs of convolutions to 10 bits of mantissa.
         options = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
         try:

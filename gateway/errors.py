@@ -63,6 +63,11 @@ def meaning(error: BaseException) -> type[GatewayError]:
     return Permanent
 
 
+def is_foreseen(error: BaseException) -> bool:
+    """Whether the table knows the error: its message then says all, and a traceback nothing."""
+    return isinstance(error, (Transient, Permanent, Rejected, *(known for known, _ in _MEANING)))
+
+
 def is_of_the_machine(error: BaseException) -> bool:
     """Whether disk or database is what fails: all work waits until they are back, and none of it is parked for that."""
     return isinstance(error, storage.errors.SpoolFull | storage.errors.SpoolUnsafe | storage.errors.DatabaseAway)

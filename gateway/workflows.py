@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import structlog
 from dbos import DBOS
 
-from gateway.errors import Transient, is_of_the_machine, meaning
+from gateway.errors import Transient, is_foreseen, is_of_the_machine, meaning
 
 PROCESS_STUDY, MAKE_RESULT, DELIVER = "process_study", "make_result", "deliver"
 
@@ -130,7 +130,8 @@ class Story:
         except Exception as error:  # noqa: BLE001 - the edge: recorded with its reason, never swallowed
             kind = meaning(error)
             reason = f"{kind.__name__}: {error}" if str(error) else f"{kind.__name__}: {type(error).__name__}"
-            _log.warning("step failed", step=name, subject=args[0], error=type(error).__name__, exc_info=True)
+            error_name, traceback = type(error).__name__, not is_foreseen(error)
+            _log.warning("step failed", step=name, subject=args[0], error=error_name, reason=reason, exc_info=traceback)
             machine = is_of_the_machine(error)
             return {"ok": False, "transient": kind is Transient, "of_the_machine": machine, "reason": reason}
         self.boundary(f"{name}:end")

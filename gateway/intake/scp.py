@@ -247,7 +247,7 @@ class Receiver:
         for thread in self._threads:
             thread.join(timeout=5.0)
         self._server = None
-        LOG.info("receiver stopped; %d associations had to be aborted", len(left))
+        LOG.info("receiver stopped; associations aborted: %d", len(left))
 
     def association_ended(self, association: IntakeAssociation) -> None:
         """Called once by each association's own thread."""

@@ -39,11 +39,12 @@ def test_auto_without_a_working_gpu_takes_the_cpu_and_says_why(
     network: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    with caplog.at_level(logging.INFO, logger="engine.backends"):
+    with caplog.at_level(logging.DEBUG, logger="engine.backends"):
         backend = OnnxBackend(network, channels=2, patch_size=PATCH, device="auto")
     assert backend.provider == "cpu"
     assert "CUDA is not used" in caplog.text
     assert "no CUDA provider" in caplog.text
+    assert {r.levelno for r in caplog.records} == {logging.DEBUG}  # it is what was installed, for every fold
 
 
 class ListedButAbsent:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from engine.errors import BackendFailed, InputRejected
 from gateway.errors import Permanent, Transient
@@ -126,6 +127,24 @@ def test_any_other_failure_is_parked_at_once(error: Exception, reason: str) -> N
     assert engine.story.make_result(steps, "r1") == "parked"
     assert steps.calls[-1] == ("park_result", "r1", "infer", reason)
     assert engine.waits == []
+
+
+@pytest.mark.parametrize(
+    ("error", "traceback"),
+    [
+        (SpoolFull("no space"), False),
+        (Permanent("the model is gone"), False),
+        (InputRejected("shape"), False),
+        (ZeroDivisionError("by zero"), True),
+    ],
+)
+def test_only_an_unforeseen_failure_has_a_traceback_in_the_log(error: Exception, traceback: bool) -> None:
+    with capture_logs() as lines:
+        Engine().story.make_result(Steps(**(RESULT | {"infer": [error, "inferred"]})), "r1")
+    (line,) = [entry for entry in lines if entry["event"] == "step failed"]
+    assert line["exc_info"] is traceback
+    assert (line["step"], line["subject"], line["error"]) == ("infer", "r1", type(error).__name__)
+    assert str(error) in line["reason"]
 
 
 def test_a_study_whose_routing_fails_is_parked() -> None:
