@@ -79,7 +79,7 @@ def check_receiver_port(settings: Settings) -> Finding:
     except RejectedForNow:
         return failed(
             "receiver port",
-            f"{where}: a DICOM receiver runs there, and accepts nothing for now: too little disk space, too many "
+            f"{where}: a DICOM receiver runs there, and accepts nothing at the moment: too little disk space, too many "
             "associations, or it is ending",
         )
     except DestinationAway:

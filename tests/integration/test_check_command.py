@@ -136,7 +136,7 @@ def test_a_port_on_which_our_receiver_runs_is_ok(tmp_path: Path, gateway: str, w
     assert words in line(document, "receiver port")["detail"]
 
 
-def test_a_receiver_that_accepts_nothing_for_now_is_not_called_another_program(tmp_path: Path) -> None:
+def test_a_receiver_that_is_full_is_not_called_another_program(tmp_path: Path) -> None:
     port = pacs.free_port()
     settings = load_settings(write_config(tmp_path, gateway=LOOPBACK_SENDER, port=port))
     receiver = Receiver(settings, open_spool(settings))
@@ -146,7 +146,7 @@ def test_a_receiver_that_accepts_nothing_for_now_is_not_called_another_program(t
         _, document = check(write_config(tmp_path, gateway=LOOPBACK_SENDER, port=port, reserve_mb=1 << 40))
     finally:
         receiver.stop()
-    assert "accepts nothing for now: too little disk space" in line(document, "receiver port")["detail"]
+    assert "accepts nothing at the moment: too little disk space" in line(document, "receiver port")["detail"]
     assert line(document, "disk space")["status"] == "failed"
 
 
