@@ -25,13 +25,13 @@ _SPACE_CHECK_BYTES = 16 << 20  # free space is looked at again after so many byt
 class ObjectWriter:
     """One object on its way into `incoming/`: write, then `commit` or `discard`. Used by one thread at a time."""
 
-    def __init__(self, spool: Spool, name: str, head: bytes) -> None:
+    def __init__(self, spool: Spool, name: str, head: bytes, *, may_use_reserve: bool = False) -> None:
         self._spool = spool
         self._target = spool.root / "incoming" / name
         self._partial = spool.root / "tmp" / partial_name(name)
         self._since_check = 0
         self._file = -1
-        if not spool.has_space():
+        if not may_use_reserve and not spool.has_space():
             raise SpoolFull(full_message(spool.root))
         try:
             self._file = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)

@@ -123,10 +123,11 @@ class Spool:
             return writer.commit()
 
     def write_event(self, kind: str, detail: dict[str, Any]) -> Path:
-        """Keep one association event (JSON) among the objects, in their order. Raises SpoolFull, SpoolUnsafe."""
+        """Keep one association event (JSON) among the objects, in their order. The reserve does not apply: a receiver
+        whose disk runs full must still say what became of its associations. Raises SpoolFull, SpoolUnsafe."""
         event_id = self.new_id()
         content = json.dumps({"event_id": event_id, "kind": kind, "detail": detail}, sort_keys=True).encode()
-        with ObjectWriter(self, f"{event_id}.json", content) as writer:
+        with ObjectWriter(self, f"{event_id}.json", content, may_use_reserve=True) as writer:
             return writer.commit()
 
     def store_result_file(self, key: str, result_id: str, name: str, data: bytes) -> tuple[str, str]:

@@ -104,7 +104,12 @@ def test_a_receiver_that_cannot_record_its_start_gives_the_address_back(
     receiver: Receiver, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     settings = intake_settings(tmp_path / "other")
-    other = Receiver(settings, Spool(settings.spool_dir, 1 << 62))  # more than any disk has: the spool is full
+    other = Receiver(settings, Spool(settings.spool_dir, 0))
+
+    def full(*_: object) -> Path:
+        raise SpoolFull("full")
+
+    monkeypatch.setattr(other.spool, "write_event", full)
     made: list[Any] = []
     make_server = other.entity.make_server
 
@@ -459,6 +464,23 @@ def test_no_space_refuses_new_associations_and_objects_and_recovers(
             other.release()
         peer.release()
         assert [data_bytes(receiver, path) for path in stored(receiver)] == [b"before", b"after"]
+
+
+@pytest.mark.requirement("REC-02")
+def test_a_receiver_that_starts_without_space_refuses_for_now_and_recovers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as full:
+        full.setattr(Spool, "free_bytes", lambda _: -1)
+        with receiving(tmp_path) as receiver:
+            with ScriptedPeer(receiver.port) as peer, pytest.raises(Rejected) as refused:
+                peer.associate()
+            assert (refused.value.result, refused.value.source, refused.value.diagnostic) == (2, 3, 1)
+            full.undo()
+            with ScriptedPeer(receiver.port) as peer:
+                peer.associate()
+                assert peer.store(b"data", sop_instance=UID).status == 0
+                peer.release()
 
 
 @pytest.mark.requirement("REC-02")
