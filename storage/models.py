@@ -12,13 +12,17 @@ import logging
 import os
 import re
 import shutil
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from storage.errors import ModelChanged, ModelMissing
+from sqlalchemy.exc import SQLAlchemyError
+
+from storage.errors import DatabaseAway, ModelChanged, ModelMissing
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -132,22 +136,21 @@ class ModelRegistry:
         raise ModelMissing(f"no version {semver} of model {name!r} is registered")
 
     def versions(self, name: str) -> Sequence[RegisteredModel]:
-        """All versions of one model, oldest first."""
+        """All versions of one model, oldest first; none for a name that is not registered. Raises DatabaseAway."""
         if not _NAME.fullmatch(name):
             return ()
-        client = self._mlflow()
-        from mlflow.exceptions import MlflowException
-
-        try:
-            aliases = dict(client.get_registered_model(name).aliases)
-        except MlflowException:
-            return ()
-        found = client.search_model_versions(f"name='{name}'")
-        return sorted((self._model(v, aliases) for v in found), key=lambda m: m.registry_version)
+        with self._answers() as client:
+            known = {m.name: m for m in client.search_registered_models(f"name='{name}'")}.get(name)
+            if known is None:
+                return ()
+            aliases = dict(known.aliases)
+            found = client.search_model_versions(f"name='{name}'")
+            return sorted((self._model(v, aliases) for v in found), key=lambda m: m.registry_version)
 
     def all(self) -> Sequence[RegisteredModel]:
-        """All versions of all models, by name and age."""
-        names = sorted(m.name for m in self._mlflow().search_registered_models())
+        """All versions of all models, by name and age. Raises DatabaseAway."""
+        with self._answers() as client:
+            names = sorted(m.name for m in client.search_registered_models())
         return [model for name in names for model in self.versions(name)]
 
     def _model(self, version: Any, aliases: dict[str, Any]) -> RegisteredModel:
@@ -184,21 +187,26 @@ class ModelRegistry:
         partial.rename(target)
         return target
 
+    @contextmanager
+    def _answers(self) -> Iterator[MlflowClient]:
+        """The client. That the registry is away must not read as "no such model": raises DatabaseAway."""
+        _import_quietly()
+        from mlflow.exceptions import MlflowException
+
+        try:
+            yield self._mlflow()
+        except (MlflowException, SQLAlchemyError, OSError) as error:
+            raise DatabaseAway(f"the model registry did not answer: {type(error).__name__}") from error
+
     def _mlflow(self) -> MlflowClient:
         """The client, made at first use: MLflow takes seconds to import and to migrate its database."""
         if self._client is None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            # Nothing leaves the machine, whatever MLflow's defaults are.
-            os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-            os.environ["DO_NOT_TRACK"] = "true"
-            with warnings.catch_warnings():
-                # MLflow's own imports warn about their future; nothing here can act on it.
-                warnings.simplefilter("ignore")
-                from mlflow import MlflowClient
+            _import_quietly()
+            from mlflow import MlflowClient
 
-                # Its schema migrations announce themselves on standard error at every first use.
-                logging.getLogger("mlflow").setLevel(logging.ERROR)
-                logging.getLogger("alembic").setLevel(logging.WARNING)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
                 # MLflow migrates its database when the client is made, and two at once break it for good.
                 with (self.folder / "registry.lock").open("w") as lock:
                     fcntl.flock(lock, fcntl.LOCK_EX)
@@ -206,3 +214,20 @@ class ModelRegistry:
                     client.search_registered_models(max_results=1)
                 self._client = client
         return self._client
+
+
+def _import_quietly() -> None:
+    """MLflow imported with its telemetry off and without its own warnings."""
+    if "mlflow" in sys.modules:
+        return
+    # Nothing leaves the machine, whatever MLflow's defaults are.
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    os.environ["DO_NOT_TRACK"] = "true"
+    with warnings.catch_warnings():
+        # MLflow's own imports warn about their future; nothing here can act on it.
+        warnings.simplefilter("ignore")
+        import mlflow  # noqa: F401
+
+    # Its schema migrations announce themselves on standard error at every first use.
+    logging.getLogger("mlflow").setLevel(logging.ERROR)
+    logging.getLogger("alembic").setLevel(logging.WARNING)

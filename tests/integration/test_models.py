@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from storage.errors import ModelChanged, ModelMissing
+from storage.errors import DatabaseAway, ModelChanged, ModelMissing
 from storage.models import CANDIDATE, CHAMPION, PREVIOUS, ModelRegistry
 
 
@@ -75,3 +75,14 @@ def test_malformed_names_and_versions_are_refused(
 def test_a_model_that_is_not_there_is_named(registry: ModelRegistry) -> None:
     with pytest.raises(ModelMissing, match="'nothing'"):
         registry.champion("nothing")
+
+
+def test_a_registry_that_is_away_does_not_read_as_a_model_that_is_not_there(tmp_path: Path) -> None:
+    registry = ModelRegistry(tmp_path / "models")
+    _register(registry, _bundle(tmp_path / "1", "one"), "liver", "1.0.0", "a" * 64, serve=True)
+    database = tmp_path / "models" / "registry.sqlite"
+    assert database.exists()
+    database.write_bytes(b"no database any more" * 1000)
+    for look in (lambda: registry.champion("liver"), lambda: registry.get("liver", "1.0.0"), registry.all):
+        with pytest.raises(DatabaseAway, match="model registry"):
+            look()
