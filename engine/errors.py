@@ -11,6 +11,18 @@ class InputRejected(EngineError):
     """The image is at fault: wrong number of channels, not finite, shape or spacing the model cannot take."""
 
 
+class NotFinite(InputRejected):
+    """The image or label map holds NaN or infinity."""
+
+
+class DatasetInvalid(EngineError):
+    """A training dataset, its fingerprint, plans or splits are incomplete or contradict each other."""
+
+
+class WorkerDied(EngineError):
+    """A worker process ended without a result, as a rule because memory ran out; fewer of them may succeed."""
+
+
 class BundleInvalid(EngineError):
     """A model bundle is incomplete, inconsistent or changed; it is not loaded."""
 

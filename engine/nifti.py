@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 
-from engine.errors import InputRejected
+from engine.errors import InputRejected, NotFinite
 from engine.volume import Geometry, LabelMap, Volume
 
 # ITK refuses directions that are not orthonormal; the header itself holds float32.
@@ -22,7 +22,7 @@ def read_nifti(paths: Sequence[Path]) -> Volume:
     """One file per channel, in channel order, all on one grid, in the voxel order as stored.
 
     Raises InputRejected for a file that cannot be read, is not 2D or 3D with one value per voxel, lies on another
-    grid than the first, or holds NaN or infinity.
+    grid than the first; NotFinite (one of these) when it holds NaN or infinity.
     """
     if not paths:
         raise InputRejected("no image file was given")
@@ -36,7 +36,7 @@ def read_nifti(paths: Sequence[Path]) -> Volume:
             raise InputRejected(f"{path.name}: lies on another grid than {paths[0].name}; all channels must share one")
         values = array.astype(np.float32)
         if not np.isfinite(values).all() or not _finite_on_disk(path):
-            raise InputRejected(f"{path.name}: holds NaN or infinity, correct it at the source")
+            raise NotFinite(f"{path.name}: holds NaN or infinity, correct it at the source")
         channels.append(values)
     if geometry is None:
         raise InputRejected("no image file was given")
@@ -44,16 +44,38 @@ def read_nifti(paths: Sequence[Path]) -> Volume:
 
 
 def read_label_map(path: Path) -> LabelMap:
-    """A label map in the voxel order as stored; InputRejected when it holds anything but whole numbers >= 0."""
+    """A label map in the voxel order as stored; InputRejected when it holds anything but whole numbers >= 0, as
+    NotFinite when that is NaN or infinity."""
     array, geometry = _read(path)
     if np.issubdtype(array.dtype, np.floating):
-        if not np.isfinite(array).all() or not np.array_equal(array, np.rint(array)):
+        if not np.isfinite(array).all() or not _finite_on_disk(path):
+            raise NotFinite(f"{path.name}: holds NaN or infinity, correct it at the source")
+        if not np.array_equal(array, np.rint(array)):
             raise InputRejected(f"{path.name}: a label map holds whole numbers only")
         array = array.astype(np.int64)
     low, high = int(array.min()), int(array.max())
     if low < 0 or high > 65535:
         raise InputRejected(f"{path.name}: labels from {low} to {high}; 0 to 65535 are allowed")
     return LabelMap(array=array.astype(np.uint8 if high < 256 else np.uint16), geometry=geometry)
+
+
+def read_spacing_mm(path: Path) -> tuple[float, float, float]:
+    """Spacing (z, y, x) in mm to the last bit as the file states it and as nnU-Net's planner takes it; an affine
+    carries rounding noise. A 2D file gets 999 times its coarser spacing along z, as in nnU-Net.
+
+    Reads the header only. Raises InputRejected when there is none.
+    """
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError as error:
+        raise InputRejected(f"{path.name}: not readable as an image") from error
+    spacing = [abs(float(value)) for value in reader.GetSpacing()]
+    if len(spacing) == 2:
+        spacing.append(999.0 * max(spacing))
+    x, y, z = spacing[:3]
+    return z, y, x
 
 
 def write_nifti(labels: LabelMap, path: Path) -> None:

@@ -25,6 +25,9 @@ WHOLE_MEANING = {
     "SpoolUnsafe": Transient,
     "DatabaseAway": Transient,
     "InputRejected": Rejected,
+    "NotFinite": Rejected,
+    "DatasetInvalid": Rejected,
+    "WorkerDied": Transient,
     "ImportRefused": Rejected,
     "IntakeRejected": Rejected,
 }
