@@ -58,6 +58,7 @@ _PEERS: dict[str, Callable[[], str | None]] = {
     "dciodvfy": _on_path("dciodvfy"),
     "dcmqi": _on_path("segimage2itkimage", "tid1500reader"),
     "node": _node_modules,
+    "surface-distance": _importable("surface_distance"),
     "torch": _importable("torch"),
     "postgresql": _postgresql,
 }
