@@ -134,7 +134,11 @@ def extract_fingerprint(dataset: RawDataset, *, processes: int, progress: Progre
         spacings=tuple(case.spacing_mm for case in seen),
         shapes_after_crop=tuple(case.shape_after_crop for case in seen),
         intensities=tuple(
-            _statistics([case.drawn[channel] for case in seen if case.drawn])
+            # In nnU-Net one case without foreground turns the pool from float32 into float64.
+            _statistics(
+                [case.drawn[channel] for case in seen if case.drawn],
+                precision=np.float32 if all(case.drawn for case in seen) else np.float64,
+            )
             for channel in range(len(dataset.json.channel_names))
         ),
         median_relative_size_after_cropping=float(np.median([case.relative_size for case in seen])),
@@ -215,20 +219,20 @@ def _summarize(loaded: LoadedCase, ignore_label: int | None) -> CaseSummary:
     return CaseSummary(name=loaded.name, foreground_ml=volume, labels=tuple(voxels))
 
 
-def _statistics(drawn: Sequence[_Drawn]) -> IntensityStatistics:
-    """float32 like nnU-Net's own, from sums in float64."""
+def _statistics(drawn: Sequence[_Drawn], *, precision: type[np.float32] | type[np.float64]) -> IntensityStatistics:
+    """Sums are float64; mean and deviation are given in nnU-Net's precision."""
     total = sum(int(d.counts.sum(dtype=np.int64)) for d in drawn)
     mean = math.fsum(float(np.dot(d.values.astype(np.float64), d.counts)) for d in drawn) / total
     variance = math.fsum(float(np.dot((d.values.astype(np.float64) - mean) ** 2, d.counts)) for d in drawn) / total
     low, median, high = (_percentile(drawn, total, percent) for percent in (0.5, 50.0, 99.5))
     return IntensityStatistics(
         max=max(float(d.values[-1]) for d in drawn),
-        mean=float(np.float32(mean)),
+        mean=float(precision(mean)),
         median=median,
         min=min(float(d.values[0]) for d in drawn),
         percentile_00_5=low,
         percentile_99_5=high,
-        std=float(np.float32(math.sqrt(variance))),
+        std=float(precision(math.sqrt(variance))),
     )
 
 
