@@ -1,7 +1,7 @@
 """nnU-Net's experiment planner (facts: nnU-Net v2, §3): from a fingerprint and dataset.json to plans.json.
 
-A planner is a row of `PLANNERS`, a profile a row of `PROFILES`. With the profile `nnunet` the plans are nnU-Net's, key
-by key. Sizes and spacings are (z, y, x); those of a configuration are in network order, after `transpose_forward`.
+With the profile `nnunet` the plans are nnU-Net's, key by key. Sizes and spacings are (z, y, x); those of a
+configuration are in network order, after `transpose_forward`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ from engine.errors import DatasetInvalid
 from engine.fingerprint import Fingerprint
 from engine.json_reader import read_json
 from engine.json_writer import write_json
-from engine.plans import NetworkKind
+from engine.planners import PLANNERS, PROFILES, PlannerName, ProfileName
 from engine.topology import Topology, feature_map_voxels, topology
 
 FloatArray = NDArray[np.float64]
@@ -47,119 +47,6 @@ _RESAMPLING = "resample_data_or_seg_to_shape"
 _OWN_CONFIGURATIONS = frozenset({"2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres"})
 _SHARED_DATA = frozenset({"2d", "3d_fullres"})
 _SHARED_IDENTIFIER = "nnUNetPlans"
-
-PlannerName = Literal["ExperimentPlanner", "ResEncM", "ResEncL", "ResEncXL"]
-ProfileName = Literal["nnunet", "article"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Planner:
-    """What one of nnU-Net's planners aims at.
-
-    `reference_2d`, `reference_3d`: feature map values (`feature_map_voxels`) that fill `reference_gb` of GPU memory at
-    the reference batch size. `patch_for_smallest_batch`: a patch shrinks until the smallest batch fits, not the
-    reference one. `max_dataset_covered`: share of the dataset's voxels that a batch may hold.
-    """
-
-    name: str
-    plans_name: str
-    network: NetworkKind
-    reference_2d: float
-    reference_3d: float
-    reference_gb: float
-    max_dataset_covered: float
-    patch_for_smallest_batch: bool = False
-    first_blocks: tuple[int, ...] = (1, 3, 4)
-    further_blocks: int = 6
-    decoder_convs: int = 1
-
-    @property
-    def network_class_name(self) -> str:
-        name = "PlainConvUNet" if self.network == "plain" else "ResidualEncoderUNet"
-        return f"dynamic_network_architectures.architectures.unet.{name}"
-
-
-PLANNERS: Mapping[PlannerName, Planner] = MappingProxyType(
-    {
-        "ExperimentPlanner": Planner(
-            name="ExperimentPlanner",
-            plans_name="nnUNetPlans",
-            network="plain",
-            reference_2d=85e6,
-            reference_3d=560e6,
-            reference_gb=8,
-            max_dataset_covered=0.05,
-            patch_for_smallest_batch=True,
-            first_blocks=(),
-            further_blocks=2,
-            decoder_convs=2,
-        ),
-        "ResEncM": Planner(
-            name="nnUNetPlannerResEncM",
-            plans_name="nnUNetResEncUNetMPlans",
-            network="residual",
-            reference_2d=135e6,
-            reference_3d=680e6,
-            reference_gb=8,
-            max_dataset_covered=1,
-        ),
-        "ResEncL": Planner(
-            name="nnUNetPlannerResEncL",
-            plans_name="nnUNetResEncUNetLPlans",
-            network="residual",
-            reference_2d=380e6,
-            reference_3d=2100e6,
-            reference_gb=24,
-            max_dataset_covered=1,
-        ),
-        "ResEncXL": Planner(
-            name="nnUNetPlannerResEncXL",
-            plans_name="nnUNetResEncUNetXLPlans",
-            network="residual",
-            reference_2d=560e6,
-            reference_3d=3600e6,
-            reference_gb=40,
-            max_dataset_covered=1,
-        ),
-    }
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Profile:
-    """When 3D configurations are made.
-
-    The full resolution is, if its patch has more than `fullres_above_voxels`; the low resolution, if that patch covers
-    less than `lowres_below` of the median image. Its spacing is the full one times `lowres_step` on every axis, once;
-    or, with `lowres_until_covered`, step by step, coarse axes last, until the patch covers that share, and dropped
-    where the image has then not shrunk to half its voxels.
-    """
-
-    fullres_above_voxels: int
-    lowres_below: float
-    lowres_step: float
-    lowres_until_covered: bool
-    plans_name_part: str
-
-
-PROFILES: Mapping[ProfileName, Profile] = MappingProxyType(
-    {
-        "nnunet": Profile(
-            fullres_above_voxels=0,
-            lowres_below=0.25,
-            lowres_step=1.03,
-            lowres_until_covered=True,
-            plans_name_part="",
-        ),
-        "article": Profile(
-            fullres_above_voxels=16**3,
-            lowres_below=0.9,
-            lowres_step=2.0,
-            lowres_until_covered=False,
-            plans_name_part="Article",
-        ),
-    }
-)
 
 
 @dataclass(frozen=True, kw_only=True)
