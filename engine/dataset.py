@@ -164,8 +164,8 @@ def unused_files(dataset: RawDataset) -> tuple[list[Path], list[Path]]:
         return [], []
     used = {path for case in dataset.cases for path in (*case.channels.values(), case.label)}
     images, labels = (
-        [path for path in _files(dataset.folder / sub, dataset.json.file_ending) if path not in used]
-        for sub in (IMAGES, LABELS)
+        [path for path in _files(folder, dataset.json.file_ending) if path not in used] if folder.is_dir() else []
+        for folder in (dataset.folder / IMAGES, dataset.folder / LABELS)
     )
     return images, labels
 

@@ -64,11 +64,11 @@ KINDS: Mapping[str, tuple[Severity, str]] = MappingProxyType(
         "unexpected-label": (_ERROR, "correct the label map, or declare the value under `labels` in dataset.json"),
         "grid": (
             _ERROR,
-            "resample label and channels onto the grid of the case's first image, or export them together",
+            "resample label and channels onto the grid of the case's first image",
         ),
         "position": (
             _WARNING,
-            "look at the overlay: voxels are matched by index, as in nnU-Net; positions are not used",
+            "make sure that label and image overlap: voxels are matched by index, as in nnU-Net",
         ),
         "all-zero": (_ERROR, "remove the case, or export its image again"),
         "empty-foreground": (_WARNING, "keep it only if nothing is to be found in this image; it teaches background"),
@@ -153,9 +153,10 @@ def _check_references(dataset: RawDataset) -> Iterable[Finding]:
     used: dict[Path, str] = {}
     for case in dataset.cases:
         for path in (*case.channels.values(), case.label):
-            first = used.setdefault(path.resolve(), case.name)
-            if first != case.name:
-                yield Finding(kind="duplicate-case", case=case.name, file=path.name, cause=f"is also a file of {first}")
+            if path.resolve() in used:
+                cause = f"is already a file of {used[path.resolve()]}"
+                yield Finding(kind="duplicate-case", case=case.name, file=path.name, cause=cause)
+            used.setdefault(path.resolve(), case.name)
     names = {case.name for case in dataset.cases}
     for name in dataset.json.patients:
         if name not in names:
@@ -171,7 +172,7 @@ def _check_references(dataset: RawDataset) -> Iterable[Finding]:
 
 @dataclass(frozen=True, kw_only=True)
 class _CheckedCase:
-    """`thin`: names of the axes with one voxel. `digest`: of the first channel's values; None when unreadable."""
+    """`thin`: names of the axes with one voxel. `digest`: of the image's values; None when not all can be read."""
 
     name: str
     findings: tuple[Finding, ...]
@@ -198,8 +199,9 @@ def _check_case(case: Case, *, dataset_json: DatasetJson) -> _CheckedCase:
         cause = f"channels {found}; channel_names has {wanted}, from 0000 on"
         findings.append(Finding(kind="channel-count", case=case.name, cause=cause))
     grid: Geometry | None = None
-    digest: str | None = None
-    all_zero, readable = True, False
+    digest = hashlib.blake2b(digest_size=16)
+    read = 0
+    all_zero = True
     for path in case.channels.values():
         if not path.is_file():
             findings.append(Finding(kind="missing-image", case=case.name, file=path.name, cause="is not there"))
@@ -211,12 +213,12 @@ def _check_case(case: Case, *, dataset_json: DatasetJson) -> _CheckedCase:
             continue
         if grid is None:
             grid = volume.geometry
-            digest = hashlib.blake2b(volume.array.tobytes(), digest_size=16).hexdigest()
         else:
             findings += _compared(case, path, grid, volume.geometry)
-        readable = True
+        read += 1
+        digest.update(volume.array.data)
         all_zero = all_zero and not volume.array.any()
-    if readable and all_zero:
+    if read and all_zero:
         findings.append(Finding(kind="all-zero", case=case.name, cause="every voxel of the image is 0"))
     labels = _read_labels(case, findings)
     if labels is not None:
@@ -225,7 +227,12 @@ def _check_case(case: Case, *, dataset_json: DatasetJson) -> _CheckedCase:
         findings += _check_values(case, labels, dataset_json)
     shape = grid.shape if grid is not None else labels.geometry.shape if labels is not None else ()
     thin = " and ".join(axis for axis, edge in zip(_AXES, shape, strict=False) if edge == 1)
-    return _CheckedCase(name=case.name, findings=tuple(findings), thin=thin, digest=digest)
+    return _CheckedCase(
+        name=case.name,
+        findings=tuple(findings),
+        thin=thin,
+        digest=digest.hexdigest() if read == len(case.channels) else None,
+    )
 
 
 def _read_labels(case: Case, findings: list[Finding]) -> LabelMap | None:
