@@ -25,6 +25,7 @@ from engine.manifest import (
     SCHEMA_VERSION,
     BundleConfiguration,
     Manifest,
+    check_pairs,
     manifest_document,
     read_manifest,
     safe_path,
@@ -241,10 +242,8 @@ def _check_consistency(
     declared = [(label.name, label.value, label.region) for label in labels.foreground]
     if [(label.name, label.value, label.region) for label in manifest.labels] != declared:
         raise reader.fail("labels", "name, value and region do not fit dataset.json")
+    check_pairs(manifest.labels, where=MANIFEST, error=BundleInvalid)
     label_names = {label.name for label in manifest.labels}
-    for label in manifest.labels:
-        if label.pair is not None and (label.pair not in label_names or label.pair == label.name):
-            raise reader.fail(f"labels: {label.name}", f"pair {label.pair[:80]!r} is no other label")
     for name in manifest.quality.max_components:
         if name not in label_names:
             raise reader.fail("quality: max_components", f"{name[:80]!r} is no label")

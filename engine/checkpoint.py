@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.architecture import Architecture
 from engine.errors import ImportRefused
 from engine.json_reader import Reader
 from engine.network import PlainConvUNet, ResidualEncoderUNet, build_network
-from engine.plans import Architecture
 
 MAX_CHECKPOINT_BYTES = 16 * 2**30
 _MAX_ENTRIES = 100_000

@@ -19,7 +19,7 @@ from engine.bundle import Bundle, write_bundle
 from engine.checkpoint import load_network, read_checkpoint
 from engine.errors import ImportRefused, MemoryExceeded, ParityFailed
 from engine.labels import LabelManager
-from engine.manifest import BundleConfiguration, Fold, Manifest, Parity, check_identity
+from engine.manifest import BundleConfiguration, Fold, Manifest, Parity, check_identity, check_semver
 from engine.memory import available_bytes
 from engine.model_card import ModelCard, describe_model, read_channels
 from engine.network import UNet
@@ -64,9 +64,10 @@ def import_model(
     out_dir = out_dir.absolute()
     if out_dir.exists():
         raise ImportRefused(f"{out_dir.name}: exists already; give another version or remove it")
+    chosen_semver = semver or card.semver or "1.0.0"
+    check_semver(chosen_semver, error=ImportRefused)  # before the long work
     with open_result(path, configurations=configurations, folds=folds) as result:
         chosen_name = name or card.name or _name_from_dataset(result.plans.dataset_name)
-        chosen_semver = semver or card.semver or "1.0.0"
         check_identity(chosen_name, chosen_semver, error=ImportRefused)
         description = describe_model(result.plans, result.dataset_json, result.label_manager, card)
         for text in (*result.notes, *description.warnings):
@@ -276,7 +277,7 @@ def _moved(bundle: Bundle, root: Path) -> Bundle:
 
 def _name_from_dataset(dataset_name: str) -> str:
     plain = re.sub(r"^Dataset\d+_", "", dataset_name)
-    return re.sub(r"[^a-z0-9]+", "-", plain.casefold()).strip("-")[:64] or "model"
+    return re.sub(r"[^a-z0-9]+", "-", plain.casefold()).strip("-")[:63] or "model"
 
 
 def _licence(result: ResultFolder) -> str:

@@ -9,10 +9,11 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 MAX_JSON_BYTES = 64 * 2**20
 MAX_TEXT = 10_000
+T = TypeVar("T")
 
 
 def parse_json(data: bytes, *, where: str, error: type[Exception]) -> dict[str, Any]:
@@ -160,6 +161,12 @@ class Reader:
     def texts(self, key: str, *, lengths: tuple[int, int], default: object = _REQUIRED) -> tuple[str, ...]:
         entries = self.array(key, lengths=lengths, default=default)
         return tuple(self.check_text(f"{key}[{i}]", v) for i, v in enumerate(entries))
+
+    def look_up(self, key: str, name: str, table: Mapping[str, T]) -> T:
+        """The entry of `table` for the text `name` that stands at `key`."""
+        if name not in table:
+            raise self.fail(key, f"{name[:120]!r} is not supported; known: {', '.join(table)}")
+        return table[name]
 
     def child(self, key: str, default: object = _REQUIRED) -> Reader:
         return Reader(self.raw(key, default), where=f"{self.where}: {key}", error=self.error)

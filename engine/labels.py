@@ -82,7 +82,7 @@ class LabelManager:
                 regions_class_order=None,
                 ignore_label=ignore_label,
             )
-        order = dataset.integers("regions_class_order", 0, _MAX_LABEL, lengths=(len(regions), len(regions)))
+        order = _class_order(dataset, regions)
         return cls(
             foreground=tuple(
                 Label(name=name, value=value, region=region)
@@ -147,6 +147,21 @@ class LabelManager:
     def _check_heads(self, array_KZYX: NDArray[np.floating[Any]]) -> None:
         if array_KZYX.shape[0] != self.num_heads:
             raise ValueError(f"{array_KZYX.shape[0]} heads where the labels need {self.num_heads}")
+
+
+def _class_order(dataset: Reader, regions: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """The value that is written for each region, in the order of the regions: one of the region's own values, and no
+    value twice, so that a label map still says which region a voxel is in."""
+    order = dataset.integers("regions_class_order", 0, _MAX_LABEL, lengths=(0, _MAX_LABELS))
+    if len(order) != len(regions):
+        raise dataset.fail("regions_class_order", f"{len(order)} values for {len(regions)} regions")
+    for index, ((name, region), value) in enumerate(zip(regions.items(), order, strict=True)):
+        if value not in region:
+            problem = f"{value} for region {name!r} is none of its values {list(region)[:50]}"
+            raise dataset.fail("regions_class_order", problem)
+        if value in order[:index]:
+            raise dataset.fail("regions_class_order", f"{value} is given twice; each region needs a value of its own")
+    return order
 
 
 def _ignore_label(labels: Reader, declared: Mapping[str, tuple[int, ...]]) -> int | None:

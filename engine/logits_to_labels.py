@@ -195,7 +195,9 @@ class _Slabs:
             return self._logits[:, z, first : first + count].astype(np.float32)
         y = self._y
         low, high = y.low[first : first + count], y.high[first : first + count]
-        start, stop = int(low[0]), int(high[-1]) + 1
+        same = self._logits.shape[2] == len(y.low)
+        # The upper neighbour of a row that lies on a row of the logits counts for nothing and is not a row to return.
+        start, stop = int(low[0]), int(low[-1] if same else high[-1]) + 1
         block = self._blend(z, start, stop)
         heads, height, _ = block.shape
         if self._columns:
@@ -203,7 +205,7 @@ class _Slabs:
             for tile in self._columns:
                 np.matmul(block[:, :, tile.source], tile.matrix, out=wide[:, :, tile.to])
             block = wide
-        if self._logits.shape[2] == len(y.low):
+        if same:
             result = block
         else:
             part = LinearAxis(low - start, high - start, y.weight[first : first + count])

@@ -6,7 +6,7 @@ engine/bundle.py does the files around it.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
@@ -18,21 +18,13 @@ from engine.json_reader import Reader
 SCHEMA_VERSION = 1
 MANIFEST = "bundle.json"
 MAX_FILES = 1000
-_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
-
-
-_SEMVER = re.compile(r"(0|[1-9]\d{0,8})\.(0|[1-9]\d{0,8})\.(0|[1-9]\d{0,8})(-[0-9A-Za-z.-]{1,64})?")
-
-
+# What the registry and the routes take as well.
+_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+_SEMVER = re.compile(r"(0|[1-9][0-9]{0,5})(\.(0|[1-9][0-9]{0,5})){2}")
 _ORIENTATION = re.compile(r"[LR][PA][SI]|[LR][SI][PA]|[PA][LR][SI]|[PA][SI][LR]|[SI][LR][PA]|[SI][PA][LR]")
-
-
 _MAX_LABELS = 4096
 
-
 Laterality = Literal["left", "right"]
-
-
 SliceAxis = Literal["axial", "sagittal", "coronal"]
 
 
@@ -234,11 +226,40 @@ def read_manifest(reader: Reader, root: Path) -> Manifest:
 
 
 def check_identity(name: str, semver: str, *, error: type[Exception]) -> None:
-    """A bundle's name and version go into paths and UIDs; anything else raises `error`."""
+    """A bundle's name and version go into paths and UIDs, and a version into an order; anything else raises `error`."""
     if not _NAME.fullmatch(name):
-        raise error(f"name: {name[:80]!r} must be a-z, 0-9 and -, 1 to 64 characters, not starting with -")
+        raise error(f"name: {name[:80]!r} must be a-z, 0-9 and -, 1 to 63 characters, not starting with -")
+    check_semver(semver, error=error)
+
+
+def check_semver(semver: str, *, error: type[Exception]) -> None:
+    """A version is MAJOR.MINOR.PATCH; anything else raises `error`."""
     if not _SEMVER.fullmatch(semver):
-        raise error(f"semver: {semver[:80]!r} is no version like 1.2.3")
+        raise error(
+            f"semver: {semver[:80]!r} is not MAJOR.MINOR.PATCH, for example 1.0.0; "
+            "suffixes such as -rc.1 and numbers above 999999 are not taken"
+        )
+
+
+def check_pairs(labels: Sequence[LabelSpec], *, where: str, error: type[Exception]) -> None:
+    """Two labels of a pair name each other, and one is left and the other right; anything else raises `error`."""
+    by_name = {label.name: label for label in labels}
+    for label in labels:
+        if label.pair is None:
+            continue
+        other = by_name.get(label.pair)
+        if other is None or other is label:
+            raise error(f"{where}: labels: {label.name}: pair: {label.pair[:80]!r} is no other label of this model")
+        if other.pair != label.name:
+            named = "no pair" if other.pair is None else f"{other.pair!r} as its pair"
+            raise error(
+                f"{where}: labels: {label.name}: pair: {other.name!r} has {named}; both sides must name each other"
+            )
+        if {label.laterality, other.laterality} != {"left", "right"}:
+            sides = f"{label.laterality or 'none'}, and {other.laterality or 'none'} for its pair {other.name!r}"
+            raise error(
+                f"{where}: labels: {label.name}: laterality: {sides}; one side must be left and the other right"
+            )
 
 
 def read_code(entry: Reader) -> Code:

@@ -12,6 +12,7 @@ import numpy as np
 import psutil
 
 from engine.bundle import Bundle
+from engine.errors import MemoryExceeded
 from engine.manifest import BundleConfiguration
 from engine.plans import Configuration
 from engine.preprocessing import network_shape
@@ -35,7 +36,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryEstimate:
-    """`bytes` is the peak beyond what the caller's image takes; `parts` are what adds up to it, by name."""
+    """`bytes` is the peak beyond what is in memory of the image; `parts` are what adds up to it, by name."""
 
     bytes: int
     parts: Mapping[str, int]
@@ -74,8 +75,12 @@ def estimate_peak(
     *,
     configurations: Sequence[str] | None = None,
     folds: Collection[str] | None = None,
+    decoded: bool = True,
 ) -> MemoryEstimate:
-    """The peak of `Predictor.predict` for an image on `geometry`, taken as if nothing could be cropped away."""
+    """The peak of `Predictor.predict` for an image on `geometry`, taken as if nothing could be cropped away.
+
+    `decoded`: whether the image is in memory already; else its float32 voxels count as well.
+    """
     grid = reorientation(geometry, bundle.contract.orientation).target
     forward = bundle.plans.transpose_forward
     shape = tuple(grid.shape[axis] for axis in forward)
@@ -113,9 +118,24 @@ def estimate_peak(
     stages.append(("export", {"labels and probabilities": max(labelling, counting), "logits": kept}))
 
     _, largest = max(stages, key=lambda stage: sum(stage[1].values()))
-    copy = 0 if bundle.contract.orientation == "as-stored" else channels * voxels * _FLOAT32
-    parts = {_NETWORKS: networks, "image": copy, **largest}
+    image = channels * voxels * _FLOAT32
+    copies = (bundle.contract.orientation != "as-stored") + (not decoded)
+    parts = {_NETWORKS: networks, "image": copies * image, **largest}
     return MemoryEstimate(bytes=sum(parts.values()), parts=MappingProxyType(parts))
+
+
+def check_budget(estimate: MemoryEstimate, budget_bytes: int | None) -> None:
+    """Raises MemoryExceeded with the numbers where the estimate is above the budget (None: above what is free, the
+    networks being loaded already)."""
+    needed, budget = estimate.bytes, budget_bytes
+    if budget is None:
+        needed, budget = estimate.working_bytes, available_bytes()
+    if needed > budget:
+        parts = ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in estimate.parts.items() if size)
+        raise MemoryExceeded(
+            f"the prediction needs about {needed / 2**20:.0f} MiB and {budget / 2**20:.0f} MiB may be used ({parts}); "
+            "free memory, use a machine with more, or run fewer configurations"
+        )
 
 
 def available_bytes() -> int:

@@ -21,8 +21,8 @@ overrides any of them. docs/model-bundle.md describes the fields; a card has the
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -36,6 +36,7 @@ from engine.manifest import (
     Contract,
     LabelSpec,
     QualityThresholds,
+    check_pairs,
     read_code,
     read_colour,
     read_contract,
@@ -183,19 +184,18 @@ def _labels(
             raise ImportRefused(
                 f"card: labels: {name[:80]!r} is no label of this model; it has {', '.join(names[:20])}"
             )
-    paired = anatomy.pairs(names)
     specs = []
+    stated: dict[str, str | None] = {}
     for index, label in enumerate(label_manager.foreground):
         known = anatomy.describe(label.name, index=index, dataset_name=dataset_name)
         entry = Reader(card.labels.get(label.name, {}), where=f"card: labels: {label.name}", error=ImportRefused)
+        if "pair" in entry:
+            stated[label.name] = entry.text_or_none("pair")
         if not known.known and "type" not in entry:
             warnings.append(
                 f"label {label.name!r}: no code is known for this name; it is coded as "
                 f"{known.type.value} (SCT) {known.type.meaning}. Give `type` in a card."
             )
-        pair = entry.text_or_none("pair") if "pair" in entry else paired.get(label.name)
-        if pair is not None and (pair not in names or pair == label.name):
-            raise entry.fail("pair", f"{pair[:80]!r} is no other label of this model")
         specs.append(
             LabelSpec(
                 value=label.value,
@@ -204,11 +204,13 @@ def _labels(
                 category=read_code(entry.child("category")) if "category" in entry else known.category,
                 type=read_code(entry.child("type")) if "type" in entry else known.type,
                 laterality=read_laterality(entry, "laterality") if "laterality" in entry else known.laterality,
-                pair=pair,
+                pair=None,
                 colour=read_colour(entry, "colour") if "colour" in entry else known.colour,
                 volume_range_ml=read_volume_range(entry, "volume_range_ml"),
             )
         )
+    specs = _paired(specs, stated)
+    check_pairs(specs, where="card", error=ImportRefused)
     without = [spec.name for spec in specs if spec.volume_range_ml is None]
     if without:
         warnings.append(
@@ -216,6 +218,19 @@ def _labels(
             "implausible volumes will not be noticed. Give `volume_range_ml` in a card."
         )
     return tuple(specs)
+
+
+def _paired(specs: Sequence[LabelSpec], stated: Mapping[str, str | None]) -> list[LabelSpec]:
+    """The labels with their pairs: as the card states for either side, else by the names, where these differ in
+    nothing but the side and no statement concerns them."""
+    claimed = {other: name for name, other in stated.items() if other is not None}
+    sides = {spec.name: spec.laterality for spec in specs}
+    usual = {
+        name: other
+        for name, other in anatomy.pairs(list(sides)).items()
+        if not {name, other} & {*stated, *claimed} and {sides[name], sides[other]} == {"left", "right"}
+    }
+    return [replace(s, pair=stated.get(s.name, claimed.get(s.name, usual.get(s.name)))) for s in specs]
 
 
 def _contract(plans: Plans, channels: tuple[Channel, ...], card: ModelCard, warnings: list[str]) -> Contract:

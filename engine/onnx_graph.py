@@ -17,7 +17,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from engine.plans import Architecture
+from engine.architecture import Architecture
 
 OPSET = 17
 IR_VERSION = 8  # the oldest that goes with opset 17

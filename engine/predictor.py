@@ -15,16 +15,16 @@ from numpy.typing import NDArray
 
 from engine.backends import Backend, Device, OnnxBackend
 from engine.bundle import Bundle
-from engine.errors import BundleInvalid, InputRejected, MemoryExceeded
+from engine.errors import BundleInvalid, InputRejected
 from engine.logits_to_labels import NetworkLogits, check_rule, segment, to_half, winning_labels
 from engine.manifest import BundleConfiguration
-from engine.memory import MemoryEstimate, available_bytes, estimate_peak, run_order
+from engine.memory import check_budget, estimate_peak, run_order
 from engine.postprocessing import apply_postprocessing, read_postprocessing
 from engine.preprocessing import CroppedImage, crop_to_nonzero, network_shape, network_spacing_mm, preprocess
 from engine.segment_statistics import SegmentStatistics, mean_probabilities, measure_segments
 from engine.sliding_window import WindowGrid, mirror_combinations, predict_logits
 from engine.uncertainty import Agreement, MirrorAgreement, fold_agreements
-from engine.volume import LabelMap, Volume
+from engine.volume import Geometry, LabelMap, Volume
 
 FloatArray = NDArray[np.float32]
 Progress = Callable[[float], None]
@@ -104,6 +104,11 @@ class Predictor:
     ) -> None:
         self.close()
 
+    def check_memory(self, geometry: Geometry, *, budget_bytes: int | None = None) -> None:
+        """Raises MemoryExceeded where an image on `geometry` that is not in memory yet could not be predicted; meant to
+        be asked before the image is decoded. `budget_bytes`: as for `predict`, the image included."""
+        check_budget(estimate_peak(self._bundle, geometry, decoded=False), budget_bytes)
+
     def predict(
         self,
         volume: Volume,
@@ -141,7 +146,7 @@ class Predictor:
         if not members:
             raise BundleInvalid(f"{bundle.name}: no configuration was asked for")
         estimate = estimate_peak(bundle, volume.geometry, configurations=configurations, folds=folds)
-        _check_budget(estimate, budget_bytes)
+        check_budget(estimate, budget_bytes)
         clock = _Clock()
 
         with clock.stage("preprocess"):
@@ -318,19 +323,6 @@ class _Clock:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-
-def _check_budget(estimate: MemoryEstimate, budget_bytes: int | None) -> None:
-    needed, budget = estimate.bytes, budget_bytes
-    if budget is None:
-        # The networks are loaded already: they are no longer part of what is free.
-        needed, budget = estimate.working_bytes, available_bytes()
-    if needed > budget:
-        parts = ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in estimate.parts.items() if size)
-        raise MemoryExceeded(
-            f"the prediction needs about {needed / 2**20:.0f} MiB and {budget / 2**20:.0f} MiB may be used ({parts}); "
-            "free memory, use a machine with more, or run fewer configurations"
-        )
 
 
 def _uncropped(labels: NDArray[Any], cropped: CroppedImage) -> NDArray[Any]:

@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import structlog
 from pydicom.dataset import Dataset
@@ -15,6 +16,7 @@ from sqlalchemy.orm import Session
 
 from emr.authorization import Authorization, Basic, NoAuthorization, SmartBackendServices, StaticToken
 from emr.client import EmrClient, EmrEndpoint
+from emr.errors import CredentialsInvalid
 from emr.exchange import open_http
 from gateway import durable
 from gateway.delivery.destination import Destination
@@ -30,12 +32,13 @@ from gateway.intake.assembly import Assembly
 from gateway.intake.expected_count import ExpectedCounts
 from gateway.intake.header import read_header
 from gateway.intake.routes_file import RoutesFile
+from gateway.intake.routing_rules import RulesInvalid
 from gateway.model_shelf import ModelShelf
 from gateway.results.encoding import Encoding
 from gateway.results.inference import Inference
 from gateway.results.orders import Orders
 from gateway.results.rehearsal import rehearse
-from gateway.settings import FhirDestination, Settings, read_secret, secret
+from gateway.settings import FhirDestination, Settings, SettingsInvalid, read_secret, secret
 from gateway.state import open_database, open_registry, open_spool, software_version
 from gateway.steps import ResultWork, StudyWork
 from gateway.workflows import PROCESS_STUDY, Story, register_delivery_workflows, register_study_workflows
@@ -61,7 +64,7 @@ def run_worker(settings: Settings, *, stop: threading.Event, boundary: Boundary 
     encoding = Encoding(
         database=database, spool=spool, shelf=shelf, settings=settings, software_version=software_version()
     )
-    routes = RoutesFile(settings.routes_file, database)
+    routes = RoutesFile(settings.routes_file, database, serves=shelf.serves)
 
     # Objects never change: what assembly read for the slice gaps, routing need not read again.
     @lru_cache(maxsize=_HEADERS_KEPT)
@@ -98,6 +101,8 @@ def run_worker(settings: Settings, *, stop: threading.Event, boundary: Boundary 
         _log.info("models loaded", models=shelf.warm())
     except StorageError as error:
         _log.error("a model could not be loaded; studies for it will be parked", error=str(error))
+    with contextlib.suppress(RulesInvalid):  # alarmed already; without any good rules a study is parked
+        routes.current()
     rehearse()
     durable.launch(queues=[(STUDIES, 2), (INFERENCE, worker.concurrency)], poll_s=worker.poll_s)
     heartbeat.take_over()
@@ -218,27 +223,32 @@ def pacs_destinations(settings: Settings) -> Mapping[str, Destination]:
 
 
 def emr_clients(settings: Settings) -> Mapping[str, EmrClient]:
-    """A client per configured EMR, by name; raises SettingsInvalid when a secret cannot be read."""
-    return {
-        d.name: EmrClient(
-            EmrEndpoint(
-                base_url=d.url,
-                patient_identifier_system=d.patient_identifier_system,
-                authorization=_authorization(d),
-                accepted_issuers=frozenset(d.accepted_issuers),
-            ),
-            open_http(timeout_s=d.timeout_s, ca_file=d.ca_file),
-        )
-        for d in settings.destinations.fhir
-    }
+    """A client per configured EMR, by name; raises SettingsInvalid when a secret cannot be read or used."""
+    try:
+        return {d.name: _emr_client(d) for d in settings.destinations.fhir}
+    except CredentialsInvalid as error:
+        raise SettingsInvalid(str(error)) from error
+
+
+def _emr_client(destination: FhirDestination) -> EmrClient:
+    endpoint = EmrEndpoint(
+        base_url=destination.url,
+        patient_identifier_system=destination.patient_identifier_system,
+        authorization=_authorization(destination),
+        accepted_issuers=frozenset(destination.accepted_issuers),
+    )
+    return EmrClient(endpoint, open_http(timeout_s=destination.timeout_s, ca_file=destination.ca_file))
 
 
 def _authorization(destination: FhirDestination) -> Authorization:
     key = f"fhir {destination.name}"
     if destination.auth == "token":
-        return StaticToken(secret(file=destination.token_file, env=destination.token_env, key=key))
+        return StaticToken(
+            _read_again(partial(secret, file=destination.token_file, env=destination.token_env, key=key))
+        )
     if destination.auth == "basic" and destination.password_file is not None:
-        return Basic(destination.username, read_secret(destination.password_file, f"{key}: password_file"))
+        password = partial(read_secret, destination.password_file, f"{key}: password_file")
+        return Basic(destination.username, _read_again(password))
     if destination.auth == "smart" and destination.smart is not None:
         smart = destination.smart
         return SmartBackendServices(
@@ -250,6 +260,18 @@ def _authorization(destination: FhirDestination) -> Authorization:
             token_url=smart.token_url,
         )
     return NoAuthorization()
+
+
+def _read_again(read: Callable[[], str]) -> Callable[[], str]:
+    """`read` for the EMR side, which reads a refused secret again: a file that is just being replaced is waited for."""
+
+    def read_for_emr() -> str:
+        try:
+            return read()
+        except SettingsInvalid as error:
+            raise CredentialsInvalid(str(error)) from error
+
+    return read_for_emr
 
 
 def _heartbeat(settings: Settings, database: Database, *, role: str) -> Heartbeat:

@@ -122,10 +122,23 @@ def retry(
     config: Config = DEFAULT_CONFIG,
     as_json: Json = False,
 ) -> None:
-    """Put parked work back on its queue: routing, inference or delivery, from where it stopped."""
+    """Put parked work back on its queue, from where it stopped; route an unmatched study by the rules of today."""
     from gateway.commands import studies as command
 
     raise typer.Exit(command.retry(config, study, all_parked=all_parked, as_json=as_json))
+
+
+@app.command()
+def release(
+    study: Annotated[str, typer.Argument(help="Study Instance UID, or the beginning of it.")],
+    reason: Annotated[str, typer.Option(help="Why; kept in the ledger with your name: nothing about the patient.")],
+    config: Config = DEFAULT_CONFIG,
+    as_json: Json = False,
+) -> None:
+    """Take a study out of quarantine: what came first stays in use, what differs from it stays aside."""
+    from gateway.commands import studies as command
+
+    raise typer.Exit(command.release(config, study, reason=reason, as_json=as_json))
 
 
 @app.command()

@@ -37,7 +37,7 @@ _MEANING: tuple[tuple[type[BaseException], type[GatewayError]], ...] = (
     (engine.errors.ParityFailed, Permanent),
     (engine.errors.MemoryExceeded, Permanent),
     (engine.errors.BackendFailed, Transient),
-    (emr.errors.Unavailable, Transient),
+    (emr.errors.TryLater, Transient),
     (emr.errors.Refused, Permanent),
     (emr.errors.PatientNotResolved, Permanent),
     (gateway.intake.errors.IntakeRejected, Rejected),
@@ -63,3 +63,8 @@ def meaning(error: BaseException) -> type[GatewayError]:
         if isinstance(error, known):
             return verdict
     return Permanent
+
+
+def is_of_the_machine(error: BaseException) -> bool:
+    """Whether disk or database is what fails: all work waits until they are back, and none of it is parked for that."""
+    return isinstance(error, storage.errors.SpoolFull | storage.errors.SpoolUnsafe | storage.errors.DatabaseAway)

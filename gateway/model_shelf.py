@@ -11,8 +11,8 @@ from engine.backends import Device
 from engine.bundle import Bundle, load_bundle
 from engine.errors import EngineError
 from engine.predictor import Prediction, Predictor
-from engine.volume import Volume
-from storage.errors import ModelChanged, StorageError
+from engine.volume import Geometry, Volume
+from storage.errors import ModelChanged, ModelMissing, StorageError
 from storage.models import ModelRegistry, RegisteredModel
 
 _log = structlog.get_logger(__name__)
@@ -46,6 +46,14 @@ class ModelShelf:
             self._champions[name] = (time.monotonic(), model)
             return model
 
+    def serves(self, name: str) -> bool:
+        """Whether a version of the model serves now."""
+        try:
+            self.champion(name)
+        except ModelMissing:
+            return False
+        return True
+
     def version(self, name: str, semver: str) -> RegisteredModel:
         return self._registry.get(name, semver)
 
@@ -77,6 +85,10 @@ class ModelShelf:
                 self._predictors[(model.name, model.semver)] = predictor
                 self._turns[(model.name, model.semver)] = threading.Lock()
             return predictor
+
+    def check_memory(self, model: RegisteredModel, geometry: Geometry, *, budget_bytes: int | None) -> None:
+        """Raises MemoryExceeded, with the numbers, for an image on `geometry` that the model could not be run on."""
+        self.predictor(model).check_memory(geometry, budget_bytes=budget_bytes)
 
     def predict(self, model: RegisteredModel, volume: Volume, *, budget_bytes: int | None) -> Prediction:
         """Run a model; two studies for the same model take turns. Raises what the predictor raises."""

@@ -1,4 +1,7 @@
-"""`seggate retry`: parked work goes on from where it stopped, under a new workflow id (QUE-30)."""
+"""`seggate retry`: parked work goes on from where it stopped, under a new workflow id (QUE-30).
+
+A study that no rule wanted, or whose series no model took, is judged again by the rules and models of today.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from dataclasses import dataclass
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from gateway import quarantine, study_state
+from gateway import quarantine, study_state, superseding
 from gateway.durable import INFERENCE, STUDIES, URGENT, Enqueuer, delivery_queue, next_workflow_id
 from gateway.workflows import DELIVER, MAKE_RESULT, PROCESS_STUDY
 from storage import alarms, ledger
@@ -45,7 +48,7 @@ def parked_studies(database: Database) -> list[str]:
 def retry_study(database: Database, enqueuer: Enqueuer, study_instance_uid: str, *, actor: str) -> Retried:
     """Put everything parked of a study's newest version back on its queue; raises KeyError for an unknown study.
 
-    What a quarantine stopped goes on as well, once the study is released from it.
+    An unmatched study is routed again. What a quarantine stopped goes on as well, once the study is released from it.
     """
     with database.session() as session:
         study = session.get(Study, study_instance_uid)
@@ -57,10 +60,10 @@ def retry_study(database: Database, enqueuer: Enqueuer, study_instance_uid: str,
             )
         ).first()
         retried = Retried(study_instance_uid=study_instance_uid, routing=0, results=0, deliveries=0)
+        why = study.state_reason
         if version is not None and study.state != StudyState.QUARANTINED:
             results = list(session.scalars(select(Result).where(Result.version_id == version.version_id)))
-            # Ordered while their model could not be had: they have no identity and are ordered anew.
-            unmade = [r for r in results if r.state == ResultState.FAILED and not r.weights_digest]
+            unmade = [r for r in results if _to_be_ordered_anew(study, r)]
             results = [r for r in results if r not in unmade]
             retried = Retried(
                 study_instance_uid=study_instance_uid,
@@ -74,9 +77,15 @@ def retry_study(database: Database, enqueuer: Enqueuer, study_instance_uid: str,
             )
         if retried.anything:
             subject = ledger.study_subject(study_instance_uid)
-            detail = {"routing": retried.routing, "results": retried.results, "deliveries": retried.deliveries}
+            detail = {
+                "reason": why,
+                "routing": retried.routing,
+                "results": retried.results,
+                "deliveries": retried.deliveries,
+            }
             ledger.append(session, subject=subject, kind="retried", actor=actor, detail=detail)
             alarms.clear_alarms(session, kind="parked", subject=subject, by=actor)
+            superseding.clear_if_none_is_held(session, study_instance_uid, by=actor)
             if not retried.routing:
                 study_state.refresh(session, study_instance_uid)
         return retried
@@ -85,13 +94,27 @@ def retry_study(database: Database, enqueuer: Enqueuer, study_instance_uid: str,
 def _routing(
     session: Session, enqueuer: Enqueuer, study: Study, version: StudyVersion, unmade: Sequence[Result], *, results: int
 ) -> int:
-    """Routing and ordering once more, where nothing was ordered or not everything could be."""
-    if study.state != StudyState.FAILED or (results and not unmade):
+    """Routing and ordering once more, where nothing was ordered, not everything could be, or nothing was to run."""
+    failed = study.state == StudyState.FAILED and (unmade or not results)
+    if not failed and study.state != StudyState.UNMATCHED:
         return 0
     for result in unmade:
         session.delete(result)
-    version.workflow_id = next_workflow_id(version.workflow_id)
     study.state, study.state_reason = StudyState.WHOLE, None
+    route_again(session, enqueuer, version)
+    return 1
+
+
+def _to_be_ordered_anew(study: Study, result: Result) -> bool:
+    """Nothing was made of it: its model could not be had, or the contract of the model of that day excluded it."""
+    if study.state == StudyState.UNMATCHED:
+        return result.state == ResultState.NOT_RUN
+    return result.state == ResultState.FAILED and not result.weights_digest
+
+
+def route_again(session: Session, enqueuer: Enqueuer, version: StudyVersion) -> None:
+    """Put routing and ordering of a version back on their queue, ahead of routine work."""
+    version.workflow_id = next_workflow_id(version.workflow_id)
     enqueuer.enqueue(
         session,
         queue=STUDIES,
@@ -100,12 +123,31 @@ def _routing(
         argument=version.version_id,
         priority=URGENT,
     )
-    return 1
+
+
+def resume_stopped(session: Session, enqueuer: Enqueuer, version_id: str, *, actor: str) -> tuple[int, int]:
+    """Results and deliveries of a version that a quarantine stopped are back on their queues: how many of each.
+
+    What is parked or held for another reason stays as it is.
+    """
+    results = session.scalars(select(Result).where(Result.version_id == version_id)).all()
+    deliveries = session.scalars(select(Delivery).where(Delivery.result_id.in_([r.result_id for r in results]))).all()
+    return (
+        sum(_result(session, enqueuer, r) for r in results if _result_stopped(r)),
+        sum(_delivery(session, enqueuer, d, actor=actor) for d in deliveries if _delivery_stopped(d)),
+    )
+
+
+def _result_stopped(result: Result) -> bool:
+    return result.state == ResultState.HELD and quarantine.stopped(result.state_reason)
+
+
+def _delivery_stopped(delivery: Delivery) -> bool:
+    return delivery.state == DeliveryState.WITHHELD and quarantine.stopped(delivery.state_reason)
 
 
 def _result(session: Session, enqueuer: Enqueuer, result: Result) -> int:
-    stopped = result.state == ResultState.HELD and quarantine.stopped(result.state_reason)
-    if result.state != ResultState.FAILED and not stopped:
+    if result.state != ResultState.FAILED and not _result_stopped(result):
         return 0
     result.state, result.state_reason, result.finished_at, result.attempts = ResultState.PENDING, None, None, 0
     result.workflow_id = next_workflow_id(result.workflow_id)
@@ -121,8 +163,7 @@ def _result(session: Session, enqueuer: Enqueuer, result: Result) -> int:
 
 
 def _delivery(session: Session, enqueuer: Enqueuer, delivery: Delivery, *, actor: str) -> int:
-    stopped = delivery.state == DeliveryState.WITHHELD and quarantine.stopped(delivery.state_reason)
-    if delivery.state != DeliveryState.PARKED and not stopped:
+    if delivery.state != DeliveryState.PARKED and not _delivery_stopped(delivery):
         return 0
     now = utc_now()
     delivery.state, delivery.state_reason = DeliveryState.QUEUED, None

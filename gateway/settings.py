@@ -135,11 +135,26 @@ class WebSettings(Section):
         return self
 
 
+# The checks that gateway/results/quality.py makes; docs/quality.md describes each.
+QualityCheck = Literal[
+    "empty",
+    "volume",
+    "border",
+    "components",
+    "laterality",
+    "pair",
+    "confidence",
+    "fold-agreement",
+    "mirror-agreement",
+    "source",
+]
+
+
 class QualitySettings(Section):
-    """[quality]: what happens on a hold."""
+    """[quality]: what happens on a hold, and which checks are not made."""
 
     notice_on_hold: bool = False  # send an SR without measurements: "result held for review"
-    disabled_checks: tuple[str, ...] = ()
+    disabled_checks: tuple[QualityCheck, ...] = ()
 
 
 class SchedulerSettings(Section):

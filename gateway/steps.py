@@ -12,7 +12,7 @@ from gateway.model_shelf import ModelShelf
 from gateway.results.encoding import Encoding
 from gateway.results.inference import Inference
 from gateway.results.orders import Orders
-from gateway.results.quality import judge
+from gateway.results.quality import judge, source_doubts
 from storage import ledger
 from storage.database import Database
 from storage.records import Result, StudyVersion
@@ -78,10 +78,18 @@ class ResultWork:
             result = session.get_one(Result, result_id)
             if result.verdict is not None:
                 return result.verdict
+            version, runtime = session.get_one(StudyVersion, result.version_id), result.runtime or {}
+            doubts = source_doubts(
+                version.rule,
+                version.evidence,
+                series_instance_uid=result.series_instance_uid,
+                missing_slices=runtime.get("missing_slices", 0),
+            )
             verdict, checks = judge(
                 result.measurements or [],
-                mean_confidence=(result.runtime or {}).get("mean_confidence"),
+                mean_confidence=runtime.get("mean_confidence"),
                 bundle=bundle,
+                doubts=doubts,
                 disabled=self._disabled_checks,
             )
             result.verdict, result.checks = str(verdict), [c.to_json() for c in checks]

@@ -14,9 +14,10 @@ from sqlalchemy import exists, select
 from sqlalchemy.orm import Session
 
 from storage import ledger
-from storage.alarms import raise_alarm
+from storage.alarms import clear_alarms, raise_alarm
 from storage.records import Delivery, DeliveryState, Result, ResultState, StudyVersion, utc_now
 
+ALARM_HELD = "result-held"
 ALARM_WITHOUT_REPLACEMENT = "result-superseded-without-replacement"
 
 
@@ -71,6 +72,16 @@ def no_longer_wanted(session: Session, version: StudyVersion) -> None:
     _without_replacement(session, gone, "no rule sends the series to the model")
 
 
+def clear_if_none_is_held(session: Session, study_instance_uid: str, *, by: str) -> None:
+    """The alarm `result-held` goes with the last held result of the study, whatever became of it."""
+    session.flush()
+    held = select(Result.result_id).where(
+        Result.study_instance_uid == study_instance_uid, Result.state == ResultState.HELD
+    )
+    if session.scalars(held.limit(1)).first() is None:
+        clear_alarms(session, kind=ALARM_HELD, subject=ledger.study_subject(study_instance_uid), by=by)
+
+
 def _older(session: Session, version: StudyVersion) -> Sequence[Result]:
     return session.scalars(
         select(Result)
@@ -115,6 +126,7 @@ def _without_replacement(session: Session, older: Sequence[Result], reason: str)
 
 def _supersede(session: Session, old: Result, reason: str, *, by: str | None) -> None:
     """What of the old result is still waiting to be sent is withheld."""
+    was_held = old.state == ResultState.HELD
     old.state, old.state_reason = ResultState.SUPERSEDED, reason
     waiting = session.scalars(
         select(Delivery).where(Delivery.result_id == old.result_id, Delivery.state == DeliveryState.QUEUED)
@@ -134,3 +146,5 @@ def _supersede(session: Session, old: Result, reason: str, *, by: str | None) ->
             "withheld": [delivery.destination for delivery in waiting],
         },
     )
+    if was_held:
+        clear_if_none_is_held(session, old.study_instance_uid, by="worker")

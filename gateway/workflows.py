@@ -25,7 +25,7 @@ import structlog
 from dbos import DBOS
 
 from gateway import durable
-from gateway.errors import Transient, meaning
+from gateway.errors import Transient, is_of_the_machine, meaning
 
 PROCESS_STUDY, MAKE_RESULT, DELIVER = "process_study", "make_result", "deliver"
 
@@ -106,14 +106,16 @@ class Story:
     def _do(self, name: str, function: Callable[..., Any], *args: str, patient: bool = False) -> Any:
         """One step: Transient failures are waited for and tried again, everything else parks the work.
 
-        `patient`: a Transient failure never parks. A delivery has its own end of patience (give_up_after_s), and what
-        cannot be parked would be lost to the operator.
+        A disk that is full or a database that is away is waited for however long. `patient`: so is any Transient
+        failure. A delivery has its own end of patience (give_up_after_s), and what cannot be parked would be lost to
+        the operator.
         """
         for attempt in count(1):
             outcome = self.step(name, self._guarded, name, function, *args)
             if outcome["ok"]:
                 return outcome["value"]
-            if not outcome["transient"] or (attempt >= self.attempts and not patient):
+            waits = patient or outcome.get("of_the_machine", False)
+            if not outcome["transient"] or (attempt >= self.attempts and not waits):
                 break
             self.wait(min(2.0 ** min(attempt, 6), 60.0))
         raise Parked(name, outcome["reason"])
@@ -127,7 +129,8 @@ class Story:
             kind = meaning(error)
             reason = f"{kind.__name__}: {error}" if str(error) else f"{kind.__name__}: {type(error).__name__}"
             _log.warning("step failed", step=name, subject=args[0], error=type(error).__name__, exc_info=True)
-            return {"ok": False, "transient": kind is Transient, "reason": reason}
+            machine = is_of_the_machine(error)
+            return {"ok": False, "transient": kind is Transient, "of_the_machine": machine, "reason": reason}
         self.boundary(f"{name}:end")
         return {"ok": True, "value": value}
 

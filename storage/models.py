@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 CHAMPION, CANDIDATE, SHADOW, PREVIOUS = "champion", "candidate", "shadow", "previous"
-_SEMVER = re.compile(r"^(0|[1-9]\d{0,5})\.(0|[1-9]\d{0,5})\.(0|[1-9]\d{0,5})$")
-_NAME = re.compile(r"^[a-z0-9][a-z0-9-]{0,62}$")
+_SEMVER = re.compile(r"(0|[1-9][0-9]{0,5})(\.(0|[1-9][0-9]{0,5})){2}")
+_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +74,9 @@ class ModelRegistry:
         Registering the same name, version and digests again is free. Raises ModelChanged when the version exists
         with other weights or configuration (a version never changes), ValueError on a malformed name or version.
         """
-        if not _NAME.match(name):
+        if not _NAME.fullmatch(name):
             raise ValueError(f"model name {name!r}: use a-z, 0-9 and '-', at most 63 characters")
-        if not _SEMVER.match(semver):
+        if not _SEMVER.fullmatch(semver):
             raise ValueError(f"version {semver!r}: use MAJOR.MINOR.PATCH, for example 1.0.0")
         existing = next((m for m in self.versions(name) if m.semver == semver), None)
         if existing is not None:
@@ -133,7 +133,7 @@ class ModelRegistry:
 
     def versions(self, name: str) -> Sequence[RegisteredModel]:
         """All versions of one model, oldest first."""
-        if not _NAME.match(name):
+        if not _NAME.fullmatch(name):
             return ()
         client = self._mlflow()
         from mlflow.exceptions import MlflowException

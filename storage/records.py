@@ -295,6 +295,7 @@ class DestinationState(Record):
 
     __tablename__ = "destination_states"
     name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    address: Mapped[str | None] = mapped_column(String(64))  # SHA-256 of kind and address that the rest is true of
     circuit: Mapped[str] = mapped_column(String(8), default="closed")  # closed = in use, open = down
     since: Mapped[datetime]
     failures: Mapped[int] = mapped_column(Integer, default=0)

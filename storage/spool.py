@@ -81,10 +81,11 @@ class Spool:
         self._clock = threading.Lock()
 
     def prepare(self) -> None:
-        """Make the folders. Raises SpoolUnsafe."""
+        """Make the folders, every new level synced in its parent: an acknowledged object is no safer than the folder
+        that it lies in. Raises SpoolUnsafe."""
         try:
             for name in _FOLDERS:
-                (self.root / name).mkdir(parents=True, exist_ok=True)
+                self._make_folders(self.root / name)
             _sync_folder(self.root)
         except OSError as error:
             raise _unsafe(error, self.root) from error
@@ -231,6 +232,13 @@ class Spool:
                 return candidate
         raise ObjectMissing(f"{spool_path} is in the index but not in the spool")
 
+    def unchanged(self, spool_path: str, digest: str) -> Path:
+        """The file behind a row's path, which has the SHA-256 of the row. Raises ObjectMissing, ObjectChanged."""
+        path = self.resolve(spool_path)
+        if _file_digest(path) != digest:
+            raise ObjectChanged(f"{path} was altered or truncated on disk; restore it from a backup of the spool")
+        return path
+
     def read_evidence(self, path: Path) -> ObjectEvidence:
         """What the file meta information says about how the object came here. Raises ObjectMissing, ValueError."""
         with _opened(path) as file:
@@ -262,6 +270,15 @@ class Spool:
 
     def has_space(self) -> bool:
         return self.free_bytes() >= self.reserve_bytes
+
+    def check_room(self, size_bytes: int) -> None:
+        """Raises SpoolFull where a result of this size would not fit (it may use the reserve), SpoolUnsafe."""
+        free = self.free_bytes()
+        if free < size_bytes:
+            raise SpoolFull(
+                f"{self.root} has {free >> 20} MB free, a result may take {size_bytes >> 20} MB; remove delivered "
+                "studies or enlarge the disk"
+            )
 
     def sweep_tmp(self) -> int:
         """Remove partial writes of processes that are gone; returns how many. Raises SpoolUnsafe."""

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from storage.database import Database
 from tests.support import peers
+from tests.support.databases import KINDS, new_database_url
+from tests.support.postgresql import postgresql
 
-_KEPT = {"SEGGATE_REQUIRE_PEERS", "SEGGATE_SHARED", "SEGGATE_TEST_DATABASE_URL"}
+_KEPT = {"SEGGATE_REQUIRE_PEERS", "SEGGATE_SHARED"}
 
 
 @pytest.fixture(autouse=True)
@@ -39,3 +43,19 @@ def shared_data() -> Path:
 @pytest.fixture
 def shared_root() -> Path:
     return peers.shared_root()
+
+
+@pytest.fixture(scope="session")
+def postgresql_server() -> Iterator[str]:
+    """The URL of a PostgreSQL server that all tests of this run share; each makes a database of its own on it."""
+    with postgresql() as url:
+        yield url
+
+
+@pytest.fixture(params=KINDS)
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
+    """A new database with all tables: the test runs on SQLite and on PostgreSQL."""
+    found = Database(new_database_url(request, tmp_path))
+    found.create_all()
+    yield found
+    found.close()

@@ -22,7 +22,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from emr.errors import CredentialsInvalid, Refused
+from emr.errors import CredentialsInvalid, EmrError, Misconfigured
 from emr.exchange import Answer, exchange
 
 _ASSERTION_TYPE = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
@@ -34,7 +34,7 @@ class Authorization(Protocol):
     """What EmrClient asks of any of the classes below."""
 
     def headers(self, http: httpx.Client) -> dict[str, str]:
-        """Header fields for the next request; may fetch a token. Raises Unavailable, Refused or CredentialsInvalid."""
+        """Header fields for the next request; may fetch a token. Raises Unavailable or Misconfigured."""
 
     def renew(self, rejected: dict[str, str]) -> bool:
         """After 401 to `rejected` headers: True if the next `headers` can differ, so that one more try makes sense."""
@@ -57,38 +57,54 @@ class NoAuthorization:
 
 
 class StaticToken:
-    """A bearer token that an administrator issued (RFC 6750)."""
+    """A bearer token that an administrator issued (RFC 6750).
+
+    `read` gives the token; it is called again after HTTP 401, so that a renewed one needs no restart. What it raises
+    passes.
+    """
 
     secret = True
 
-    def __init__(self, token: str) -> None:
-        if not re.fullmatch(r"[\x21-\x7e]+", token):
-            raise CredentialsInvalid("the token is empty or holds blanks or non-ASCII characters")
-        self._headers = {"Authorization": f"Bearer {token}"}
+    def __init__(self, read: Callable[[], str]) -> None:
+        self._read = read
+        self._headers = self._read_headers()
 
     def headers(self, http: httpx.Client) -> dict[str, str]:
         return dict(self._headers)
 
     def renew(self, rejected: dict[str, str]) -> bool:
-        return False
+        self._headers = self._read_headers()
+        return self._headers != rejected
+
+    def _read_headers(self) -> dict[str, str]:
+        token = self._read()
+        if not re.fullmatch(r"[\x21-\x7e]+", token):
+            raise CredentialsInvalid("the token is empty or holds blanks or non-ASCII characters")
+        return {"Authorization": f"Bearer {token}"}
 
 
 class Basic:
-    """User name and password (RFC 7617), encoded as UTF-8."""
+    """User name and password (RFC 7617), encoded as UTF-8. `read` gives the password, as for StaticToken."""
 
     secret = True
 
-    def __init__(self, username: str, password: str) -> None:
+    def __init__(self, username: str, read: Callable[[], str]) -> None:
         if not username or ":" in username:
             raise CredentialsInvalid("the user name is empty or holds a colon (RFC 7617)")
-        pair = base64.b64encode(f"{username}:{password}".encode()).decode("ascii")
-        self._headers = {"Authorization": f"Basic {pair}"}
+        self._username = username
+        self._read = read
+        self._headers = self._read_headers()
 
     def headers(self, http: httpx.Client) -> dict[str, str]:
         return dict(self._headers)
 
     def renew(self, rejected: dict[str, str]) -> bool:
-        return False
+        self._headers = self._read_headers()
+        return self._headers != rejected
+
+    def _read_headers(self) -> dict[str, str]:
+        pair = base64.b64encode(f"{self._username}:{self._read()}".encode()).decode("ascii")
+        return {"Authorization": f"Basic {pair}"}
 
 
 class SmartBackendServices:
@@ -118,6 +134,7 @@ class SmartBackendServices:
         self._key_id = key_id
         self._scope = scope
         self._token_url = token_url
+        self._discovered_url = ""
         self._clock = clock
         self._lock = threading.Lock()
         self._token = ""
@@ -151,7 +168,13 @@ class SmartBackendServices:
         return jwt.encode(claims, self._key, algorithm=self._algorithm, headers={"kid": self._key_id})
 
     def _fetch(self, http: httpx.Client) -> None:
-        endpoint = self._endpoint(http)
+        try:
+            self._exchange_assertion(http, self._endpoint(http))
+        except EmrError:
+            self._discovered_url = ""  # it may have moved
+            raise
+
+    def _exchange_assertion(self, http: httpx.Client, endpoint: str) -> None:
         answer = exchange(
             http,
             "POST",
@@ -166,37 +189,44 @@ class SmartBackendServices:
             },
         )
         if answer.status != 200:
-            raise Refused(f"SMART token: HTTP {answer.status}, {_oauth_error(answer)}")
+            raise Misconfigured(
+                f"SMART token: HTTP {answer.status}, {_oauth_error(answer)}; check client_id, key_id, scope and the "
+                "public key that is registered at the EMR"
+            )
         body = answer.json_object("SMART token")
         token, lifetime = body.get("access_token"), body.get("expires_in", 300)
         if not isinstance(token, str) or not re.fullmatch(r"[\x21-\x7e]+", token):
-            raise Refused("SMART token: the answer holds no access_token")
+            raise Misconfigured("SMART token: the answer holds no access_token")
         if str(body.get("token_type", "bearer")).lower() != "bearer":
-            raise Refused("SMART token: token_type is not bearer")
+            raise Misconfigured("SMART token: token_type is not bearer")
         if isinstance(lifetime, bool) or not isinstance(lifetime, int | float) or not lifetime > 0:
             lifetime = 300
         self._token = token
         self._usable_until = self._clock() + lifetime - min(60.0, lifetime / 5)
 
     def _endpoint(self, http: httpx.Client) -> str:
-        if self._token_url:
-            return self._token_url
+        known = self._token_url or self._discovered_url
+        if known:
+            return known
         what = "SMART configuration"
         url = f"{self._base_url}/.well-known/smart-configuration"
         answer = exchange(http, "GET", url, what=what, headers={"Accept": "application/json"})
         if answer.status != 200:
-            raise Refused(f"{what}: HTTP {answer.status}; set smart.token_url")
+            raise Misconfigured(f"{what}: HTTP {answer.status}; set smart.token_url")
         endpoint = answer.json_object(what).get("token_endpoint")
         if not isinstance(endpoint, str):
-            raise Refused(f"{what}: no token_endpoint; set smart.token_url")
+            raise Misconfigured(f"{what}: no token_endpoint; set smart.token_url")
         require_encryption(endpoint, f"{what}: token_endpoint")
-        self._token_url = endpoint
+        self._discovered_url = endpoint
         return endpoint
 
 
 def require_encryption(url: str, what: str) -> None:
     """Raises CredentialsInvalid unless `url` is https, or http to this very machine."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise CredentialsInvalid(f"{what}: not a valid URL") from error
     if parts.scheme == "https" or (parts.scheme == "http" and parts.hostname in _LOOPBACK):
         return
     raise CredentialsInvalid(f"{what}: credentials travel over https only (http is for loopback)")

@@ -17,7 +17,8 @@ class Capability:
     fhir_version: str | None = None
     software: str | None = None
     transaction: bool | None = None
-    # Resource type to the interactions it states ("create", "search-type", ...); None = no list at all.
+    # Resource type to the interactions it states ("create", "search-type", ...), empty = listed without any;
+    # None = no list at all.
     interactions: Mapping[str, frozenset[str]] | None = None
     conditional_create: frozenset[str] = field(default_factory=frozenset)  # types that state it
 
@@ -26,10 +27,11 @@ class Capability:
         return self.fhir_version is None or self.fhir_version.startswith(_VERSIONS)
 
     def can_create(self, resource_type: str) -> bool:
-        """False only where the server lists its resources and this one cannot be created."""
+        """False only where the server lists its resources and this one is not among them or cannot be created."""
         if self.interactions is None:
             return True
-        return "create" in self.interactions.get(resource_type, frozenset())
+        stated = self.interactions.get(resource_type)
+        return stated is not None and (not stated or "create" in stated)
 
     @property
     def takes_report(self) -> bool:
@@ -45,16 +47,15 @@ def capability_from(statement: Mapping[str, Any]) -> Capability:
     listed = _mappings(server.get("resource"))
     modes = {str(i.get("code")) for i in _mappings(server.get("interaction"))}
     transaction: bool | None = "transaction" in modes if modes else None
-    interactions: dict[str, frozenset[str]] = {}
-    for resource in listed:
-        stated = frozenset(str(i.get("code")) for i in _mappings(resource.get("interaction")))
-        if stated:
-            interactions[str(resource.get("type"))] = stated
+    interactions = {
+        str(resource.get("type")): frozenset(str(i.get("code")) for i in _mappings(resource.get("interaction")))
+        for resource in listed
+    }
     return Capability(
         fhir_version=version if isinstance(version, str) else None,
         software=software if isinstance(software, str) else None,
         transaction=transaction,
-        interactions=interactions or None,
+        interactions=interactions if any(interactions.values()) else None,
         conditional_create=frozenset(str(r.get("type")) for r in listed if r.get("conditionalCreate") is True),
     )
 

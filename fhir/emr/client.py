@@ -2,6 +2,8 @@
 
 Capability, Patient search, transaction; where the server refuses the transaction, one DocumentReference. No patient
 identifier, name or accession number enters a URL or a message: the Patient is searched by POST with a form body.
+
+Only what a server says against the content is a refusal. Every other status is a matter of how the two are set up.
 """
 
 from __future__ import annotations
@@ -9,8 +11,8 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -21,15 +23,30 @@ from emr.authorization import Authorization, NoAuthorization, require_encryption
 from emr.capability import Capability, capability_from
 from emr.content import ReportContent
 from emr.document_sink import build_document, document_identifier
-from emr.errors import CredentialsInvalid, PatientNotResolved, Refused, Unavailable
+from emr.errors import CredentialsInvalid, EmrError, Misconfigured, PatientNotResolved, Refused, TryLater, Unavailable
 from emr.exchange import Answer, exchange
-from emr.outcome import issue_codes, refused_for_size, summary
+from emr.outcome import about_content, issue_codes, refused_for_size, summary
 from emr.parts import PART_ENTRIES, parts, resolved
 from emr.receipt import ReceiptEntry, ReportReceipt, receipt_entries
 from emr.report import build_bundle, search_token
 from emr.searchset import ID, escaped, has_identifier, literal_reference, matches, single_patient
 
 _FHIR_JSON = "application/fhir+json"
+_ADDRESS = "not offered at this address; check the base URL with the EMR's administrator"
+_FORMAT = "FHIR as JSON is not taken here; check the base URL with the EMR's administrator"
+_TO_DO = {
+    401: "the credentials are not accepted; renew them here, or have the EMR's administrator accept them",
+    403: "the credentials do not allow this; the EMR's administrator must grant it",
+    404: _ADDRESS,
+    405: _ADDRESS,
+    406: _FORMAT,
+    410: _ADDRESS,
+    412: "several resources have one identifier of ours; the EMR's administrator must remove the doubles",
+    413: "larger than the server allows; the EMR's administrator must raise the limit",
+    415: _FORMAT,
+    501: _ADDRESS,
+}
+_STRICT = {"Prefer": "handling=strict"}  # an unknown search parameter is an error, not ignored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +62,11 @@ class EmrEndpoint:
     accepted_issuers: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.base_url)
+        try:
+            parts = urlsplit(self.base_url)
+            _ = parts.port  # raises where it is no number
+        except ValueError as error:
+            raise CredentialsInvalid("the EMR's base URL is not a valid URL") from error
         if parts.scheme not in {"http", "https"} or not parts.hostname or parts.query or parts.fragment:
             raise CredentialsInvalid("the EMR's base URL must be http(s)://host/path without query and fragment")
         if parts.username or parts.password:
@@ -57,7 +78,7 @@ class EmrEndpoint:
 class EmrClient:
     """Thread-safe. `http` comes from `emr.exchange.open_http` (TLS, time-outs, no redirects); its owner closes it.
 
-    Methods raise Unavailable (try again), Refused, PatientNotResolved, ReportInvalid or CredentialsInvalid.
+    Methods raise Unavailable or Misconfigured (try again), Refused, PatientNotResolved or ReportInvalid.
     """
 
     def __init__(self, endpoint: EmrEndpoint, http: httpx.Client) -> None:
@@ -68,11 +89,14 @@ class EmrClient:
         self._lock = threading.Lock()
 
     def capability(self) -> Capability:
-        """The server's CapabilityStatement, read once. A server without one is taken as saying nothing."""
+        """The server's CapabilityStatement. A server without one is taken as saying nothing.
+
+        One that was read is kept until the server refuses something; one that was not is asked for again.
+        """
         with self._lock:
             if self._capability is None:
                 self._capability = self._read_capability()
-            return self._capability
+            return self._capability or Capability()
 
     def close(self) -> None:
         """Close the connections of `http`, for callers that were handed the client alone."""
@@ -95,27 +119,56 @@ class EmrClient:
             "POST",
             f"{self._base}/Patient/_search",
             what=what,
-            headers={"Prefer": "handling=strict"},
+            headers=_STRICT,
             form={"identifier": f"{escaped(system)}|{escaped(patient_id)}", "_count": "2"},
         )
+        if answer.status in {400, 422}:
+            # It may be this one identifier that the server cannot search for.
+            words = f"{what}: HTTP {answer.status}: {summary(answer, [patient_id])}"
+            raise Misconfigured(f"{words}; the server must take searches by POST with identifier", whole=False)
         if answer.status != 200:
-            hint = "; the server must take searches by POST" if answer.status in {404, 405, 501} else ""
-            raise Refused(f"{what}: HTTP {answer.status}{hint}: {summary(answer, [patient_id])}")
-        return single_patient(answer.json_object(what), system, patient_id)
+            raise _misconfigured(answer, f"{what} by POST", [patient_id])
+        return single_patient(_searchset(answer, what), system, patient_id)
 
     def send(self, content: ReportContent) -> ReportReceipt:
         """Bring the report to the EMR; sending the same content again creates nothing and returns the same id."""
-        capability = self.capability()
-        if not capability.version_fits:
-            raise Refused(f"the server speaks FHIR {str(capability.fhir_version)[:16]}; R4 (4.0.1) or R4B is needed")
-        patient = self.find_patient(content.patient_id, content.issuer_of_patient_id)
+        try:
+            capability = self.capability()
+            if not capability.version_fits:
+                spoken = str(capability.fhir_version)[:16]
+                raise Misconfigured(
+                    f"the server speaks FHIR {spoken}; configure the base URL of its R4 (4.0.1) interface"
+                )
+            patient = self.find_patient(content.patient_id, content.issuer_of_patient_id)
+            try:
+                return self._bring(content, patient, capability)
+            except TryLater as error:
+                raise type(error)(str(error), whole=False) from error
+        except Misconfigured:
+            self._forget_capability()  # it may be mended by now, and says so in its statement
+            raise
+
+    def _bring(self, content: ReportContent, patient: str, capability: Capability) -> ReportReceipt:
+        """By transaction, else as one document."""
+        refusal = ""
         if capability.takes_report:
-            receipt = self._send_transaction(content, patient, capability)
-            if receipt is not None:
-                return receipt
+            try:
+                receipt = self._send_transaction(content, patient, capability)
+            except Refused as error:
+                if not capability.can_create("DocumentReference"):
+                    raise
+                refusal = str(error)
+            else:
+                if receipt is not None:
+                    return receipt
         if not capability.can_create("DocumentReference"):
-            raise Refused("the server takes neither the transaction nor a DocumentReference")
-        return self._send_document(content, patient, capability)
+            raise Misconfigured(
+                "the server takes neither the transaction nor a DocumentReference; its administrator must allow one"
+            )
+        try:
+            return replace(self._send_document(content, patient, capability), refusal=refusal)
+        except Refused as error:
+            raise Refused("; ".join(filter(None, (refusal, str(error))))) from error
 
     def verify(self, report_id: str, result_id: str) -> bool:
         """Read the report back: True if it is there and carries an identifier of this result."""
@@ -126,23 +179,27 @@ class EmrClient:
         if answer.status in {404, 410}:
             return False
         if answer.status != 200:
-            raise Refused(f"{what}: HTTP {answer.status}: {summary(answer)}")
+            raise _misconfigured(answer, what)
         resource = answer.json_object(what)
         wanted = {result_id, f"{result_id}.document"}
         same_type = resource.get("resourceType") == report_id.partition("/")[0]
         return same_type and any(has_identifier(resource, codes.IDENTIFIER_SYSTEM, value) for value in wanted)
 
-    def _read_capability(self) -> Capability:
+    def _read_capability(self) -> Capability | None:
         what = "CapabilityStatement"
         answer = self._request("GET", f"{self._base}/metadata", what=what)
         if answer.status in {401, 403}:
-            raise Refused(f"{what}: HTTP {answer.status}: check the credentials")
+            raise _misconfigured(answer, what)
         if answer.status != 200:
-            return Capability()
+            return None
         statement = answer.json_object(what)
         if statement.get("resourceType") != "CapabilityStatement":
-            raise Refused(f"{what}: the answer of /metadata is none; is the base URL that of a FHIR server?")
+            raise Misconfigured(f"{what}: the answer of /metadata is none; is the base URL that of a FHIR server?")
         return capability_from(statement)
+
+    def _forget_capability(self) -> None:
+        with self._lock:
+            self._capability = None
 
     def _send_transaction(self, content: ReportContent, patient: str, capability: Capability) -> ReportReceipt | None:
         """None if the server refuses transactions as such."""
@@ -160,7 +217,7 @@ class EmrClient:
         if answer.status in {200, 201}:
             entries = receipt_entries(answer.json_object("transaction"), requests)
             return self._receipt(entries, content, "transaction")
-        if answer.status in {404, 405, 501} or (answer.status in {400, 422} and "not-supported" in issue_codes(answer)):
+        if _refuses_transactions(answer, capability):
             return None
         if len(requests) > PART_ENTRIES and (answer.status == 413 or refused_for_size(answer)):
             return self._receipt(self._send_parts(bundle["entry"], content, capability), content, "parted-transaction")
@@ -213,7 +270,7 @@ class EmrClient:
         report = next(entry for entry in entries if entry.resource_type == "DiagnosticReport")
         report_id = report.reference or self._find_own("DiagnosticReport", content.result_id)
         if report_id is None:
-            raise Refused("transaction: accepted, but the report is not found at the server afterwards")
+            raise Unavailable("transaction: accepted, but the report is not found at the server yet")
         return ReportReceipt(report_id=report_id, entries=entries, created=report.created, how=how)
 
     def _send_document(self, content: ReportContent, patient: str, capability: Capability) -> ReportReceipt:
@@ -236,7 +293,7 @@ class EmrClient:
             created = answer.status == 201
             reference = literal_reference(answer.headers.get("location"), what) or self._find_own(what, own)
         if reference is None:
-            raise Refused("DocumentReference: accepted, but not found at the server afterwards")
+            raise Unavailable("DocumentReference: accepted, but not found at the server yet")
         entry = ReceiptEntry(resource_type=what, reference=reference, created=created)
         return ReportReceipt(report_id=reference, entries=(entry,), created=created, how="document-reference")
 
@@ -251,10 +308,11 @@ class EmrClient:
     def _find_own(self, resource_type: str, value: str) -> str | None:
         """Literal reference of the resource with this identifier of ours (a digest, no patient data)."""
         what = f"{resource_type} search"
-        answer = self._request("GET", f"{self._base}/{resource_type}?{search_token(value)}&_count=1", what=what)
+        url = f"{self._base}/{resource_type}?{search_token(value)}&_count=1"
+        answer = self._request("GET", url, what=what, headers=_STRICT)
         if answer.status != 200:
-            raise Refused(f"{what}: HTTP {answer.status}: {summary(answer)}")
-        for resource in matches(answer.json_object(what), resource_type):
+            raise _misconfigured(answer, what)
+        for resource in matches(_searchset(answer, what), resource_type):
             if has_identifier(resource, codes.IDENTIFIER_SYSTEM, value):
                 return literal_reference(f"{resource_type}/{resource.get('id')}", resource_type)
         return None
@@ -269,7 +327,10 @@ class EmrClient:
         content: bytes | None = None,
         form: Mapping[str, str] | None = None,
     ) -> Answer:
-        """One exchange with credentials; after 401 once more with renewed ones. 409 and 423 pass: Unavailable."""
+        """One exchange with credentials; after 401 once more with renewed ones.
+
+        Raises Unavailable for what passes: 409, 423, and 2xx without a result (accepted for later).
+        """
         fields = {"Accept": _FHIR_JSON, **(headers or {})}
         if content is not None:
             fields["Content-Type"] = _FHIR_JSON
@@ -283,10 +344,31 @@ class EmrClient:
             answer = exchange(
                 self._http, method, url, what=what, headers={**fields, **credentials}, content=content, form=form
             )
-        if answer.status in {409, 423}:
+        if answer.status in {409, 423} or 201 < answer.status < 300:
             raise Unavailable(f"{what}: HTTP {answer.status}")
         return answer
 
-    def _refusal(self, answer: Answer, what: str, content: ReportContent) -> Refused:
+    def _refusal(self, answer: Answer, what: str, content: ReportContent) -> EmrError:
         private = (content.patient_id, content.patient_name or "", content.accession_number or "")
-        return Refused(f"{what}: HTTP {answer.status}: {summary(answer, private)}")
+        if about_content(answer):
+            return Refused(f"{what}: HTTP {answer.status}: {summary(answer, private)}")
+        return _misconfigured(answer, what, private)
+
+
+def _refuses_transactions(answer: Answer, capability: Capability) -> bool:
+    """Whether the server has no transactions: it says so, or the address is unknown to a server that states none."""
+    if "not-supported" in issue_codes(answer):
+        return answer.status in {400, 404, 405, 422, 501}
+    return answer.status == 501 or (answer.status in {404, 405} and capability.transaction is not True)
+
+
+def _searchset(answer: Answer, what: str) -> dict[str, Any]:
+    bundle = answer.json_object(what)
+    if bundle.get("resourceType") != "Bundle":
+        raise Misconfigured(f"{what}: the answer is not a Bundle; is the base URL that of a FHIR server?")
+    return bundle
+
+
+def _misconfigured(answer: Answer, what: str, private: Iterable[str] = ()) -> Misconfigured:
+    to_do = _TO_DO.get(answer.status, "not expected here; ask the EMR's administrator")
+    return Misconfigured(f"{what}: HTTP {answer.status}: {to_do} ({summary(answer, private)})")

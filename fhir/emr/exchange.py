@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 
-from emr.errors import CredentialsInvalid, Refused, Unavailable
+from emr.errors import CredentialsInvalid, Misconfigured, Unavailable
 
 # Largest answer that is read; a CapabilityStatement of a full server has a few megabytes.
 MAX_RESPONSE_BYTES = 16 * 1024 * 1024
@@ -64,8 +64,8 @@ def exchange(
 ) -> Answer:
     """Send one request and read at most MAX_RESPONSE_BYTES. `what` names the step in messages.
 
-    Raises Unavailable when nothing or only a part arrives and for 408, 425, 429 and 5xx; Refused for a redirect or an
-    answer that is too large. Every other status is returned.
+    Raises Unavailable when nothing or only a part arrives and for 408, 425, 429 and 5xx; Misconfigured for a redirect,
+    an answer that is too large, or a `url` that is none. Every other status is returned.
     """
     try:
         with http.stream(method, url, headers=dict(headers), content=content, data=form) as response:
@@ -73,7 +73,7 @@ def exchange(
             for chunk in response.iter_bytes():
                 body += chunk
                 if len(body) > MAX_RESPONSE_BYTES:
-                    raise Refused(f"{what}: the answer is larger than {MAX_RESPONSE_BYTES} bytes")
+                    raise Misconfigured(f"{what}: the answer is larger than {MAX_RESPONSE_BYTES} bytes")
             answer = Answer(status=response.status_code, headers=dict(response.headers), body=bytes(body))
     except httpx.TimeoutException as error:
         raise Unavailable(f"{what}: no answer in time ({type(error).__name__})") from None
@@ -82,8 +82,10 @@ def exchange(
         raise Unavailable(f"{what}: no connection: {str(error)[:200]}") from None
     except (httpx.TransportError, httpx.DecodingError) as error:
         raise Unavailable(f"{what}: {type(error).__name__}") from None
+    except httpx.InvalidURL:
+        raise Misconfigured(f"{what}: the address is not a valid URL") from None
     if 300 <= answer.status < 400:
-        raise Refused(f"{what}: the server redirects (HTTP {answer.status}); configure the final base URL")
+        raise Misconfigured(f"{what}: the server redirects (HTTP {answer.status}); configure the final base URL")
     if answer.status in {408, 425, 429} or (answer.status >= 500 and answer.status != 501):
         raise Unavailable(f"{what}: HTTP {answer.status}")
     return answer

@@ -17,6 +17,8 @@ _PATH = re.compile(rf"({_TYPES})((\.[a-z][A-Za-z]{{0,30}})(\[\d{{1,3}}\])?)*")
 _SIZE = re.compile(
     r"too (many|large|big)|(exceed|maximum|limit).{0,40}entries|entries.{0,40}(exceed|maximum|limit)", re.I
 )
+# R4 issue-type: security and what lies below it, as far as it concerns the sender.
+_NOT_ADMITTED = frozenset({"security", "login", "expired", "forbidden"})
 _MAX_ISSUES = 5
 _MAX_WORDS = 40
 
@@ -24,6 +26,12 @@ _MAX_WORDS = 40
 def issue_codes(answer: Answer) -> set[str]:
     """Codes of all issues of the OperationOutcome in `answer`; empty if there is none."""
     return {str(issue.get("code")) for issue in _issues(answer)}
+
+
+def about_content(answer: Answer) -> bool:
+    """Whether a FHIR server speaks of what was sent, and not of who sent it: 400 or 422 with an OperationOutcome."""
+    said = issue_codes(answer)
+    return answer.status in {400, 422} and bool(said) and not said & _NOT_ADMITTED
 
 
 def refused_for_size(answer: Answer) -> bool:

@@ -27,6 +27,7 @@ class ReportReceipt:
     entries: tuple[ReceiptEntry, ...]
     created: bool  # False: an earlier attempt had already made it
     how: Literal["transaction", "parted-transaction", "document-reference"]
+    refusal: str = ""  # what the server said against the transaction, where a DocumentReference had to stand in for it
 
 
 def receipt_entries(response: Mapping[str, Any], requests: Sequence[Mapping[str, Any]]) -> tuple[ReceiptEntry, ...]:

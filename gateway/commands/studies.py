@@ -1,10 +1,10 @@
-"""`seggate studies`, `show`, `retry`, `complete`."""
+"""`seggate studies`, `show`, `retry`, `release`, `complete`."""
 
 from __future__ import annotations
 
 import getpass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
@@ -24,6 +24,12 @@ from storage.records import (
     StudyState,
     StudyVersion,
 )
+
+if TYPE_CHECKING:
+    from gateway.quarantine_release import Released
+    from gateway.retrying import Retried
+
+_ASIDE_SHOWN = 20
 
 
 def studies(config: Path, *, state: str | None, limit: int, as_json: bool) -> int:
@@ -103,15 +109,38 @@ def retry(config: Path, study: str | None, *, all_parked: bool, as_json: bool) -
         print_json([vars(r) for r in retried])
     else:
         for r in retried:
-            say(
-                f"{r.study_instance_uid}: "
-                + (
-                    f"back on the queue: {r.routing} routing, {r.results} results, {r.deliveries} deliveries"
-                    if r.anything
-                    else "nothing is parked"
-                )
-            )
+            say(f"{r.study_instance_uid}: {_queued(r) if r.anything else _nothing_to_retry(database, r)}")
     return 0 if all_parked or any(r.anything for r in retried) else 1
+
+
+def release(config: Path, study: str, *, reason: str, as_json: bool) -> int:
+    """0 when the study is out of quarantine; 1 where it was not in it, with its state and who released it before."""
+    from gateway.durable import Enqueuer
+    from gateway.errors import Rejected
+    from gateway.quarantine_release import release_quarantine
+
+    database = Database(load_settings(config).database_url)
+    with database.reading() as session:
+        found = _find(session, study)
+        if found is None:
+            return 1
+        uid = found.study_instance_uid
+    enqueuer = Enqueuer(database)
+    try:
+        released = release_quarantine(database, enqueuer, uid, reason=reason, actor=f"user:{getpass.getuser()}")
+    except Rejected as error:
+        say(f"seggate: {error}")
+        return 1
+    finally:
+        enqueuer.close()
+    if as_json:
+        print_json(vars(released))
+    else:
+        say(
+            f"{uid}: out of quarantine, now {released.state}; {_queued(released)}; "
+            f"objects that stay aside: {released.objects_aside}"
+        )
+    return 0
 
 
 def complete(config: Path, study: str, *, wait: bool) -> int:
@@ -131,9 +160,22 @@ def complete(config: Path, study: str, *, wait: bool) -> int:
     return 0
 
 
+def _queued(done: Retried | Released) -> str:
+    return f"back on the queue: {done.routing} routing, {done.results} results, {done.deliveries} deliveries"
+
+
+def _nothing_to_retry(database: Database, retried: Retried) -> str:
+    with database.reading() as session:
+        study = session.get_one(Study, retried.study_instance_uid)
+    if study.state == StudyState.QUARANTINED:
+        return "it is quarantined; seggate release takes it out"
+    return f"nothing is parked or unmatched; its state is {study.state}"
+
+
 def study_document(session: Session, study: Study) -> dict[str, Any]:
     """Everything known of a study, as `show --json` prints it."""
     from gateway.intake.routing_explanation import explain
+    from gateway.quarantine import objects_aside
 
     results = session.scalars(
         select(Result).where(Result.study_instance_uid == study.study_instance_uid).order_by(Result.created_at)
@@ -151,6 +193,7 @@ def study_document(session: Session, study: Study) -> dict[str, Any]:
         ],
         "routing": [{"text": "\n".join(e.lines), **e.json} for e in explain(session, study.study_instance_uid)],
         "results": [_result(session, r) for r in results],
+        "objects_aside": [_aside(i) for i in objects_aside(session, study.study_instance_uid)],
     }
 
 
@@ -220,6 +263,20 @@ def _result(session: Session, result: Result) -> dict[str, Any]:
     }
 
 
+def _aside(instance: Instance) -> dict[str, Any]:
+    fields = (
+        "object_id",
+        "sop_instance_uid",
+        "series_instance_uid",
+        "state",
+        "state_reason",
+        "received_at",
+        "calling_ae",
+        "spool_path",
+    )
+    return {f: getattr(instance, f) for f in fields}
+
+
 def _find(session: Session, beginning: str) -> Study | None:
     """A study by its UID or the beginning of it; says what is wrong when it is none or more than one."""
     exact = session.get(Study, beginning)
@@ -244,6 +301,8 @@ def _print_study(document: dict[str, Any]) -> None:
     out.print(f"patient   {patient}", markup=False)
     out.print(f"state     {document['state']}  {document['reason'] or ''}".rstrip(), markup=False)
     out.print(f"objects   {document['objects']}, version {document['version']}", markup=False)
+    if document["state"] == StudyState.QUARANTINED:
+        out.print("          seggate release takes it out of quarantine", markup=False)
     table(
         "\nLedger",
         ("time", "event", "by", "evidence"),
@@ -253,6 +312,12 @@ def _print_study(document: dict[str, Any]) -> None:
         out.print("\nRouting", markup=False)
         for version in document["routing"]:
             out.print(version["text"], markup=False)
+    if aside := document["objects_aside"]:
+        out.print(f"\nKept aside, not used: {len(aside)} objects", markup=False)
+        rows = [(local(o["received_at"]), o["sop_instance_uid"], o["state"], o["state_reason"]) for o in aside]
+        table("", ("received", "SOP Instance UID", "state", "reason"), rows[:_ASIDE_SHOWN])
+        if len(aside) > _ASIDE_SHOWN:
+            out.print(f"… and {len(aside) - _ASIDE_SHOWN} more (--json has them all)", markup=False)
     for result in document["results"]:
         out.print(
             f"\nResult {result['result_id'][:12]}: {result['model_name']} {result['model_version']} on series "

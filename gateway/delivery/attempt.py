@@ -24,6 +24,7 @@ from gateway.delivery.status import concerns_the_class
 from gateway.settings import PacsDestination
 from storage.records import DeliveryState, utc_now
 
+DESTINATION_REFUSES, FALLBACK_ENCODING = "destination-refuses", "fallback-encoding"
 QUERY_REFUSES = "query-refuses"
 """Alarm: objects are taken, but asking for them is not allowed; cleared by the next delivery that is verified."""
 
@@ -72,7 +73,7 @@ def attempt(
     before anything is sent.
 
     The destination's troubles are part of the state. Raises what `objects_by_encoding` raises, Permanent when a file
-    is not the object it should be, storage.errors.ObjectMissing when it is gone.
+    is not the object it should be, storage.errors.ObjectChanged or ObjectMissing when it was altered or is gone.
     """
     if state.finished:
         return Attempted(state=state, learned=learned, alarms=(), away=False, answered=False)
@@ -123,7 +124,7 @@ class _Run:
             self._state = advance(self._state, error, now=self._clock(), settings=self._settings)
             if isinstance(error, DestinationRefuses):
                 self._alarm(
-                    QUERY_REFUSES if self._asking else "destination-refuses",
+                    QUERY_REFUSES if self._asking else DESTINATION_REFUSES,
                     f"destination:{self._destination.name}",
                     f"{error}. Results wait and go out by themselves once it is settled.",
                 )
@@ -150,9 +151,11 @@ class _Run:
             return
         self._verify([o for o in objects if self._unclear(o)])
         unsent = [o for o in objects if self._rung(o) is Rung.QUEUED]
-        if unsent:
+        # A report does not leave without its image, which may just have turned out to be another one there.
+        if unsent and all(self._rung(o) is not Rung.REFUSED for o in objects):
             statuses = self._destination.send(unsent)
-            self._answered = True
+            # Only broken off: it is there, but what takes objects has not answered.
+            self._answered = self._answered or any(s.outcome != "unknown" for s in statuses)
             self._state = heard(self._state, statuses)
             self._learn(encoding, unsent, statuses)
         if all(self._rung(o) in (Rung.STORED, Rung.VERIFIED) for o in objects):
@@ -193,7 +196,7 @@ class _Run:
             self._learned = self._learned.learn(encoding, "refused", why, now)
         following = self._learned.choose(self._settings.encodings, now, refused=self._state.refused)
         self._alarm(
-            "fallback-encoding",
+            FALLBACK_ENCODING,
             f"destination:{self._destination.name}:{encoding}",
             f"{self._destination.name} does not take {encoding} ({why}); {following} is sent instead.",
         )

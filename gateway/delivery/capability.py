@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from gateway.delivery.destination import Capability, Support
+from gateway.delivery.destination import Support
 
 # A PACS gets updates: after this time a refusal is forgotten and the preferred encoding is tried once more.
 REFUSAL_HOLDS_FOR = timedelta(days=30)
@@ -62,14 +62,6 @@ class Learned:
             return self
         lesson = Lesson(support=support, since=now, detail=detail)
         return replace(self, lessons={**self.lessons, name: lesson})
-
-    def after_probe(self, probed: Capability, now: datetime) -> Learned:
-        """With what `Destination.capability()` said; an unknown teaches nothing."""
-        learned = self
-        for name, support in probed.sop_classes.items():
-            if support != "unknown":
-                learned = learned.learn(name, support, "presentation contexts as negotiated", now)
-        return learned
 
     def choose(self, encodings: Sequence[str], now: datetime, *, refused: Sequence[str] = ()) -> str | None:
         """The first encoding to try, in the configured order.

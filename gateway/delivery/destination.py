@@ -5,6 +5,7 @@ Three adapters fulfil it (dimse.py, dicomweb.py, orthanc.py); ladder.py is its o
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pydicom.filereader import read_file_meta_info
 
 from gateway.delivery.status import Outcome
 from gateway.errors import Permanent, Transient
-from storage.errors import ObjectMissing
+from storage.errors import ObjectChanged, ObjectMissing
 
 Role = Literal["SEG", "SR", "SC", "notice"]
 Encoding = Literal["LABELMAP", "BINARY", "SC"]
@@ -52,9 +53,19 @@ class DestinationRefuses(Transient):
     """
 
 
+class CredentialsMissing(DestinationRefuses):
+    """This gateway's own half is missing (a file with a token, a password or certificates), so nobody was contacted.
+
+    Transient as well: such files are replaced while the gateway runs.
+    """
+
+
 @dataclass(frozen=True, kw_only=True)
 class OutgoingObject:
-    """A DICOM file that is sent as it is: `path` holds preamble, file meta information and data set (PS3.10)."""
+    """A DICOM file that is sent as it is: `path` holds preamble, file meta information and data set (PS3.10).
+
+    `digest`: SHA-256 (hex) of the whole file, as recorded when it was written.
+    """
 
     sop_instance_uid: str
     sop_class_uid: str
@@ -62,6 +73,7 @@ class OutgoingObject:
     series_instance_uid: str
     study_instance_uid: str
     path: Path
+    digest: str
     role: Role
 
     def __post_init__(self) -> None:
@@ -139,19 +151,12 @@ class Destination(Protocol):
     @property
     def name(self) -> str: ...
 
-    def capability(self) -> Capability:
-        """What it takes, as far as it can be asked without storing anything.
-
-        Raises DestinationAway, DestinationRefuses.
-        """
-        ...
-
     def send(self, objects: Sequence[OutgoingObject]) -> tuple[ObjectStatus, ...]:
         """Send in the given order over one connection and stop after the first object that was not stored.
 
         Returns a status per object that was tried; an object without a status was not sent.
         Raises DestinationAway or DestinationRefuses when nothing was sent, Permanent when a file is not what it
-        is said to be, storage.errors.ObjectMissing when it is gone.
+        is said to be, storage.errors.ObjectChanged or ObjectMissing when it was altered or is gone.
         """
         ...
 
@@ -170,14 +175,23 @@ def is_uid(value: str) -> bool:
 
 
 def check_file(item: OutgoingObject) -> None:
-    """The file meta information names the object that the caller means; a mix-up never leaves the house.
+    """The file has the bytes that were recorded and is the object that the caller means; nothing else leaves the house.
 
-    Raises ObjectMissing when the file cannot be read, Permanent when it is another object.
+    Raises ObjectMissing when the file cannot be read, ObjectChanged when its bytes are others, Permanent when it is
+    another object.
     """
+    remedy = f"restore {item.path} from a backup of the spool, then say `seggate retry`"
     try:
-        meta = read_file_meta_info(item.path)
+        with item.path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise ObjectMissing(f"object {item.sop_instance_uid} cannot be read: {error.strerror}") from error
+        raise ObjectMissing(f"object {item.sop_instance_uid} cannot be read: {error.strerror}; {remedy}") from error
+    if digest != item.digest:
+        raise ObjectChanged(
+            f"the file of object {item.sop_instance_uid} was altered or truncated on disk (SHA-256 {digest[:12]}…, "
+            f"recorded {item.digest[:12]}…); it is not sent: {remedy}"
+        )
+    meta = read_file_meta_info(item.path)
     said = {
         "MediaStorageSOPInstanceUID": item.sop_instance_uid,
         "MediaStorageSOPClassUID": item.sop_class_uid,

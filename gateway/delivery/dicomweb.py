@@ -17,6 +17,7 @@ import httpx
 
 from gateway.delivery.destination import (
     Capability,
+    CredentialsMissing,
     DestinationAway,
     DestinationRefuses,
     EchoReport,
@@ -54,10 +55,6 @@ class DicomWebPacs:
     def name(self) -> str:
         return self._settings.name
 
-    def capability(self) -> Capability:
-        """DICOMweb has no negotiation: what is taken is learned by sending."""
-        return Capability(sop_classes={})
-
     def send(self, objects: Sequence[OutgoingObject]) -> tuple[ObjectStatus, ...]:
         for item in objects:
             check_file(item)
@@ -83,31 +80,34 @@ class DicomWebPacs:
 
     def echo(self) -> EchoReport:
         started = time.monotonic()
-        reachable, query, problem = False, None, ""
+        asks = self._settings.verify == "qido"
+        reachable, accepted, query, problem = False, False, None, ""
         try:
             with self._client() as client:
                 # A study that cannot exist: the answer shows nobody's data.
                 code, _ = self._get(client, "studies", {"StudyInstanceUID": "2.25.0", "limit": "1"})
-                reachable, query = True, code in (200, 204)
-                if code in _REFUSING:
-                    problem = f"{_REFUSING[code]} (HTTP {code})"
-                elif not query:
-                    problem = f"QIDO-RS answers HTTP {code}; deliveries will end at 'stored'"
+                reachable = True
+                problem = _echo_problem(code, asks=asks)
+                query = code in (200, 204) if asks else None
+                accepted = bool(query) if asks else not problem
+        except CredentialsMissing as error:
+            problem = str(error)
         except DestinationRefuses as error:
             reachable, problem = True, str(error)
-        except (DestinationAway, SettingsInvalid) as error:
+        except DestinationAway as error:
             problem = str(error)
+        url = self._settings.url
+        lines = [f"Allow POST to {url}/studies (STOW-RS) for the configured credentials."]
+        if asks:
+            lines.append(f"Allow GET of {url}/studies (QIDO-RS) down to instances for the same credentials.")
         return EchoReport(
             name=self.name,
             reachable=reachable,
-            accepted=reachable and bool(query),
-            capability=self.capability(),
+            accepted=accepted,
+            capability=Capability(sop_classes={}),  # no negotiation: what is taken is learned by sending
             query=query,
             problem=problem,
-            administrator=(
-                f"Allow POST to {self._settings.url}/studies (STOW-RS) for the configured credentials.",
-                f"Allow GET of {self._settings.url}/studies (QIDO-RS) down to instances for the same credentials.",
-            ),
+            administrator=tuple(lines),
             seconds=time.monotonic() - started,
         )
 
@@ -128,7 +128,7 @@ class DicomWebPacs:
                 code, content = response.status_code, _bounded(response)
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             raise DestinationAway(f"{self.name} cannot be reached: {error}") from error
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             meaning = f"{self.name} broke off or did not answer: {type(error).__name__}"
             return ObjectStatus(sop_instance_uid=item.sop_instance_uid, code=None, outcome="unknown", meaning=meaning)
         if 300 <= code < 400:
@@ -151,41 +151,62 @@ class DicomWebPacs:
             return _not_queryable(item, f"QIDO-RS is not offered (HTTP {code})")
         if code not in (200, 204):
             raise DestinationAway(f"{self.name} answers QIDO-RS with HTTP {code}")
-        found = isinstance(answer, list) and any(_value(entry, _SOP_INSTANCE_UID) == uid for entry in answer)
-        if found:
+        if not isinstance(answer, list):
+            raise DestinationAway(f"{self.name} answers QIDO-RS with something that is not DICOM JSON")
+        if any(_value(entry, _SOP_INSTANCE_UID) == uid for entry in answer):
             return Verification(sop_instance_uid=uid, outcome="verified", detail="found by QIDO-RS")
         return Verification(sop_instance_uid=uid, outcome="absent", detail="QIDO-RS found nothing")
 
     def _get(self, client: httpx.Client, path: str, query: Mapping[str, str]) -> tuple[int, Any]:
+        """HTTP status and DICOM JSON; an answer without a body is one without matches."""
         try:
             with client.stream("GET", path, params=dict(query), headers={"Accept": _JSON}) as response:
-                return response.status_code, _parsed(_bounded(response))
-        except httpx.TransportError as error:
+                content = _bounded(response)
+                return response.status_code, _parsed(content) if content else []
+        except httpx.RequestError as error:
             raise DestinationAway(f"{self.name} cannot be reached: {error or type(error).__name__}") from error
 
     @contextmanager
     def _client(self) -> Iterator[httpx.Client]:
-        """A client that follows no redirect, trusts no proxy from the environment, and has every timeout set."""
+        """A client that follows no redirect, trusts no proxy from the environment, and has every timeout set.
+
+        Secrets are read anew each time. Raises CredentialsMissing.
+        """
         settings = self._settings
-        headers = {}
-        token = secret(file=settings.token_file, env=settings.token_env, key=f"dicomweb {self.name}: token")
-        if token:
-            headers["Authorization"] = f"Bearer {token}"
-        auth = None
-        if settings.username and settings.password_file:
-            auth = httpx.BasicAuth(
-                settings.username, read_secret(settings.password_file, f"dicomweb {self.name}: password_file")
-            )
+        headers, auth = {}, None
+        try:
+            token = secret(file=settings.token_file, env=settings.token_env, key="token")
+            if token:
+                headers["Authorization"] = f"Bearer {token}"
+            if settings.username and settings.password_file:
+                auth = httpx.BasicAuth(settings.username, read_secret(settings.password_file, "password_file"))
+            tls = _tls(settings)
+        except SettingsInvalid as error:
+            raise CredentialsMissing(f"nothing is sent to {self.name}: {error}") from error
         with httpx.Client(
             base_url=settings.url.rstrip("/") + "/",
             headers=headers,
             auth=auth,
             timeout=settings.timeout_s,
-            verify=_tls(settings),
+            verify=tls,
             follow_redirects=False,
             trust_env=False,
         ) as client:
             yield client
+
+
+def _echo_problem(code: int, *, asks: bool) -> str:
+    """What stands against delivering, told from the answer to a query; `asks`: whether results are to be read back.
+
+    Where they are not, a server without QIDO-RS is fine: STOW-RS itself cannot be tried without storing something.
+    """
+    if 300 <= code < 400:
+        return f"redirects (HTTP {code}), which is not followed: check url"
+    if code in (401, 403) or (asks and code in _REFUSING):
+        return f"{_REFUSING[code]} (HTTP {code})"
+    if asks and code not in (200, 204):
+        return f"QIDO-RS answers HTTP {code}; deliveries will end at 'stored'"
+    return f"answers HTTP {code}" if code >= 500 and code != 501 else ""
 
 
 def _tls(settings: DicomWebDestination) -> ssl.SSLContext | bool:
@@ -194,7 +215,7 @@ def _tls(settings: DicomWebDestination) -> ssl.SSLContext | bool:
     try:
         return ssl.create_default_context(cafile=settings.ca_file)
     except OSError as error:
-        raise SettingsInvalid(f"dicomweb {settings.name}: ca_file cannot be read: {error.strerror}") from error
+        raise SettingsInvalid(f"ca_file: cannot read {settings.ca_file}: {error.strerror or error}") from error
 
 
 def _body(head: bytes, item: OutgoingObject, tail: bytes) -> Iterator[bytes]:

@@ -34,6 +34,7 @@ from gateway.delivery.status import status_meaning
 from gateway.settings import DimseDestination, PeerAddress
 
 _MAX_MATCHES = 64  # a peer that ignores the UID keys answers with everything it has
+_KEYS_IGNORED = "the query's UID keys are ignored: the answers are other objects"
 _PENDING = (0xFF00, 0xFF01)
 _UNCOMPRESSED = [ExplicitVRLittleEndian, ImplicitVRLittleEndian]
 
@@ -57,10 +58,6 @@ class DimsePacs:
     @property
     def name(self) -> str:
         return self._settings.name
-
-    def capability(self) -> Capability:
-        with self._associated(self._peer, [build_context(EchoSopClass), *_store_contexts()]) as association:
-            return _capability(association)
 
     def send(self, objects: Sequence[OutgoingObject]) -> tuple[ObjectStatus, ...]:
         for item in objects:
@@ -89,11 +86,13 @@ class DimsePacs:
             if not _accepts(association, StudyRootFind):
                 return tuple(_not_queryable(o, f"{peer.ae_title} does not offer Study Root C-FIND") for o in objects)
             found: list[Verification] = []
+            endless = False
             for message_id, item in enumerate(objects, start=1):
-                if not association.is_established:  # ended by us because the answers had no end
-                    found.append(_not_queryable(item, found[-1].detail))
+                if endless:  # so the association was ended by us
+                    found.append(_not_queryable(item, _KEYS_IGNORED))
                     continue
-                found.append(self._find(association, item, message_id))
+                verification, endless = self._find(association, item, message_id)
+                found.append(verification)
             return tuple(found)
 
     def echo(self) -> EchoReport:
@@ -117,6 +116,8 @@ class DimsePacs:
             reachable, problem = True, str(error)
         except DestinationAway as error:
             problem = str(error)
+        except RuntimeError:  # pynetdicom: the association is no longer established
+            problem = f"{self._settings.ae_title} ended the association before C-ECHO"
         if not problem:
             refused = [e for e in self._settings.encodings if capability.of(e) == "refused"]
             if len(refused) == len(self._settings.encodings):
@@ -148,8 +149,10 @@ class DimsePacs:
         return tuple(lines)
 
     def _store(self, association: Association, item: OutgoingObject, message_id: int) -> ObjectStatus:
-        answer = association.send_c_store(item.path, msg_id=message_id) if association.is_established else Dataset()
-        code = answer.get("Status")
+        try:
+            code = association.send_c_store(item.path, msg_id=message_id).get("Status")
+        except RuntimeError:  # pynetdicom: the association is no longer established
+            code = None
         if code is None:
             return ObjectStatus(
                 sop_instance_uid=item.sop_instance_uid,
@@ -162,15 +165,22 @@ class DimsePacs:
             sop_instance_uid=item.sop_instance_uid, code=meaning.code, outcome=meaning.outcome, meaning=meaning.text
         )
 
-    def _find(self, association: Association, item: OutgoingObject, message_id: int) -> Verification:
-        """IMAGE level query with the unique keys of all levels (PS3.4 C.4.1.2.1)."""
+    def _find(self, association: Association, item: OutgoingObject, message_id: int) -> tuple[Verification, bool]:
+        """IMAGE level query with the unique keys of all levels (PS3.4 C.4.1.2.1).
+
+        Also returns whether the answers had no end; then the association is aborted. Raises DestinationAway.
+        """
         identifier = Dataset()
         identifier.QueryRetrieveLevel = "IMAGE"
         identifier.StudyInstanceUID = item.study_instance_uid
         identifier.SeriesInstanceUID = item.series_instance_uid
         identifier.SOPInstanceUID = item.sop_instance_uid
+        try:
+            answers = association.send_c_find(identifier, StudyRootFind, msg_id=message_id)
+        except RuntimeError as error:  # pynetdicom: the association is no longer established
+            raise DestinationAway(f"{self.name} ended the association before it was asked") from error
         found, matches = False, 0
-        for answer, match in association.send_c_find(identifier, StudyRootFind, msg_id=message_id):
+        for answer, match in answers:
             code = answer.get("Status")
             if code is None:
                 raise DestinationAway(f"{self.name}: C-FIND broke off or was not answered in time")
@@ -181,18 +191,18 @@ class DimsePacs:
                     association.abort()
                     break
             elif code in (0x0122, 0x0118) or 0xA900 <= code <= 0xA9FF:
-                return _not_queryable(item, f"C-FIND at image level is refused: 0x{code:04X}")
+                return _not_queryable(item, f"C-FIND at image level is refused: 0x{code:04X}"), False
             elif code != 0x0000:
                 raise DestinationAway(f"{self.name}: C-FIND failed with 0x{code:04X}")
+        endless = matches >= _MAX_MATCHES
+        uid = item.sop_instance_uid
         if found:
-            return Verification(
-                sop_instance_uid=item.sop_instance_uid, outcome="verified", detail="found by C-FIND at image level"
-            )
-        if matches >= _MAX_MATCHES:
-            return _not_queryable(item, "the query's UID keys are ignored: the answers are other objects")
-        return Verification(
-            sop_instance_uid=item.sop_instance_uid, outcome="absent", detail="C-FIND at image level found nothing"
-        )
+            detail = "found by C-FIND at image level"
+            return Verification(sop_instance_uid=uid, outcome="verified", detail=detail), endless
+        if endless:
+            return _not_queryable(item, _KEYS_IGNORED), True
+        detail = "C-FIND at image level found nothing"
+        return Verification(sop_instance_uid=uid, outcome="absent", detail=detail), False
 
     def _associated(
         self, peer: PeerAddress, contexts: list[PresentationContext]

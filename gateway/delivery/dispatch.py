@@ -9,26 +9,27 @@ the PACS does not show yet) must not hold up the others: it gives its place up a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from sqlalchemy import select, update
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from gateway import quarantine, study_state
 from gateway.delivery.attempt import QUERY_REFUSES, attempt
-from gateway.delivery.bookkeeping import cut_short, destination_row, note_contact, record_delivery, withheld_words
+from gateway.delivery.bookkeeping import cut_short, record_delivery, withheld_words
 from gateway.delivery.capability import Learned
+from gateway.delivery.contact import AnyDestination, AnyPacs, address_of, claim, destination_row, kind_of, note_contact
 from gateway.delivery.destination import Destination, OutgoingObject
-from gateway.delivery.ladder import LadderState, park, requeue, withhold
+from gateway.delivery.ladder import LadderState, elsewhere, park, requeue, withhold
 from gateway.delivery.reporting import Reporting
-from gateway.delivery.retry import Circuit
 from gateway.durable import Enqueuer, delivery_queue, next_workflow_id
 from gateway.parking import park_delivery
-from gateway.settings import DestinationSettings, FhirDestination, PacsDestination
+from gateway.settings import DestinationSettings, FhirDestination
 from gateway.workflows import DELIVER
 from storage.alarms import clear_alarms, raise_alarm
 from storage.database import Database
-from storage.records import Delivery, DeliveryState, DestinationState, Result, ResultState, utc_now
+from storage.records import Delivery, DeliveryState, Result, ResultState, utc_now
 
 ObjectsOf = Callable[[str, str], Sequence[OutgoingObject]]
 """(result_id, encoding) → the objects to send in that encoding, image first, encoded when first asked for."""
@@ -53,7 +54,7 @@ class Dispatch:
         enqueuer: Enqueuer,
     ) -> None:
         self._database = database
-        self._settings = {d.name: d for d in settings.all}
+        self._settings: dict[str, AnyDestination] = {d.name: d for d in settings.all}
         self._pacs = pacs
         self._reporting = reporting
         self._objects_of = objects_of
@@ -74,6 +75,10 @@ class Dispatch:
             if destination is None:
                 words = "destinations.toml no longer names this destination"
                 return {"state": park_delivery(session, delivery_id, words), "retry_in_s": None}
+            if isinstance(destination, FhirDestination) != (delivery.kind == "fhir"):
+                words = _of_another_kind(delivery, destination)
+                return {"state": park_delivery(session, delivery_id, words), "retry_in_s": None}
+            delivery.kind = kind_of(destination)
             result = session.get_one(Result, delivery.result_id)
             # A report is one message: until its receipt is here, nothing of it is known to have been sent.
             unsent = _UNSENT if isinstance(destination, FhirDestination) else {DeliveryState.QUEUED}
@@ -82,8 +87,8 @@ class Dispatch:
             stop = quarantine.reason_to_stop(session, result.study_instance_uid)
             if stop is not None and delivery.state in (DeliveryState.QUEUED, DeliveryState.SENT):
                 return self._withhold(session, delivery, result, stop)
-            row = destination_row(session, destination.name)
-            wait_s = _claim(session, row, destination)
+            row = destination_row(session, destination)
+            wait_s = claim(session, row, destination)
             if wait_s > 0:
                 return {"state": delivery.state, "retry_in_s": wait_s}
             learned = Learned.from_record(row.capability)
@@ -116,17 +121,18 @@ class Dispatch:
             )
         return {"state": outcome["state"], "retry_in_s": None}
 
-    def _send(
-        self, delivery_id: str, destination: PacsDestination, learned: Learned, *, recovered: bool
-    ) -> dict[str, Any]:
+    def _send(self, delivery_id: str, destination: AnyPacs, learned: Learned, *, recovered: bool) -> dict[str, Any]:
         with self._database.reading() as session:
             delivery = session.get_one(Delivery, delivery_id)
             result_id, state = delivery.result_id, _ladder(delivery)
+        address = address_of(destination)
+        if state.address not in (None, address):  # what has arrived elsewhere says nothing; what is here, it may tell
+            state, recovered = elsewhere(state, utc_now()), True
         outcome = attempt(
             self._pacs[destination.name],
             destination,
             lambda encoding: self._objects_of(result_id, encoding),
-            state,
+            replace(state, address=address),
             learned=learned,
             recovered=recovered,
         )
@@ -138,7 +144,7 @@ class Dispatch:
             delivery.attempts = after.attempts
             delivery.next_attempt_at, delivery.updated_at = after.next_attempt_at, utc_now()
             delivery.objects = [after.as_dict()]
-            row = destination_row(session, destination.name)
+            row = destination_row(session, destination)
             row.capability = outcome.learned.as_record()
             if outcome.away or outcome.answered:
                 note_contact(session, row, away=outcome.away, reason=outcome.state.reason)
@@ -180,28 +186,6 @@ def awaited_destinations(database: Database) -> list[str]:
         )
 
 
-def _claim(session: Session, row: DestinationState, destination: PacsDestination | FhirDestination) -> float:
-    """Seconds to wait before this destination may be contacted; 0 = go ahead (as the probe, when it is down)."""
-    now = utc_now()
-    circuit = Circuit(is_open=row.circuit == "open", since=row.since, failures=row.failures)
-    limits = {"first_retry_s": destination.first_retry_s, "max_retry_s": destination.max_retry_s}
-    circuit = circuit.righted(now, **limits)
-    row.since, row.failures = circuit.since, circuit.failures
-    session.flush()
-    wait_s = circuit.wait_s(now, **limits)
-    if wait_s > 0 or not circuit.is_open:
-        return wait_s
-    claimed = circuit.claim(now, **limits)
-    # Two deliveries may see the same due probe; the update of one of them finds the old count gone.
-    taken = session.execute(
-        update(DestinationState)
-        .where(DestinationState.name == row.name, DestinationState.failures == circuit.failures)
-        .values(failures=claimed.failures)
-    )
-    session.expire(row)
-    return 0.0 if getattr(taken, "rowcount", 0) else max(0.5, claimed.wait_s(now, **limits))
-
-
 def _end(delivery: Delivery) -> dict[str, Any]:
     """Withheld or parked stays so; what an attempt was cut short by is said."""
     delivery.next_attempt_at = None
@@ -221,11 +205,18 @@ def _unless_ended(state: LadderState, delivery: Delivery) -> LadderState:
 
 
 def _ladder(delivery: Delivery) -> LadderState:
-    """The kept state of a delivery, or a new one; after `seggate retry` with new patience."""
+    """The kept state of a delivery, or a new one; with new patience where it was put on its queue anew since."""
     if not delivery.objects:
         return LadderState.new(delivery.delivery_id, delivery.queued_at)
     state = LadderState.from_dict(delivery.objects[0])
-    return requeue(state, utc_now()) if state.finished else state
+    return requeue(state, utc_now()) if state.finished or delivery.queued_at > state.since else state
+
+
+def _of_another_kind(delivery: Delivery, destination: AnyDestination) -> str:
+    return (
+        f"destinations.toml now has {destination.name} as {kind_of(destination)}, but this delivery was made for "
+        f"{delivery.kind}; give the new destination a name of its own, restore the old one, then say `seggate retry`"
+    )
 
 
 def _statuses(state: LadderState) -> list[dict[str, Any]]:

@@ -83,7 +83,7 @@ class ObjectProgress:
 @dataclass(frozen=True, kw_only=True)
 class LadderState:
     """One delivery. `since` starts the clock of give_up_after_s; `overdue` counts attempts in a row that failed after
-    it; `failures` counts attempts in a row without progress.
+    it; `failures` counts attempts in a row without progress. `address` is the digest of where it was sent.
 
     `reason` says in words why it is not further, or what is worth knowing of a finished one.
     """
@@ -99,6 +99,7 @@ class LadderState:
     overdue: int = 0
     since: datetime
     next_attempt_at: datetime | None
+    address: str | None = None
 
     @classmethod
     def new(cls, delivery_id: str, now: datetime) -> LadderState:
@@ -172,8 +173,7 @@ def park(state: LadderState, reason: str) -> LadderState:
 def requeue(state: LadderState, now: datetime) -> LadderState:
     """After `seggate retry`: a new patience, refused encodings may be tried again, what is stored stays stored."""
     objects = tuple(
-        replace(o, rung=Rung.QUEUED, absences=0, doubts=0) if o.rung is Rung.REFUSED else replace(o, absences=0)
-        for o in state.objects
+        replace(o, rung=Rung.QUEUED if o.rung is Rung.REFUSED else o.rung, absences=0, doubts=0) for o in state.objects
     )
     return replace(
         state,
@@ -189,9 +189,19 @@ def requeue(state: LadderState, now: datetime) -> LadderState:
     )
 
 
+def elsewhere(state: LadderState, now: datetime) -> LadderState:
+    """For a destination that is at another address now: nothing of what is known holds there."""
+    return replace(LadderState.new(state.delivery_id, now), attempts=state.attempts)
+
+
 def prepared(state: LadderState, encoding: str, objects: Sequence[OutgoingObject]) -> LadderState:
-    """With an entry for every object of this encoding; entries that exist keep their rung."""
-    known = {o.sop_instance_uid for o in state.objects if o.encoding == encoding}
+    """With an entry for every object of this encoding, and none for what is no longer to be sent (send_sr = false).
+
+    Entries that exist keep their rung.
+    """
+    wanted = {o.sop_instance_uid for o in objects}
+    kept = tuple(o for o in state.objects if o.encoding != encoding or o.sop_instance_uid in wanted)
+    known = {o.sop_instance_uid for o in kept if o.encoding == encoding}
     new = tuple(
         ObjectProgress(
             sop_instance_uid=o.sop_instance_uid, sop_class_uid=o.sop_class_uid, role=o.role, encoding=encoding
@@ -199,7 +209,7 @@ def prepared(state: LadderState, encoding: str, objects: Sequence[OutgoingObject
         for o in objects
         if o.sop_instance_uid not in known
     )
-    return replace(state, encoding=encoding, objects=state.objects + new)
+    return replace(state, encoding=encoding, objects=kept + new)
 
 
 def heard(state: LadderState, news: Sequence[ObjectStatus] | Sequence[Verification]) -> LadderState:

@@ -20,6 +20,7 @@ from requests.adapters import HTTPAdapter
 
 from gateway.delivery.destination import (
     Capability,
+    CredentialsMissing,
     DestinationAway,
     DestinationRefuses,
     EchoReport,
@@ -53,10 +54,6 @@ class OrthancPacs:
     def name(self) -> str:
         return self._settings.name
 
-    def capability(self) -> Capability:
-        """Its REST interface takes every SOP class; what a filter refuses is learned by sending."""
-        return Capability(sop_classes={})
-
     def send(self, objects: Sequence[OutgoingObject]) -> tuple[ObjectStatus, ...]:
         for item in objects:
             check_file(item)
@@ -82,16 +79,18 @@ class OrthancPacs:
             with self._client() as client:
                 self._system(client)
                 reachable = accepted = True
+        except CredentialsMissing as error:
+            problem = str(error)
         except DestinationRefuses as error:
             reachable, problem = True, str(error)
-        except (DestinationAway, SettingsInvalid) as error:
+        except DestinationAway as error:
             problem = str(error)
         user = self._settings.username or "(no user)"
         return EchoReport(
             name=self.name,
             reachable=reachable,
             accepted=accepted,
-            capability=self.capability(),
+            capability=Capability(sop_classes={}),  # takes every SOP class; what a filter refuses is learned by sending
             query=accepted if reachable else None,
             problem=problem,
             administrator=(f"Allow {user} to use GET /system, POST /instances, POST /tools/lookup, GET /instances/…",),
@@ -127,7 +126,9 @@ class OrthancPacs:
     def _find(self, client: _Client, item: OutgoingObject) -> Verification:
         uid = item.sop_instance_uid
         try:
-            found = client.lookup(needle=uid, filter="Instance")
+            found = _instances(client.post("tools/lookup", data=uid))
+            if found is None:
+                raise DestinationAway(f"{self.name} does not answer /tools/lookup as an Orthanc does")
             digests = [client.get(f"instances/{i}/attachments/dicom/md5") for i in found]
             syntaxes = [client.get(f"instances/{i}/metadata/TransferSyntax") for i in found]
         except exceptions.HttpError as error:
@@ -140,6 +141,7 @@ class OrthancPacs:
             raise DestinationAway(f"{self.name} broke off while reading back")
         if _md5(item.path) in {d.text.strip() for d in digests}:
             return Verification(sop_instance_uid=uid, outcome="verified", detail="found in Orthanc, same MD5")
+        check_file(item)  # where it is our own file that changed, nothing is to be said of Orthanc's
         if any(s.text.strip() != item.transfer_syntax_uid for s in syntaxes):
             detail = "found in Orthanc, which keeps it in another transfer syntax"
             return Verification(sop_instance_uid=uid, outcome="verified", detail=detail)
@@ -160,7 +162,10 @@ class OrthancPacs:
         settings = self._settings
         password = None
         if settings.password_file is not None:
-            password = read_secret(settings.password_file, f"orthanc {self.name}: password_file")
+            try:
+                password = read_secret(settings.password_file, "password_file")
+            except SettingsInvalid as error:
+                raise CredentialsMissing(f"nothing is sent to {self.name}: {error}") from error
         # Without the final slash the client would drop the last part of the path.
         client = _Client(settings.url.rstrip("/") + "/", user=settings.username or None, pwd=password)
         client.restrain(settings.timeout_s)
@@ -200,6 +205,20 @@ def _stored(response: requests.Response | None) -> tuple[Outcome, str]:
         answer = None
     status = answer.get("Status") if isinstance(answer, dict) else None
     return _STATUSES.get(str(status), ("unknown", "the answer is not one of an Orthanc"))
+
+
+def _instances(response: requests.Response | None) -> list[str] | None:
+    """Orthanc's identifiers of the instances that /tools/lookup found; None where the answer is not one of an Orthanc.
+
+    The client's own lookup() breaks on such an answer.
+    """
+    try:
+        answer = response.json() if response is not None else None
+    except requests.JSONDecodeError:
+        answer = None
+    if not isinstance(answer, list) or not all(isinstance(entry, dict) for entry in answer):
+        return None
+    return [str(entry.get("ID")) for entry in answer if entry.get("Type") == "Instance"]
 
 
 def _md5(path: Path) -> str:

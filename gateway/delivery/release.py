@@ -9,21 +9,14 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from gateway import quarantine, study_state, superseding
+from gateway.delivery.contact import AnyDestination, kind_of
 from gateway.durable import ROUTINE, Enqueuer, delivery_queue
-from gateway.settings import (
-    DestinationSettings,
-    DicomWebDestination,
-    DimseDestination,
-    FhirDestination,
-    OrthancDestination,
-)
+from gateway.settings import DestinationSettings
 from gateway.workflows import DELIVER
 from storage import ledger
 from storage.alarms import raise_alarm
 from storage.database import Database
 from storage.records import Delivery, DeliveryState, Result, ResultObject, ResultState, StudyVersion, utc_now
-
-AnyDestination = DimseDestination | DicomWebDestination | OrthancDestination | FhirDestination
 
 
 class Release:
@@ -78,7 +71,7 @@ class Release:
         _record(session, result, "held", {"checks": failed, "notice_sent": notice is not None})
         raise_alarm(
             session,
-            kind="result-held",
+            kind=superseding.ALARM_HELD,
             subject=ledger.study_subject(result.study_instance_uid),
             message=f"{result.model_name} {result.model_version}: {result.state_reason}",
         )
@@ -127,15 +120,6 @@ class Release:
             .limit(1)
         ).first()
         return newer is not None
-
-
-def kind_of(destination: AnyDestination) -> str:
-    """dimse, dicomweb, orthanc or fhir."""
-    if isinstance(destination, DimseDestination):
-        return "dimse"
-    if isinstance(destination, DicomWebDestination):
-        return "dicomweb"
-    return "orthanc" if isinstance(destination, OrthancDestination) else "fhir"
 
 
 def _record(session: Session, result: Result, kind: str, detail: dict[str, object]) -> None:

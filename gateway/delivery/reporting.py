@@ -19,12 +19,14 @@ from emr.content import (
     ReportSegment,
     Verdict,
 )
-from emr.errors import EmrError, PatientNotResolved, Unavailable
+from emr.errors import EmrError, Misconfigured, PatientNotResolved, TryLater
 from emr.receipt import ReportReceipt
 from emr.report import build_bundle
 from engine.bundle import Bundle
 from gateway import quarantine, study_state
-from gateway.delivery.bookkeeping import cut_short, destination_row, note_contact, record_delivery, withheld_words
+from gateway.delivery.attempt import DESTINATION_REFUSES, QUERY_REFUSES
+from gateway.delivery.bookkeeping import cut_short, record_delivery, withheld_words
+from gateway.delivery.contact import destination_row, note_contact
 from gateway.delivery.retry import backoff_s, overdue_attempts, patience_ended
 from gateway.errors import Permanent
 from gateway.settings import FhirDestination
@@ -34,6 +36,8 @@ from storage.records import Delivery, DeliveryState, Result, ResultObject, Resul
 
 BundleOf = Callable[[str, str], Bundle]
 """(model name, version) → its bundle."""
+
+_LOOKS = 8  # accepted, but asked for so often and not shown: a person has to look (about ten minutes by default)
 
 
 class Reporting:
@@ -57,21 +61,33 @@ class Reporting:
     def attempt(self, delivery_id: str, destination: FhirDestination, *, now: datetime) -> dict[str, Any]:
         """{"state", "retry_in_s"}, and "away" where the EMR as a whole is.
 
-        A patient that is not resolved holds the report: asked again, and alarmed.
+        What the EMR has accepted is never sent again, only asked for. A patient that is not resolved holds the report,
+        an EMR that is not set up for us holds all of them: asked again, and alarmed. Raises Permanent when the EMR
+        refuses the content, when the patience is used up, and for a result that is not released.
         """
+        client = self._clients[destination.name]
         with self._database.reading() as session:
             delivery = session.get_one(Delivery, delivery_id)
-            content = self._content(session, session.get_one(Result, delivery.result_id), destination)
-            queued_at, attempts = delivery.queued_at, delivery.attempts
-        client = self._clients[destination.name]
+            result = session.get_one(Result, delivery.result_id)
+            result_id, report_id = result.result_id, _report_id(delivery)
+            content = None if report_id else self._released(session, result, destination)
+        if content is not None:
+            try:
+                receipt = client.send(content)
+            except (TryLater, PatientNotResolved) as error:
+                return self._later(delivery_id, destination, error, now=now)
+            except EmrError as error:
+                self._answered(destination)
+                raise Permanent(f"{destination.name}: {error}") from error
+            self._accepted(delivery_id, destination, receipt)
+            report_id = receipt.report_id
         try:
-            receipt = client.send(content)
-            found = client.verify(receipt.report_id, content.result_id)
-        except (Unavailable, PatientNotResolved) as error:
-            return self._later(delivery_id, destination, error, queued_at=queued_at, attempts=attempts, now=now)
+            found = client.verify(str(report_id), result_id)
         except EmrError as error:
-            raise Permanent(f"{destination.name}: {error}") from error
-        return self._sent(delivery_id, destination, receipt, found=found)
+            return self._not_verified(delivery_id, destination, error, now=now)
+        if not found:
+            return self._not_verified(delivery_id, destination, None, now=now)
+        return self._verified(delivery_id, destination)
 
     @staticmethod
     def rehearse() -> None:
@@ -102,73 +118,122 @@ class Reporting:
         )
         build_bundle(content, "Patient/rehearsal")
 
-    def _sent(
-        self, delivery_id: str, destination: FhirDestination, receipt: ReportReceipt, *, found: bool
-    ) -> dict[str, Any]:
+    def _answered(self, destination: FhirDestination) -> None:
+        with self._database.session() as session:
+            note_contact(session, destination_row(session, destination), away=False, reason="")
+
+    def _accepted(self, delivery_id: str, destination: FhirDestination, receipt: ReportReceipt) -> None:
+        """Before anything else is asked: whatever happens now, the report is not sent again."""
         with self._database.session() as session:
             delivery = session.get_one(Delivery, delivery_id)
             result = session.get_one(Result, delivery.result_id)
-            delivery.state = DeliveryState.VERIFIED if found else DeliveryState.STORED
-            delivery.state_reason = None if found else "the report was accepted but could not be read back"
-            delivery.next_attempt_at, delivery.updated_at = None, utc_now()
             entries = [
                 {"type": e.resource_type, "reference": e.reference, "created": e.created} for e in receipt.entries
             ]
+            delivery.state, delivery.state_reason = DeliveryState.STORED, None
+            delivery.next_attempt_at = delivery.updated_at = utc_now()
             delivery.objects = [
                 {"attempts": delivery.attempts, "report_id": receipt.report_id, "how": receipt.how, "entries": entries}
             ]
             result.report_id = receipt.report_id
-            note_contact(session, destination_row(session, destination.name), away=False, reason="")
+            note_contact(session, destination_row(session, destination), away=False, reason="")
+            clear_alarms(session, kind=DESTINATION_REFUSES, subject=_writing(destination), by="gateway")
             clear_alarms(session, kind="report-held", subject=f"delivery:{delivery_id}", by="gateway")
-            record_delivery(session, result, delivery, {"report_id": receipt.report_id, "how": receipt.how})
-            session.flush()
-            study_state.refresh(session, result.study_instance_uid)
-            return {"state": delivery.state, "retry_in_s": None}
+            fallback = {"kind": "fallback-document", "subject": f"destination:{destination.name}"}
+            if receipt.refusal:
+                words = f"{destination.name} refuses the report ({receipt.refusal}); one DocumentReference stands in"
+                raise_alarm(session, **fallback, message=words)
+            elif receipt.how != "document-reference":
+                clear_alarms(session, **fallback, by="gateway")
+
+    def _verified(self, delivery_id: str, destination: FhirDestination) -> dict[str, Any]:
+        with self._database.session() as session:
+            delivery = session.get_one(Delivery, delivery_id)
+            delivery.state, delivery.state_reason = DeliveryState.VERIFIED, None
+            delivery.next_attempt_at, delivery.updated_at = None, utc_now()
+            note_contact(session, destination_row(session, destination), away=False, reason="")
+            clear_alarms(session, kind=QUERY_REFUSES, subject=f"destination:{destination.name}", by="gateway")
+            return _recorded(session, delivery)
+
+    def _not_verified(
+        self, delivery_id: str, destination: FhirDestination, error: EmrError | None, *, now: datetime
+    ) -> dict[str, Any]:
+        """Stored; `error` None: it is not there. Asked for again, as long as it makes sense."""
+        reason = str(error) if error else "not found when it was read back"
+        with self._database.session() as session:
+            delivery = session.get_one(Delivery, delivery_id, with_for_update=True)
+            kept = (delivery.objects or [{}])[0]
+            unavailable = isinstance(error, TryLater) and not isinstance(error, Misconfigured)
+            looks = kept.get("looks", 0) + (0 if unavailable else 1)
+            overdue = overdue_attempts(
+                kept.get("overdue", 0), delivery.queued_at, now, give_up_after_s=destination.give_up_after_s
+            )
+            failures = kept.get("unread", 0) + 1
+            delivery.objects = [
+                {**kept, "attempts": delivery.attempts, "looks": looks, "overdue": overdue, "unread": failures}
+            ]
+            delivery.state_reason = f"accepted, but not verified: {reason}"
+            delivery.updated_at = utc_now()
+            if isinstance(error, Misconfigured):
+                subject = f"destination:{destination.name}"
+                raise_alarm(session, kind=QUERY_REFUSES, subject=subject, message=f"{destination.name}: {error}")
+            if looks < _LOOKS and not patience_ended(overdue):
+                wait_s = _wait_s(destination, failures, delivery_id)
+                delivery.next_attempt_at = delivery.updated_at + timedelta(seconds=wait_s)
+                outcome = _recorded(session, delivery) if failures == 1 else {"state": delivery.state}
+                return {**outcome, "retry_in_s": wait_s}
+            delivery.next_attempt_at = None
+            if error is None:
+                words = f"{destination.name} accepted {kept.get('report_id')} and does not show it: look for it there"
+                raise_alarm(session, kind="report-not-found", subject=f"delivery:{delivery_id}", message=words)
+            return _recorded(session, delivery)
 
     def _later(
-        self,
-        delivery_id: str,
-        destination: FhirDestination,
-        error: Unavailable | PatientNotResolved,
-        *,
-        queued_at: datetime,
-        attempts: int,
-        now: datetime,
+        self, delivery_id: str, destination: FhirDestination, error: TryLater | PatientNotResolved, *, now: datetime
     ) -> dict[str, Any]:
-        away = isinstance(error, Unavailable)
-        wait_s = backoff_s(
-            attempts, first_retry_s=destination.first_retry_s, max_retry_s=destination.max_retry_s, key=delivery_id
-        )
+        """Not accepted yet. Only an EMR that lets nobody's report through keeps the others waiting behind this one."""
+        away = isinstance(error, TryLater)
+        refuses = isinstance(error, Misconfigured)
         with self._database.session() as session:
             delivery = session.get_one(Delivery, delivery_id, with_for_update=True)
             result = session.get_one(Result, delivery.result_id, with_for_update=True)
             kept = delivery.objects[0] if delivery.objects else {}
             # An attempt without an answer is not counted as known: it may have brought the report all the same.
-            known = kept.get("attempts", 0) if away else delivery.attempts
+            known = kept.get("attempts", 0) if away and not refuses else delivery.attempts
             overdue = overdue_attempts(
-                kept.get("overdue", 0), queued_at, now, give_up_after_s=destination.give_up_after_s
+                kept.get("overdue", 0), delivery.queued_at, now, give_up_after_s=destination.give_up_after_s
             )
-            delivery.objects = [{"attempts": known, "overdue": overdue}]
-            note_contact(session, destination_row(session, destination.name), away=away, reason=str(error))
+            # `seggate retry` queues it anew: the waits begin with the shortest again.
+            since = delivery.queued_at.isoformat()
+            failures = 1 + (kept.get("failures", 0) if kept.get("since") == since else 0)
+            delivery.objects = [{"attempts": known, "overdue": overdue, "failures": failures, "since": since}]
+            row = destination_row(session, destination)
+            note_contact(session, row, away=away, reason=str(error))
+            if isinstance(error, Misconfigured):
+                subject = _door(destination) if error.whole else _writing(destination)
+                words = f"{destination.name}: {error}. Reports wait and go out by themselves once it is settled."
+                raise_alarm(session, kind=DESTINATION_REFUSES, subject=subject, message=words)
             if delivery.state != DeliveryState.QUEUED or result.state == ResultState.SUPERSEDED:
                 return self._withheld(session, delivery, result)
             if patience_ended(overdue):
                 raise Permanent(f"{destination.name}: given up after {destination.give_up_after_s / 3600:g} h: {error}")
+            wait_s = _wait_s(destination, failures, delivery_id)
             changed = delivery.state_reason != str(error)
             delivery.state_reason = str(error)
             delivery.updated_at = utc_now()
             delivery.next_attempt_at = delivery.updated_at + timedelta(seconds=wait_s)
-            if not away:
+            if isinstance(error, PatientNotResolved):
                 raise_alarm(session, kind="report-held", subject=f"delivery:{delivery_id}", message=str(error))
             if changed:
                 record_delivery(session, result, delivery, {})
-            return {"state": delivery.state, "retry_in_s": wait_s, "away": away}
+            return {"state": delivery.state, "retry_in_s": wait_s, "away": isinstance(error, TryLater) and error.whole}
 
     @staticmethod
     def _withheld(session: Session, delivery: Delivery, result: Result) -> dict[str, Any]:
         """Never tried again: withheld, parked or superseded before it arrived."""
         if delivery.state == DeliveryState.QUEUED:
             quarantine.withhold_delivery(session, result, delivery, result.state_reason or str(result.state))
+        clear_alarms(session, kind="report-held", subject=f"delivery:{delivery.delivery_id}", by="gateway")
         if delivery.state == DeliveryState.WITHHELD:
             delivery.state_reason = withheld_words(delivery.state_reason or "", unknown_end=cut_short(delivery))
         delivery.next_attempt_at = None
@@ -176,13 +241,24 @@ class Reporting:
         study_state.refresh(session, result.study_instance_uid)
         return {"state": delivery.state, "retry_in_s": None}
 
+    def _released(self, session: Session, result: Result, destination: FhirDestination) -> ReportContent:
+        """The content of a result that may leave the house; whoever queued another one is mistaken."""
+        if result.state != ResultState.RELEASED:
+            raise Permanent(
+                f"{destination.name}: result {result.result_id} is {result.state}; only released results are reported, "
+                "so nothing was sent"
+            )
+        return self._content(session, result, destination)
+
     def _content(self, session: Session, result: Result, destination: FhirDestination) -> ReportContent:
         study = session.get_one(Study, result.study_instance_uid)
         bundle = self._bundle_of(result.model_name, result.model_version)
         specs = {s.name: s for s in bundle.labels}
         runtime = result.runtime or {}
         objects = session.scalars(
-            select(ResultObject).where(ResultObject.result_id == result.result_id).order_by(ResultObject.role)
+            select(ResultObject)
+            .where(ResultObject.result_id == result.result_id)
+            .order_by(ResultObject.role, ResultObject.encoding)
         ).all()
         segments = tuple(
             ReportSegment(
@@ -214,7 +290,7 @@ class Reporting:
                 name=result.model_name, version=result.model_version, weights_digest=result.weights_digest
             ),
             segments=segments,
-            verdict=Verdict(result.verdict or "review"),
+            verdict=_verdict(result),
             checks=tuple(
                 ReportCheck(
                     name=c["name"],
@@ -242,8 +318,46 @@ class Reporting:
         )
 
 
+def _report_id(delivery: Delivery) -> str | None:
+    """What the EMR accepted already."""
+    kept = delivery.objects[0] if delivery.objects else {}
+    return str(kept["report_id"]) if "report_id" in kept else None
+
+
+def _recorded(session: Session, delivery: Delivery) -> dict[str, Any]:
+    """The ledger event of an accepted report, and the study's state after it."""
+    result = session.get_one(Result, delivery.result_id)
+    kept = (delivery.objects or [{}])[0]
+    record_delivery(session, result, delivery, {key: kept.get(key) for key in ("report_id", "how")})
+    session.flush()
+    study_state.refresh(session, result.study_instance_uid)
+    return {"state": delivery.state, "retry_in_s": None}
+
+
+def _wait_s(destination: FhirDestination, failures: int, delivery_id: str) -> float:
+    return backoff_s(
+        failures, first_retry_s=destination.first_retry_s, max_retry_s=destination.max_retry_s, key=delivery_id
+    )
+
+
+def _door(destination: FhirDestination) -> str:
+    """Alarm subject: nobody's report gets through. Cleared by any answer to a Patient search (`note_contact`)."""
+    return f"destination:{destination.name}"
+
+
+def _writing(destination: FhirDestination) -> str:
+    """Alarm subject: patients may be searched, but a report was not taken. Cleared by the next one that is."""
+    return f"destination:{destination.name}:report"
+
+
+def _verdict(result: Result) -> Verdict:
+    if result.verdict is None:
+        raise Permanent(f"result {result.result_id} was released without a QA verdict; it is not reported")
+    return Verdict(result.verdict)
+
+
 def _one_per_role(objects: Any) -> list[ResultObject]:
-    """The first encoding of the SEG and the SR: a fallback made for one PACS is not what the EMR refers to."""
+    """One SEG and the SR that points at it: of several encodings the same at every attempt, BINARY before LABELMAP."""
     chosen: dict[str, ResultObject] = {}
     for item in objects:
         if item.role in ("SEG", "SR"):

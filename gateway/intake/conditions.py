@@ -16,16 +16,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gateway.intake.attributes import (
-    DATE,
-    TIME,
-    Attribute,
+from gateway.intake.attribute_values import (
     Image,
+    PrivateText,
     SeriesHeaders,
     ValueUnreadable,
     series_fact,
     values_of,
 )
+from gateway.intake.attributes import DATE, TIME, Attribute
 
 OPERATORS = ("equals", "in", "contains", "starts-with", "matches-glob", "range", "in-network", "exists", "absent")
 _TEXT_OPERATORS = frozenset({"contains", "starts-with", "matches-glob"})
@@ -154,6 +153,8 @@ def _summary(seen: Counter[str], *, redact: bool) -> list[dict[str, Any]]:
 def _shown(value: Any, attribute: Attribute) -> str:
     if attribute.kind == TIME:
         return _clock(value)
+    if isinstance(value, PrivateText):
+        return f"(private text, {len(value)} characters)"
     text = f"{value:g}" if isinstance(value, float) else str(value)
     clean = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[: _SHOWN_LENGTH + 1])
     return clean if len(clean) <= _SHOWN_LENGTH else clean[: _SHOWN_LENGTH - 1] + "\N{HORIZONTAL ELLIPSIS}"

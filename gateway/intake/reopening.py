@@ -41,7 +41,7 @@ def reopen_missed(database: Database, *, now: datetime, first: bool) -> list[str
             )
             .where(Study.state.in_(_SETTLED), recent)
         ).all()
-        missed = [(uid, v.number) for uid, v in candidates if _objects_in_use(session, uid) - set(v.object_ids)]
+        missed = [(uid, v.number) for uid, v in candidates if objects_in_use(session, uid) - set(v.object_ids)]
     if missed:
         with database.session() as session:
             for uid, number in missed:
@@ -53,7 +53,8 @@ def reopen_missed(database: Database, *, now: datetime, first: bool) -> list[str
     return [uid for uid, _ in missed]
 
 
-def _objects_in_use(session: Session, uid: str) -> set[str]:
+def objects_in_use(session: Session, uid: str) -> set[str]:
+    """Object ids of a study, without what is set aside."""
     return set(
         session.scalars(
             select(Instance.object_id).where(

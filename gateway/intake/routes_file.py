@@ -13,7 +13,7 @@ import structlog
 from sqlalchemy import select
 
 from gateway.intake.routing import keep_rule_set
-from gateway.intake.routing_rules import KnownModel, RuleSet, RulesInvalid, parse_rules
+from gateway.intake.routing_rules import RuleSet, RulesInvalid, parse_rules
 from storage import ledger
 from storage.alarms import clear_alarms, raise_alarm
 from storage.database import Database
@@ -21,6 +21,7 @@ from storage.records import RuleSet as RuleSetRecord
 from storage.records import utc_now
 
 ALARM_BROKEN = "routes-file"
+ALARM_NO_MODEL = "routes-model"
 _SUBJECT = "gateway"
 _log = structlog.get_logger(__name__)
 _Stamp = tuple[int, int, int]
@@ -29,18 +30,21 @@ _RETRY = timedelta(seconds=10)
 
 @dataclass(frozen=True, kw_only=True)
 class _Loaded:
-    """`stamp` is of the file that was looked at last; `fault` and `until` are set where it was refused."""
+    """`stamp` is of the file that was looked at last; `fault` is set where it was refused, `absent` where enabled rules
+    name models of which no version serves, and `until` in both cases."""
 
     stamp: _Stamp | None
     rules: RuleSet
     fault: str = ""
-    until: datetime | None = None  # a refused file is read again then: the model that it names may have been registered
+    absent: tuple[str, ...] = ()
+    until: datetime | None = None  # then the file is read again: what was wrong around it may have been mended
 
 
 class RoutesFile:
     """Gives the rules in use. Safe to share between threads.
 
-    `known_model` refuses rules for models that are not registered; without it any model name is allowed.
+    `serves` says whether a version of a model serves. Rules for other models are taken, because the model may be
+    imported later, with a warning in the log and an alarm until it is.
     """
 
     def __init__(
@@ -48,12 +52,12 @@ class RoutesFile:
         path: Path,
         database: Database,
         *,
-        known_model: KnownModel | None = None,
+        serves: Callable[[str], bool],
         clock: Callable[[], datetime] = utc_now,
     ) -> None:
         self._path = path
         self._database = database
-        self._known_model = known_model
+        self._serves = serves
         self._clock = clock
         self._lock = threading.Lock()
         self._loaded: _Loaded | None = None
@@ -75,12 +79,9 @@ class RoutesFile:
                 self._loaded = _Loaded(stamp=stamp, rules=rules, fault=str(error), until=now + _RETRY)
             else:
                 self._accept(rules)
-                self._loaded = _Loaded(stamp=stamp, rules=rules)
+                absent = self._without_model(rules, known.absent if known is not None else ())
+                self._loaded = _Loaded(stamp=stamp, rules=rules, absent=absent, until=now + _RETRY if absent else None)
             return rules
-
-    def check(self) -> RuleSet:
-        """Read the file without putting it to use; raises RulesInvalid with every fault."""
-        return self._read()
 
     def _stamp(self) -> _Stamp | None:
         """What changes when the file is rewritten or replaced; None where it is not there."""
@@ -97,7 +98,7 @@ class RoutesFile:
             raise RulesInvalid(f"{self._path}: {error.strerror}") from error
         except UnicodeDecodeError as error:
             raise RulesInvalid(f"{self._path}: not UTF-8 text: {error}") from error
-        return parse_rules(text, source=str(self._path), known_model=self._known_model)
+        return parse_rules(text, source=str(self._path))
 
     def _accept(self, rules: RuleSet) -> None:
         """Make the text the newest of the kept ones, so that it is the one to fall back on."""
@@ -121,6 +122,23 @@ class RoutesFile:
                 _log.info("routes loaded", digest=rules.digest[:12], rules=len(rules.rules))
             clear_alarms(session, kind=ALARM_BROKEN, subject=_SUBJECT, by="worker")
 
+    def _without_model(self, rules: RuleSet, before: tuple[str, ...]) -> tuple[str, ...]:
+        """Names of models in enabled rules of which no version serves; alarmed and logged, once for the same names."""
+        named = {rule.model for rule in rules.rules if rule.enabled and rule.model is not None}
+        absent = tuple(sorted(name for name in named if not self._serves(name)))
+        if absent and absent != before:
+            message = (
+                f"routes name models of which no version serves: {', '.join(absent)}; their series are parked; "
+                "import the model with `seggate models import`, or take the rule out"
+            )
+            with self._database.session() as session:
+                raise_alarm(session, kind=ALARM_NO_MODEL, subject=_SUBJECT, message=message)
+            _log.warning("routes name models that do not serve", models=list(absent))
+        elif not absent:
+            with self._database.session() as session:
+                clear_alarms(session, kind=ALARM_NO_MODEL, subject=_SUBJECT, by="worker")
+        return absent
+
     def _last_good(self, error: RulesInvalid) -> RuleSet:
         """The rules in use, else the newest kept ones (at start-up); alarmed either way."""
         in_use = self._loaded.rules if self._loaded is not None else None
@@ -138,7 +156,7 @@ class RoutesFile:
         return in_use
 
     def _parsed(self, record: RuleSetRecord) -> RuleSet:
-        """A kept text was valid once; models are not asked for again, a missing one is found when it is to run."""
+        """A kept text, which was valid once."""
         return parse_rules(record.text, source=f"rule set {record.digest[:12]}")
 
 

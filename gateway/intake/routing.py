@@ -16,7 +16,7 @@ from pydicom.dataset import Dataset
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
-from gateway.intake.attributes import Image, InstanceFacts, SeriesHeaders, ValueUnreadable, images
+from gateway.intake.attribute_values import Image, InstanceFacts, SeriesHeaders, ValueUnreadable, images
 from gateway.intake.conditions import Truth, evaluate
 from gateway.intake.errors import IntakeRejected
 from gateway.intake.header import PARSER_ERRORS

@@ -12,11 +12,12 @@ import ipaddress
 import math
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 from zoneinfo import ZoneInfo
 
+from gateway.intake.attribute_values import ValueUnreadable, date_text, seconds_of_day
 from gateway.intake.attributes import (
     AGE,
     DATE,
@@ -26,14 +27,9 @@ from gateway.intake.attributes import (
     WEEKDAYS,
     Attribute,
     AttributeUnknown,
-    ValueUnreadable,
-    date_text,
     parse_attribute,
-    seconds_of_day,
 )
 from gateway.intake.conditions import OPERATORS, Condition, Group, operators_for
-
-KnownModel = Callable[[str], bool]
 
 _MAX_TEXT = 1 << 20
 _MAX_RULES = 500
@@ -95,8 +91,8 @@ class _Faults:
         self.found.append(place + (f"{label}: {message}" if label else message))
 
 
-def parse_rules(text: str, *, source: str = "routes.toml", known_model: KnownModel | None = None) -> RuleSet:
-    """Read and check a routes file; `known_model` says whether a model of that name is registered.
+def parse_rules(text: str, *, source: str = "routes.toml") -> RuleSet:
+    """Read and check a routes file. Whether a model is registered is no matter of the file: it may be imported later.
 
     Raises RulesInvalid with every fault found.
     """
@@ -116,7 +112,7 @@ def parse_rules(text: str, *, source: str = "routes.toml", known_model: KnownMod
     rules: list[Rule] = []
     names: set[str] = set()
     for index, entry in enumerate(entries):
-        reader = _RuleReader(faults, index, entry, known_model)
+        reader = _RuleReader(faults, index, entry)
         rule = reader.read()
         if rule is None:
             continue
@@ -157,11 +153,10 @@ def _nearest(word: str, known: tuple[str, ...]) -> str:
 class _RuleReader:
     """Reads one [[rules]] table and reports its faults with the rule's place in the file."""
 
-    def __init__(self, faults: _Faults, index: int, entry: Any, known_model: KnownModel | None) -> None:
+    def __init__(self, faults: _Faults, index: int, entry: Any) -> None:
         self._faults = faults
         self._index = index
         self._entry = entry
-        self._known_model = known_model
         name = entry.get("name") if isinstance(entry, dict) else None
         self._label = f"rule {name!r}" if isinstance(name, str) else f"rules[{index}]"
 
@@ -214,8 +209,6 @@ class _RuleReader:
                 self.fault('needs model = "..."; a rule without a model must say stop = true (it keeps series out)')
         elif not _NAME.match(model):
             self.fault("model: expected 1 to 63 lower-case letters, digits and hyphens", near="model")
-        elif self._known_model is not None and not self._known_model(model):
-            self.fault(f"model {model!r} is not registered; see `seggate models list`", near=model)
 
     def _group(self, table: Mapping[str, Any], where: str, depth: int) -> Group | None:
         """A table with `all`, `any`, `none`; several of them in one table must all hold."""

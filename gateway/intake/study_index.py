@@ -167,7 +167,7 @@ class StudyIndex:
             item,
             ALARM_IDENTITY,
             f"study {study.study_instance_uid} holds objects of two patients ({', '.join(differing)} differ); "
-            "it is quarantined: ask the sender which one is right",
+            "it is quarantined: ask the sender which one is right; seggate release keeps the first",
         )
         study.state = StudyState.QUARANTINED
         study.state_reason = reason

@@ -20,6 +20,7 @@ from sqlalchemy.orm import Session
 
 from engine.bundle import Bundle
 from gateway.delivery.destination import OutgoingObject, Role
+from gateway.disk_space import alarmed_when_full
 from gateway.errors import Permanent, Rejected
 from gateway.intake.header import text_of
 from gateway.model_shelf import ModelShelf
@@ -192,7 +193,8 @@ class Encoding:
         for item in made:
             # Named by content: what a crash left behind before its row may be of an older release of this program.
             name = f"{item.role}-{item.encoding}-{hashlib.sha256(item.data).hexdigest()[:16]}.dcm".lower()
-            path, digest = self._spool.store_result_file(source.study_key, result_id, name, item.data)
+            with alarmed_when_full(self._database):
+                path, digest = self._spool.store_result_file(source.study_key, result_id, name, item.data)
             rows.append(
                 ResultObject(
                     sop_instance_uid=item.sop_instance_uid,
@@ -286,6 +288,7 @@ def _outgoing(item: ResultObject, study_instance_uid: str, spool: Spool) -> Outg
         series_instance_uid=item.series_instance_uid,
         study_instance_uid=study_instance_uid,
         path=spool.resolve(item.spool_path),
+        digest=item.digest,
         role=roles[item.role],
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,13 +17,14 @@ from engine.predictor import Prediction
 from engine.segment_statistics import SegmentStatistics
 from engine.volume import LabelMap
 from gateway import quarantine
-from gateway.errors import Permanent, Rejected
+from gateway.disk_space import alarmed_when_full
+from gateway.errors import Permanent, Rejected, is_of_the_machine
 from gateway.model_shelf import ModelShelf
 from gateway.results.orders import series_files
 from gateway.results.series import SeriesPart, decode, read_series
 from storage import ledger
 from storage.database import Database
-from storage.errors import ObjectMissing
+from storage.errors import ObjectMissing, StorageError
 from storage.records import Result, ResultState, Study, StudyVersion, utc_now
 from storage.spool import Spool
 
@@ -84,7 +86,13 @@ class Inference:
             raise Permanent(f"inference was begun {self._attempts} times and never finished; see the worker's log")
         self._busy(result_id)
         try:
-            return self._run(result_id, files)
+            with alarmed_when_full(self._database):
+                return self._run(result_id, files)
+        except StorageError as error:
+            if is_of_the_machine(error):  # waited for however long, so such a beginning does not count
+                with self._database.session() as session:
+                    session.get_one(Result, result_id).attempts -= 1
+            raise
         finally:
             self._idle(result_id)
 
@@ -92,14 +100,21 @@ class Inference:
         with self._database.reading() as session:
             result = session.get_one(Result, result_id)
             study = session.get_one(Study, result.study_instance_uid)
-        began = time.monotonic()
-        part = decode(select_part(read_series(files, only_headers=True), result.part))
-        if part.volume is None:
-            raise Rejected(f"series {result.series_instance_uid}: no pixel data")
-        read_s = time.monotonic() - began
         model = self._shelf.version(result.model_name, result.model_version)
         if model.weights_digest != result.weights_digest:
             raise Permanent(f"{model.name} {model.semver} has other weights than when the result was ordered")
+        began = time.monotonic()
+        headers = select_part(read_series(files, only_headers=True), result.part)
+        headers_s = time.monotonic() - began
+        # Before a pixel is decoded: what does not fit must not take the worker's memory first.
+        self._shelf.check_memory(model, headers.geometry, budget_bytes=self._memory_budget_bytes)
+        # Or else a model would run each time only to find no room for its labels.
+        self._spool.check_room(math.prod(headers.geometry.shape))
+        began = time.monotonic()
+        part = decode(headers)
+        if part.volume is None:
+            raise Rejected(f"series {result.series_instance_uid}: no pixel data")
+        read_s = headers_s + time.monotonic() - began
         prediction = self._shelf.predict(model, part.volume, budget_bytes=self._memory_budget_bytes)
         # Named by content: a run repeated after a crash may differ in the last bit and must not clash.
         packed = _packed(prediction.labels)
@@ -142,10 +157,14 @@ def select_part(parts: tuple[SeriesPart, ...], key: str) -> SeriesPart:
 
 
 def load_labels(spool: Spool, result: Result) -> NDArray[np.uint8] | NDArray[np.uint16]:
-    """The label array (Z, Y, X) of a result, in the order of the series' slices."""
+    """The label array (Z, Y, X) of a result, in the order of the series' slices.
+
+    Raises ObjectMissing, ObjectChanged when the file no longer has the bytes that were written.
+    """
     if result.runtime is None:
         raise ObjectMissing(f"result {result.result_id} has no labels yet")
-    with np.load(spool.resolve(result.runtime["labels"]["path"]), allow_pickle=False) as archive:
+    file = result.runtime["labels"]
+    with np.load(spool.unchanged(file["path"], file["sha256"]), allow_pickle=False) as archive:
         labels: NDArray[np.uint8] | NDArray[np.uint16] = archive["labels"]
     return labels
 
@@ -176,13 +195,18 @@ def _measurement(segment: SegmentStatistics, region: tuple[int, ...], labels: La
 def _centroid(segment: SegmentStatistics, region: tuple[int, ...], labels: LabelMap) -> list[float] | None:
     if segment.voxels == 0:
         return None
-    z, y, x = np.nonzero(np.isin(labels.array, region))
-    point = labels.geometry.affine_lps @ np.array([x.mean(), y.mean(), z.mean(), 1.0])
+    _, height, width = labels.array.shape
+    total = np.zeros(4)  # x, y, z and 1, summed over the voxels; slice by slice, as indices take 24 bytes per voxel
+    for z, plane in enumerate(labels.array):
+        inside = np.isin(plane, region)
+        rows, columns, count = inside.sum(axis=1), inside.sum(axis=0), int(inside.sum())
+        total += (columns @ np.arange(width), rows @ np.arange(height), count * z, count)
+    point = labels.geometry.affine_lps @ (total / total[3])
     return [round(float(v), 3) for v in point[:3]]
 
 
 def _runtime(prediction: Prediction, part: SeriesPart, read_s: float) -> dict[str, Any]:
-    info = prediction.runtime
+    info, missing = prediction.runtime, part.finding("missing-slices")
     return {
         "backend": info.backend,
         "provider": info.provider,
@@ -194,5 +218,6 @@ def _runtime(prediction: Prediction, part: SeriesPart, read_s: float) -> dict[st
         "mean_confidence": prediction.mean_confidence,
         "unit": "[hnsf'U]" if part.modality == "CT" else "1",
         "slices": len(part.frames),
+        "missing_slices": int(missing.value) if missing is not None else 0,
         "spacing_mm": list(part.geometry.spacing_mm),
     }

@@ -13,6 +13,7 @@ Every check has a name, a value, a limit and a verdict. The verdict of a result 
 | confidence | at least the model's minimum | below | below half of it |
 | fold-agreement | Dice at least the model's minimum | below | below half of it |
 | mirror-agreement | Dice at least the model's minimum | below | below half of it |
+| source | nothing spoke against the study being whole | something did | |
 
 `empty` expects a segment whose population range starts above zero, or that has no range. A check that cannot be made
 (one fold, no mirroring, no range) is absent: it is never reported as passed.
@@ -24,10 +25,11 @@ import enum
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, get_args
 
 from engine.bundle import Bundle
 from engine.manifest import LabelSpec
+from gateway.settings import QualityCheck
 
 
 class Verdict(enum.StrEnum):
@@ -37,17 +39,7 @@ class Verdict(enum.StrEnum):
 
 
 _ORDER = (Verdict.PASS, Verdict.REVIEW, Verdict.HOLD)
-CHECKS = (
-    "empty",
-    "volume",
-    "border",
-    "components",
-    "laterality",
-    "pair",
-    "confidence",
-    "fold-agreement",
-    "mirror-agreement",
-)
+CHECKS: tuple[str, ...] = get_args(QualityCheck)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +66,11 @@ def judge(
     *,
     mean_confidence: float | None,
     bundle: Bundle,
+    doubts: Sequence[str],
     disabled: Collection[str] = (),
 ) -> tuple[Verdict, tuple[Check, ...]]:
-    """Judge the statistics of one result (the rows that `infer` wrote, one per segment of the bundle)."""
+    """Judge the statistics of one result (the rows that `infer` wrote, one per segment of the bundle) and its source
+    (`doubts`: see `source_doubts`)."""
     by_name = {str(m["name"]): m for m in measurements}
     specs = [s for s in bundle.labels if s.name in by_name]
     checks: list[Check] = []
@@ -97,8 +91,36 @@ def judge(
     checks += _pairs(specs, by_name)
     if mean_confidence is not None:
         checks += _at_least("confidence", None, mean_confidence, bundle.quality.min_confidence)
+    checks.append(_check("source", None, "; ".join(doubts) or "none", "nothing against the study", bool(doubts)))
     kept = tuple(c for c in checks if c.name not in disabled)
     return worst(kept), kept
+
+
+def source_doubts(
+    rule: str, evidence: Mapping[str, Any], *, series_instance_uid: str, missing_slices: int
+) -> tuple[str, ...]:
+    """What spoke against a study being whole when it was declared so, in words without patient data.
+
+    rule and evidence: of the study version (gateway.intake.evidence). Slice gaps count in the series of the result
+    only; missing_slices: those that were found as the series was read, and that the model's contract allowed.
+    """
+    doubts = []
+    expected = (evidence.get("expected") or {}).get("count")
+    counted = evidence["objects"] + evidence.get("own_results", 0)
+    if expected is not None and counted < expected:
+        waited = "the wait for more was given up" if rule == "give-up" else f"declared whole by rule {rule}"
+        doubts.append(f"{counted} of {expected} expected objects, {waited}")
+    if evidence["interrupted"]:
+        doubts.append("an association broke off")
+    elif rule == "operator" and not evidence["released"]:
+        doubts.append("an operator did not wait for the end of the association")
+    if evidence.get("quarantined"):
+        doubts.append(f"{evidence['quarantined']} objects quarantined")
+    gaps = evidence.get("gaps", [])
+    seen = sum(gap["missing"] for gap in gaps if gap["series_instance_uid"] == series_instance_uid)
+    if missing_slices or seen:
+        doubts.append(f"{missing_slices or seen} slices missing")
+    return tuple(doubts)
 
 
 def _check(name: str, spec: LabelSpec | None, value: float | str, limit: str, review: bool) -> Check:
@@ -156,15 +178,16 @@ def _at_least(name: str, spec: LabelSpec | None, value: float | None, minimum: f
 def _pairs(specs: Sequence[LabelSpec], measured: Mapping[str, Mapping[str, Any]]) -> list[Check]:
     """Left and right of a pair: both there, and the left one at greater L (patient coordinates LPS)."""
     checks = []
-    for left in specs:
-        if left.laterality != "left" or left.pair is None or left.pair not in measured:
-            continue
-        right = measured[left.pair]
-        here, there = measured[left.name]["centroid_lps_mm"], right["centroid_lps_mm"]
+    by_name = {spec.name: spec for spec in specs}
+    found = [(spec, by_name[spec.pair]) for spec in specs if spec.pair in by_name and spec.laterality is not None]
+    # Once per pair, from whichever side it is stated.
+    sided = {(a.name, b.name) if a.laterality == "left" else (b.name, a.name): None for a, b in found}
+    for left, right in ((by_name[left], by_name[right]) for left, right in sided):
+        here, there = (measured[side.name]["centroid_lps_mm"] for side in (left, right))
         one_sided = (here is None) != (there is None)
-        present = left.name if there is None else left.pair
+        present = left.name if there is None else right.name
         checks.append(
-            _check("pair", left, f"only {present}" if one_sided else "complete", f"with {left.pair}", one_sided)
+            _check("pair", left, f"only {present}" if one_sided else "complete", f"with {right.name}", one_sided)
         )
         if here is not None and there is not None:
             apart_mm = round(float(here[0]) - float(there[0]), 2)
@@ -173,7 +196,7 @@ def _pairs(specs: Sequence[LabelSpec], measured: Mapping[str, Mapping[str, Any]]
                     name="laterality",
                     segment=left.name,
                     value=apart_mm,
-                    limit=f"left of {left.pair} (more than 0 mm)",
+                    limit=f"left of {right.name} (more than 0 mm)",
                     verdict=Verdict.HOLD if apart_mm <= 0 else Verdict.PASS,
                 )
             )

@@ -8,6 +8,7 @@ UID of the library reaches the bytes.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from datetime import datetime
 from io import BytesIO
 
 import numpy as np
@@ -54,6 +55,15 @@ class ResultHeader:
                     reason="is missing; a UID derived from the series was written",
                 )
             )
+
+    @property
+    def created_at(self) -> datetime:
+        """When the result was made, in the time zone of the dates and times that are copied from the source: the
+        source's TimezoneOffsetFromUTC, which is copied too; the zone of this host where the source says nothing, and
+        then the result says nothing either (PS3.3 C.12.1.1.8)."""
+        offset = self.attributes.get("TimezoneOffsetFromUTC")
+        zone = datetime.strptime(str(offset), "%z").tzinfo if offset is not None else None
+        return self.content.created_at.astimezone(zone)
 
     @property
     def slice_thickness_mm(self) -> str:
@@ -125,7 +135,7 @@ def instance_references(content: ResultContent) -> list[Dataset]:
 def write_common_modules(dataset: Dataset, header: ResultHeader, *, role: str, encoding: str) -> None:
     """Patient, study, series, equipment and SOP common, from the content alone; replaces what is there."""
     content = header.content
-    identity, created = content.identity, content.created_at
+    identity, created = content.identity, header.created_at
     date, time = created.strftime("%Y%m%d"), created.strftime("%H%M%S")
     dataset.SpecificCharacterSet = "ISO_IR 192"
     for element in copied_to_results(header.attributes):
@@ -237,7 +247,7 @@ def _equipment(header: ResultHeader) -> list[Dataset]:
     ours.DeviceSerialNumber = model.weights_digest[:16]
     versions = [model.version[:64], content.software_version[:64]]
     ours.add(DataElement("SoftwareVersions", "LO", versions, validation_mode=config.IGNORE))
-    ours.ContributionDateTime = content.created_at.strftime("%Y%m%d%H%M%S%z")
+    ours.ContributionDateTime = header.created_at.strftime("%Y%m%d%H%M%S%z")
     ours.ContributionDescription = f"Automatic segmentation with {model.name} {model.version}; {NOT_REVIEWED}"
     items.append(ours)
     return items

@@ -35,6 +35,7 @@ _UID = re.compile(r"[0-9]+(?:\.[0-9]+)+")
 _DECIMAL = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
 _TIME = re.compile(r"(?:[01]\d|2[0-3])(?:[0-5]\d(?:(?:[0-5]\d|60)(?:\.\d{1,6})?)?)?")
 _COLON_TIME = re.compile(r"(\d\d):(\d\d):(\d\d(?:\.\d{1,6})?)")
+_OFFSET = re.compile(r"[+-]\d\d[0-5]\d", re.ASCII)
 _DOT_DATE = re.compile(r"(\d{4})\.(\d\d)\.(\d\d)")
 
 
@@ -75,6 +76,8 @@ RULES: tuple[Rule, ...] = (
     Rule(keyword="PatientAge"),
     Rule(keyword="PatientSize"),
     Rule(keyword="PatientWeight"),
+    # SOP common: holds for the dates and times above and for ours (PS3.3 C.12.1.1.8)
+    Rule(keyword="TimezoneOffsetFromUTC"),
 )
 """Copied into every result."""
 
@@ -221,7 +224,7 @@ def _legal(vr: str, text: str, rule: Rule) -> tuple[str | None, str]:
             value, problem = _legal(vr, text, rule) if text else (None, several)
             return value, problem or several
         text = text.replace("\\", " ")
-    checked = _CHECKS.get(vr)
+    checked = _utc_offset if rule.keyword == "TimezoneOffsetFromUTC" else _CHECKS.get(vr)
     if checked is not None:
         value, problem = checked(text)
         if value is None:
@@ -265,6 +268,12 @@ def _time(text: str) -> tuple[str | None, str]:
     colons = _COLON_TIME.fullmatch(text)
     value, problem = ("".join(colons.groups()), "is written with colons") if colons else (text, "")
     return (value, problem) if _TIME.fullmatch(value) else (None, "is no time (HHMMSS.FFFFFF)")
+
+
+def _utc_offset(text: str) -> tuple[str | None, str]:
+    minutes = int(text[:3]) * 60 + int(text[0] + text[3:]) if _OFFSET.fullmatch(text) else None
+    legal = minutes is not None and -12 * 60 <= minutes <= 14 * 60 and text != "-0000"
+    return (text, "") if legal else (None, "is no offset from UTC (&ZZXX)")
 
 
 def _uid(text: str) -> tuple[str | None, str]:

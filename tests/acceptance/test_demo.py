@@ -122,7 +122,7 @@ def test_only_one_series_of_the_real_study_is_routed_and_the_others_have_a_reaso
 
 
 @pytest.mark.peer("shared-data")
-@pytest.mark.requirement("ART-25", open="saliency, DSC where a reference exists")
+@pytest.mark.requirement("ART-25", open="saliency")
 def test_report_names_patient_study_objects_volumes_confidence_and_flags(real: Demo) -> None:
     """From the files of the EMR, which is another process."""
     held = [json.loads(f.read_text(encoding="utf-8")) for f in (real.state / "emr").glob("*.json")]

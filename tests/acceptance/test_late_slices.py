@@ -50,7 +50,8 @@ def _pass_a_study_through(gateway: WholeGateway, instance: str) -> None:
     gateway.wait_for_state(fence.uid, "verified")
 
 
-@pytest.mark.requirement("CMP-17", open="withdrawn in the PACS")
+@pytest.mark.requirement("REC-08")
+@pytest.mark.requirement("CMP-17", open="withdrawal of the old result in the PACS")
 def test_late_slices_make_one_new_version_that_replaces_the_old_result(gateway: WholeGateway) -> None:
     study = gateway.write_study("late")
     gateway.send(study.files[:-_LATE])
@@ -100,7 +101,7 @@ def test_late_slices_make_one_new_version_that_replaces_the_old_result(gateway: 
     assert gateway.verify_ledger() > 0
 
 
-@pytest.mark.requirement("CMP-17", open="withdrawn in the PACS")
+@pytest.mark.requirement("CMP-17", open="withdrawal of the old result in the PACS")
 def test_what_is_overtaken_before_its_inference_is_not_processed(gateway: WholeGateway) -> None:
     """The first version waits before its inference; the rest of the study comes meanwhile, and only that is run."""
     study = gateway.write_study("overtaken")

@@ -116,7 +116,7 @@ def test_every_file_of_shared_data_is_here(shared_data: Path) -> None:
 
 
 @pytest.mark.requirement("OUT-41", open="SEMIAUTOMATIC and MANUAL after an edit")
-@pytest.mark.requirement("EMR-47", open="final only after approval; HAPI")
+@pytest.mark.requirement("EMR-47", open="final only after approval; HAPI; HL7 v2 fallback")
 @pytest.mark.parametrize("name", NAMES)
 def test_name_is_right_in_segmentation_report_emr_and_on_the_screen(sent: Sent, name: str, tmp_path: Path) -> None:
     dicom_name, read_name = NAMES[name]

@@ -110,7 +110,7 @@ def test_a_pacs_that_is_away_keeps_its_backlog_while_the_emr_gets_its_reports(ho
 
 
 @pytest.mark.requirement("QUE-29", open="rate cap; urgent first in the drain; an outage of hours")
-@pytest.mark.requirement("EMR-47", open="HL7 v2 fallback")
+@pytest.mark.requirement("EMR-47", open="final only after approval; HAPI; HL7 v2 fallback")
 def test_an_emr_that_is_away_does_not_keep_the_pacs_waiting(hospital: Hospital) -> None:
     gateway = hospital.gateway
     hospital.pacs.on()
@@ -128,7 +128,7 @@ def test_an_emr_that_is_away_does_not_keep_the_pacs_waiting(hospital: Hospital) 
     assert gateway.alarms("destination-away") == []
 
 
-@pytest.mark.requirement("EMR-47", open="HL7 v2 fallback")
+@pytest.mark.requirement("EMR-47", open="final only after approval; HAPI; HL7 v2 fallback")
 def test_the_report_of_a_patient_the_emr_does_not_know_is_held_and_goes_out_when_it_does(hospital: Hospital) -> None:
     gateway = hospital.gateway
     hospital.pacs.on()

@@ -124,7 +124,7 @@ def test_each_frame_has_the_position_of_its_source_slice(tmp_path: Path, recipe:
         assert position == pytest.approx(places[key], abs=1e-9)
 
 
-@pytest.mark.requirement("OUT-38", open="rendering in OHIF; dcmqi cannot hold a sheared grid")
+@pytest.mark.requirement("OUT-38", open="rendering in OHIF")
 @pytest.mark.peer("dcmqi")
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_dcmqi_reads_the_pixels_of_a_tilted_stack(tmp_path: Path, encoding: Encoding) -> None:
@@ -164,7 +164,7 @@ def test_left_is_left(tmp_path: Path, orientation: str) -> None:
     assert sides == {LEFT: ("7771000", "SCT", "Left"), RIGHT: ("24028007", "SCT", "Right")}
 
 
-@pytest.mark.requirement("QUE-27", open="kill -9 sweep with one result set in the PACS")
+@pytest.mark.requirement("QUE-27")
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_the_same_content_makes_the_same_bytes(tmp_path: Path, encoding: Encoding) -> None:
     series = write_series(tmp_path / "source", modality="MR")
@@ -280,7 +280,7 @@ def test_only_label_maps_use_the_new_sop_class(tmp_path: Path) -> None:
     assert label_map.transfer_syntax_uid == "1.2.840.10008.1.2.5"
 
 
-@pytest.mark.requirement("OUT-39", open="the mask kept for encoding again is the workflow's")
+@pytest.mark.requirement("OUT-39")
 @pytest.mark.peer("dciodvfy", "dcmqi", "shared-data")
 @pytest.mark.parametrize("study", ["study1", "study3"])
 def test_a_real_series_with_incomplete_headers_gets_its_segmentation(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -9,9 +10,11 @@ import pytest
 
 from gateway.delivery.attempt import Attempted, attempt
 from gateway.delivery.capability import Learned
+from gateway.delivery.destination import Found, ObjectStatus, OutgoingObject, Verification
 from gateway.delivery.dimse import DimsePacs
-from gateway.delivery.ladder import LadderState, Rung
+from gateway.delivery.ladder import LadderState, Rung, heard, prepared, requeue
 from gateway.delivery.orthanc import OrthancPacs
+from gateway.delivery.status import Outcome
 from gateway.settings import DimseDestination, OrthancDestination
 from storage.records import DeliveryState, utc_now
 from tests.support import pacs
@@ -106,7 +109,7 @@ def test_a_peer_without_query_ends_at_stored(tmp_path: Path, result: InventedRes
     assert "not verified" in sending.state.reason
 
 
-@pytest.mark.requirement("QUE-29", open="rate cap, order of the backlog")
+@pytest.mark.requirement("QUE-29", open="rate cap; urgent first in the drain; an outage of hours")
 def test_away_then_back_delivers_once_and_the_file_is_made_once(tmp_path: Path, result: InventedResult) -> None:
     port = pacs.free_port()
     peer = pacs.RunningPacs(ae_title="SCRIPTED", host="127.0.0.1", port=port, folder=tmp_path)
@@ -147,7 +150,7 @@ def test_broken_off_before_storing_is_sent_again_under_the_same_uid(tmp_path: Pa
     assert scripted.received == [seg.sop_instance_uid, seg.sop_instance_uid, sr.sop_instance_uid]
 
 
-@pytest.mark.requirement("QUE-27", open="the kill -9 sweep of the workflow")
+@pytest.mark.requirement("QUE-27")
 def test_a_repeated_first_attempt_asks_before_it_sends(tmp_path: Path, result: InventedResult) -> None:
     scripted = pacs.ScriptedPacs(tmp_path / "pacs")
     with pacs.scripted(scripted) as peer:
@@ -221,7 +224,7 @@ def test_when_nothing_is_taken_the_delivery_is_parked_and_alarmed(tmp_path: Path
 
 
 @pytest.mark.peer("orthanc")
-@pytest.mark.requirement("QUE-29", open="rate cap, order of the backlog")
+@pytest.mark.requirement("QUE-29", open="rate cap; urgent first in the drain; an outage of hours")
 def test_orthanc_stopped_and_started_again_holds_each_object_once(tmp_path: Path, result: InventedResult) -> None:
     with pacs.orthanc(tmp_path / "orthanc") as peer:
         pass
@@ -238,3 +241,69 @@ def test_orthanc_stopped_and_started_again_holds_each_object_once(tmp_path: Path
             assert done.state.state is DeliveryState.VERIFIED
         found = OrthancPacs(settings).verify(result.objects("BINARY"))
         assert [v.detail for v in found] == ["found in Orthanc, same MD5"] * 2
+
+
+class Scripted(DimsePacs):
+    """Does not leave the house: finds and answers what the test says, and notes the roles that were sent."""
+
+    def __init__(self, settings: DimseDestination) -> None:
+        super().__init__(settings, calling_ae_title="SEGGATE")
+        self.finds: Found = "absent"
+        self.answers: Outcome = "stored"
+        self.sent: list[str] = []
+
+    def send(self, objects: Sequence[OutgoingObject]) -> tuple[ObjectStatus, ...]:
+        self.sent += [o.role for o in objects]
+        return tuple(
+            ObjectStatus(sop_instance_uid=o.sop_instance_uid, code=None, outcome=self.answers, meaning="scripted")
+            for o in objects
+        )
+
+    def verify(self, objects: Sequence[OutgoingObject]) -> tuple[Verification, ...]:
+        return tuple(
+            Verification(sop_instance_uid=o.sop_instance_uid, outcome=self.finds, detail="scripted") for o in objects
+        )
+
+
+@pytest.fixture
+def scripted_pacs() -> Scripted:
+    return Scripted(DimseDestination(name="pacs", ae_title="PACS", host="127.0.0.1", port=104))
+
+
+def test_a_report_does_not_leave_where_other_content_is_found_under_the_uid_of_its_image(
+    scripted_pacs: Scripted, result: InventedResult
+) -> None:
+    settings = scripted_pacs._settings
+    scripted_pacs.finds = "differs"
+    seg, sr = result.objects("BINARY")
+    broken_off = [ObjectStatus(sop_instance_uid=seg.sop_instance_uid, code=None, outcome="unknown", meaning="")]
+    state = heard(prepared(LadderState.new("d1", utc_now()), "BINARY", [seg, sr]), broken_off)
+    outcome = attempt(scripted_pacs, settings, result.objects, state, learned=Learned())
+    assert outcome.state.state is DeliveryState.PARKED
+    assert scripted_pacs.sent == []
+
+
+@pytest.mark.requirement("QUE-29", open="rate cap, order of the backlog")
+@pytest.mark.parametrize(("answers", "answered"), [("unknown", False), ("refused", True), ("stored", True)])
+def test_a_destination_that_only_broke_off_has_not_answered(
+    scripted_pacs: Scripted, result: InventedResult, answers: Outcome, answered: bool
+) -> None:
+    scripted_pacs.answers = answers
+    settings = scripted_pacs._settings
+    outcome = attempt(scripted_pacs, settings, result.objects, LadderState.new("d1", utc_now()), learned=Learned())
+    assert (outcome.answered, outcome.away) == (answered, False)
+
+
+def test_a_refused_report_that_is_switched_off_and_retried_lets_the_delivery_end(
+    tmp_path: Path, result: InventedResult
+) -> None:
+    scripted = pacs.ScriptedPacs(tmp_path / "pacs", refused_classes=[COMPREHENSIVE_3D_SR])
+    with pacs.scripted(scripted) as peer:
+        sending = Sending(peer, result)
+        sending.attempt()
+        assert sending.state.state is DeliveryState.PARKED
+        again = Sending(peer, result, send_sr=False)
+        again.state = requeue(sending.state, utc_now())
+        again.attempt()
+    assert again.state.state is DeliveryState.VERIFIED
+    assert scripted.received == [result.image("BINARY").sop_instance_uid]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 
 from emr.authorization import Basic, StaticToken
 from emr.client import EmrClient, EmrEndpoint
-from emr.errors import CredentialsInvalid, PatientNotResolved, Refused, Unavailable
+from emr.errors import CredentialsInvalid, Misconfigured, PatientNotResolved, Refused, TryLater, Unavailable
 from emr.exchange import open_http
 from tests.support.emr_double import EmrDouble
 from tests.support.report_content import ACCESSION, PATIENT_ID, PATIENT_SYSTEM, report_content
@@ -73,7 +74,7 @@ def test_patient_is_searched_first_and_referenced_literally(emr: EmrDouble, http
     assert order == ["/fhir/metadata", "/fhir/Patient/_search", "/fhir"]
 
 
-@pytest.mark.requirement("EMR-48", open="the outbox row in the transaction of the state change")
+@pytest.mark.requirement("EMR-48")
 def test_retry_after_lost_answer_makes_nothing_twice(emr: EmrDouble) -> None:
     with open_http(timeout_s=1) as http:
         client = client_of(emr, http)
@@ -179,12 +180,22 @@ def test_no_patient_data_in_urls_or_messages(emr: EmrDouble, http: httpx.Client)
             }
         ],
     }
-    emr.fail(400, path="/fhir", body=quoted)
-    with pytest.raises(Refused) as caught:
-        client_of(emr, http).send(CONTENT)
-    assert 'HTTP 400: invalid at Bundle.entry[3] "subject … born … is not known here"' in str(caught.value)
+    client = client_of(emr, http)
+    said: list[str] = []
+    for status, paths, error in (
+        (400, ("/fhir", "/fhir/DocumentReference"), Refused),
+        (403, ("/fhir",), Misconfigured),
+        (400, ("/fhir/Patient/_search",), Misconfigured),
+    ):
+        for path in paths:
+            emr.fail(status, path=path, body=quoted)
+        with pytest.raises(error) as caught:
+            client.send(CONTENT)
+        said.append(str(caught.value))
+        assert 'invalid at Bundle.entry[3] "subject …' in said[-1]
+    assert 'HTTP 400: invalid at Bundle.entry[3] "subject … born … is not known here"' in said[0]
     for value in private:
-        assert value not in str(caught.value)
+        assert value not in "".join(said)
         assert all(value not in s.path and value not in s.query for s in emr.seen)
     form = emr.requests("POST", "/fhir/Patient/_search")[0]
     assert form.query == ""
@@ -211,20 +222,94 @@ def test_server_that_is_away_is_unavailable(http: httpx.Client) -> None:
         client.send(CONTENT)
 
 
-@pytest.mark.parametrize("status", [400, 403, 410, 412, 413, 422])
-def test_refusal_is_final_and_names_the_codes(emr: EmrDouble, http: httpx.Client, status: int) -> None:
-    outcome = {"resourceType": "OperationOutcome", "issue": [{"severity": "error", "code": "business-rule"}]}
-    emr.fail(status, path="/fhir", body=outcome)
-    with pytest.raises(Refused, match=f"transaction: HTTP {status}: business-rule"):
+def outcome(code: str) -> dict[str, Any]:
+    return {"resourceType": "OperationOutcome", "issue": [{"severity": "error", "code": code}]}
+
+
+@pytest.mark.requirement("EMR-47")
+@pytest.mark.parametrize("status", [400, 422])
+def test_report_whose_content_is_refused_goes_as_one_document_that_says_why(
+    emr: EmrDouble, http: httpx.Client, status: int
+) -> None:
+    emr.fail(status, path="/fhir", body=outcome("business-rule"))
+    receipt = client_of(emr, http).send(CONTENT)
+    assert receipt.how == "document-reference"
+    assert f"transaction: HTTP {status}: business-rule" in receipt.refusal
+    assert counts(emr) == {"Device": 0, "Observation": 0, "DiagnosticReport": 0, "DocumentReference": 1}
+
+
+@pytest.mark.parametrize("status", [400, 422])
+def test_content_that_is_refused_as_a_document_too_is_final_and_both_reasons_are_named(
+    emr: EmrDouble, http: httpx.Client, status: int
+) -> None:
+    emr.fail(status, path="/fhir", body=outcome("business-rule"))
+    emr.fail(status, path="/fhir/DocumentReference", body=outcome("invariant"))
+    words = f"transaction: HTTP {status}: business-rule; DocumentReference: HTTP {status}: invariant"
+    with pytest.raises(Refused, match=words):
         client_of(emr, http).send(CONTENT)
     assert sum(counts(emr).values()) == 0
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [(status, None) for status in (400, 401, 403, 404, 405, 406, 410, 412, 413, 415, 422, 302, 308)]
+    + [(status, outcome(code)) for status in (400, 422) for code in ("security", "login", "expired", "forbidden")]
+    + [(403, outcome("forbidden")), (404, outcome("not-found"))],
+)
+def test_transaction_that_is_not_let_in_waits_for_an_administrator_and_goes_out_then(
+    emr: EmrDouble, http: httpx.Client, status: int, body: dict[str, Any] | None
+) -> None:
+    client = client_of(emr, http)
+    emr.fail(status, path="/fhir", body=body, headers={"location": "http://127.0.0.1:9/"} if status < 400 else None)
+    with pytest.raises(Misconfigured, match=f"transaction: .*HTTP {status}") as caught:
+        client.send(CONTENT)
+    assert not caught.value.whole
+    assert sum(counts(emr).values()) == 0
+    assert client.send(CONTENT).how == "transaction"
+
+
+@pytest.mark.parametrize(
+    ("path", "statuses", "whole"),
+    [
+        ("/fhir/metadata", (401, 403, 301, 307), True),
+        ("/fhir/Patient/_search", (401, 403, 404, 405, 410, 501, 302), True),
+        ("/fhir/Patient/_search", (400, 422), False),
+    ],
+)
+def test_server_that_does_not_let_us_in_waits_for_an_administrator(
+    emr: EmrDouble, http: httpx.Client, path: str, statuses: tuple[int, ...], whole: bool
+) -> None:
+    client = client_of(emr, http)
+    for status in statuses:
+        emr.fail(status, path=path, headers={"location": "http://127.0.0.1:9/"} if status < 400 else None)
+        with pytest.raises(Misconfigured, match=f"HTTP {status}") as caught:
+            client.send(CONTENT)
+        assert caught.value.whole == whole
+    assert client.send(CONTENT).created
+
+
+def test_trouble_after_the_patient_was_found_may_be_of_this_report_alone(emr: EmrDouble, http: httpx.Client) -> None:
+    client = client_of(emr, http)
+    for path, whole in (("/fhir/Patient/_search", True), ("/fhir", False)):
+        emr.fail(500, path=path)
+        with pytest.raises(TryLater) as caught:
+            client.send(CONTENT)
+        assert caught.value.whole == whole
+
+
+@pytest.mark.parametrize("status", [202, 204])
+def test_transaction_accepted_for_later_is_asked_for_again(emr: EmrDouble, http: httpx.Client, status: int) -> None:
+    client = client_of(emr, http)
+    emr.fail(status, path="/fhir", body=b"")
+    with pytest.raises(Unavailable, match=str(status)):
+        client.send(CONTENT)
+    assert client.send(CONTENT).created
 
 
 @pytest.mark.requirement("EMR-47")
 @pytest.mark.parametrize("status", [404, 405, 501, 422])
 def test_server_that_refuses_transactions_gets_one_document(emr: EmrDouble, http: httpx.Client, status: int) -> None:
-    outcome = {"resourceType": "OperationOutcome", "issue": [{"severity": "error", "code": "not-supported"}]}
-    emr.fail(status, path="/fhir", body=outcome, forever=True)
+    emr.fail(status, path="/fhir", body=outcome("not-supported"), forever=True)
     client = client_of(emr, http)
     first, second = client.send(CONTENT), client.send(CONTENT)
     assert first.how == "document-reference"
@@ -232,6 +317,25 @@ def test_server_that_refuses_transactions_gets_one_document(emr: EmrDouble, http
     assert first.report_id == second.report_id
     assert counts(emr) == {"Device": 0, "Observation": 0, "DiagnosticReport": 0, "DocumentReference": 1}
     assert client.verify(first.report_id, CONTENT.result_id)
+
+
+@pytest.mark.requirement("EMR-47")
+@pytest.mark.parametrize("status", [404, 405])
+@pytest.mark.parametrize("statement", ["silent", "absent"])
+def test_unknown_address_means_no_transactions_unless_the_server_states_them(
+    http: httpx.Client, status: int, statement: str
+) -> None:
+    silent = {"resourceType": "CapabilityStatement", "fhirVersion": "4.0.1", "rest": [{"mode": "server"}]}
+    with EmrDouble(patients=[(PATIENT_SYSTEM, PATIENT_ID)], capability=silent) as emr:
+        if statement == "absent":
+            emr.fail(404, path="/fhir/metadata", forever=True)
+        emr.fail(status, path="/fhir", forever=True)
+        assert client_of(emr, http).send(CONTENT).how == "document-reference"
+    with EmrDouble(patients=[(PATIENT_SYSTEM, PATIENT_ID)], capability=capability()) as emr:
+        emr.fail(status, path="/fhir", forever=True)
+        with pytest.raises(Misconfigured, match="check the base URL"):
+            client_of(emr, http).send(CONTENT)
+        assert emr.count("DocumentReference") == 0
 
 
 def refuse_large(emr: EmrDouble) -> None:
@@ -280,7 +384,7 @@ def test_server_that_takes_neither_is_named_so(http: httpx.Client) -> None:
     resource = [{"type": "Patient", "interaction": [{"code": "search-type"}]}]
     with (
         EmrDouble(patients=[(PATIENT_SYSTEM, PATIENT_ID)], capability=capability(resource=resource)) as emr,
-        pytest.raises(Refused, match="neither the transaction nor a DocumentReference"),
+        pytest.raises(Misconfigured, match="neither the transaction nor a DocumentReference"),
     ):
         client_of(emr, http).send(CONTENT)
 
@@ -292,31 +396,85 @@ def test_types_that_the_server_cannot_create_are_left_out(http: httpx.Client) ->
         assert counts(emr) == {"Device": 0, "Observation": 3, "DiagnosticReport": 1, "DocumentReference": 0}
 
 
-def test_server_of_another_fhir_version_is_refused(http: httpx.Client) -> None:
+def test_server_of_another_fhir_version_waits_for_the_right_base_url(http: httpx.Client) -> None:
     stated = {**capability(), "fhirVersion": "5.0.0"}
-    with EmrDouble(capability=stated) as emr, pytest.raises(Refused, match=r"FHIR 5\.0\.0"):
+    with EmrDouble(capability=stated) as emr, pytest.raises(Misconfigured, match=r"FHIR 5\.0\.0"):
         client_of(emr, http).send(CONTENT)
 
 
-def test_capability_is_read_once_and_may_be_missing(emr: EmrDouble, http: httpx.Client) -> None:
-    emr.fail(404, path="/fhir/metadata")
+@pytest.mark.parametrize("status", [401, 403, 404, 500, 307])
+def test_capability_that_could_not_be_read_is_read_again_and_one_that_was_is_kept(
+    emr: EmrDouble, http: httpx.Client, status: int
+) -> None:
+    emr.fail(status, path="/fhir/metadata", headers={"location": "http://127.0.0.1:9/"})
     client = client_of(emr, http)
-    assert client.capability().transaction is None
+    with contextlib.suppress(TryLater):
+        assert client.capability().transaction is None
+    assert client.capability().transaction is True
     assert client.send(CONTENT).created
     assert not client.send(CONTENT).created
-    assert len(emr.requests("GET", "/fhir/metadata")) == 1
+    assert len(emr.requests("GET", "/fhir/metadata")) == 2
 
 
-def test_redirect_is_refused_and_not_followed(emr: EmrDouble, http: httpx.Client) -> None:
+def test_server_without_a_capability_statement_gets_the_report(emr: EmrDouble, http: httpx.Client) -> None:
+    emr.fail(404, path="/fhir/metadata", forever=True)
+    client = client_of(emr, http)
+    assert client.send(CONTENT).created
+    assert not client.send(CONTENT).created
+
+
+def test_capability_is_read_again_after_the_server_did_not_let_us_in(http: httpx.Client) -> None:
+    """What an administrator mends may be stated there: another FHIR version, or transactions after all."""
+    with EmrDouble(patients=[(PATIENT_SYSTEM, PATIENT_ID)]) as emr:
+        client = client_of(emr, http)
+        emr.fail(200, path="/fhir/metadata", body={**capability(), "fhirVersion": "5.0.0"})
+        with pytest.raises(Misconfigured):
+            client.send(CONTENT)
+        assert client.send(CONTENT).how == "transaction"
+
+
+def test_type_that_is_listed_without_interactions_is_tried(http: httpx.Client) -> None:
+    resource = [{"type": t} for t in ("Observation", "DiagnosticReport")]
+    resource.append({"type": "Patient", "interaction": [{"code": "read"}]})  # type: ignore[dict-item]
+    with EmrDouble(patients=[(PATIENT_SYSTEM, PATIENT_ID)], capability=capability(resource=resource)) as emr:
+        assert client_of(emr, http).send(CONTENT).how == "transaction"
+        assert counts(emr) == {"Device": 0, "Observation": 3, "DiagnosticReport": 1, "DocumentReference": 0}
+
+
+@pytest.mark.parametrize("path", ["/fhir/Patient/_search", "/fhir/DiagnosticReport"])
+def test_search_answer_that_is_no_bundle_counts_as_nothing_found_by_nobody(http: httpx.Client, path: str) -> None:
+    """Else a wrong base URL would read as an unknown patient, or as a report that is not there yet."""
+    with EmrDouble(patients=[(PATIENT_SYSTEM, PATIENT_ID)], capability=capability()) as emr:
+        emr.fail(200, path=path, body={"status": "up"})
+        with pytest.raises(Misconfigured, match="not a Bundle"):
+            client_of(emr, http).send(CONTENT)
+
+
+@pytest.mark.parametrize("how", ["transaction", "document-reference"])
+def test_report_that_was_accepted_and_is_not_found_yet_is_looked_for_again(http: httpx.Client, how: str) -> None:
+    """A server may show what it took only after a while."""
+    stated = capability(interaction=[{"code": "batch"}]) if how == "document-reference" else None
+    kind = "DocumentReference" if stated else "DiagnosticReport"
+    entry = {"response": {"status": "201"}}
+    with EmrDouble(patients=[(PATIENT_SYSTEM, PATIENT_ID)], capability=stated) as emr:
+        client = client_of(emr, http)
+        path = f"/fhir/{kind}" if stated else "/fhir"
+        emr.fail(201, path=path, body={"resourceType": "Bundle", "entry": [entry] * 7}, after=1 if stated else 0)
+        with pytest.raises(Unavailable, match="accepted, but"):
+            client.send(CONTENT)
+        assert client.send(CONTENT).how == how
+
+
+def test_redirect_is_not_followed(emr: EmrDouble, http: httpx.Client) -> None:
     emr.fail(307, path="/fhir/Patient/_search", headers={"location": "http://127.0.0.1:9/elsewhere"})
-    with pytest.raises(Refused, match="redirects"):
+    with pytest.raises(Misconfigured, match="redirects"):
         client_of(emr, http).send(CONTENT)
 
 
 def test_endless_answer_is_cut_off(emr: EmrDouble, http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("emr.exchange.MAX_RESPONSE_BYTES", 1000)
     emr.fail(200, path="/fhir/metadata", body=b" " * 100_000)
-    with pytest.raises(Refused, match="larger than"):
+    with pytest.raises(Misconfigured, match="larger than"):
         client_of(emr, http).capability()
 
 
@@ -335,6 +493,7 @@ def test_status_of_each_entry_counts(
 ) -> None:
     entry = {"response": {"status": status, "location": "Device/1"}} if status else {}
     emr.fail(200, path="/fhir", body={"resourceType": "Bundle", "entry": [entry] * 7})
+    emr.fail(422, path="/fhir/DocumentReference", body=outcome("business-rule"))
     with pytest.raises(error):
         client_of(emr, http).send(CONTENT)
 
@@ -359,7 +518,10 @@ def test_report_is_read_back(emr: EmrDouble, http: httpx.Client) -> None:
 
 @pytest.mark.parametrize(
     ("authorization", "field"),
-    [(StaticToken("t0ken"), "Bearer t0ken"), (Basic("gateway", "pässword"), "Basic Z2F0ZXdheTpww6Rzc3dvcmQ=")],
+    [
+        (StaticToken(lambda: "t0ken"), "Bearer t0ken"),
+        (Basic("gateway", lambda: "pässword"), "Basic Z2F0ZXdheTpww6Rzc3dvcmQ="),
+    ],
 )
 def test_credentials_go_with_every_request(
     emr: EmrDouble, http: httpx.Client, authorization: StaticToken | Basic, field: str
@@ -368,15 +530,30 @@ def test_credentials_go_with_every_request(
     assert {s.headers.get("authorization") for s in emr.seen} == {field}
 
 
-def test_rejected_static_token_is_a_refusal(emr: EmrDouble, http: httpx.Client) -> None:
-    emr.fail(401, path="/fhir/metadata", forever=True)
-    with pytest.raises(Refused, match="credentials"):
-        client_of(emr, http, authorization=StaticToken("t")).send(CONTENT)
+def test_rejected_static_token_waits_until_its_file_holds_another(emr: EmrDouble, http: httpx.Client) -> None:
+    tokens = ["expired"]
+    client = client_of(emr, http, authorization=StaticToken(lambda: tokens[-1]))
+    emr.fail(401, path="/fhir/metadata")
+    with pytest.raises(Misconfigured, match="credentials"):
+        client.send(CONTENT)
     assert len(emr.seen) == 1
+    tokens.append("renewed")
+    emr.fail(401, path="/fhir/metadata")
+    assert client.send(CONTENT).created
+    assert emr.seen[-1].headers["authorization"] == "Bearer renewed"
 
 
 @pytest.mark.parametrize(
-    "url", ["ftp://emr/fhir", "http:///fhir", "https://u:p@emr/fhir", "https://emr/fhir?x=1", "emr/fhir"]
+    "url",
+    [
+        "https://emr:port/fhir",
+        "https://[emr/fhir",
+        "ftp://emr/fhir",
+        "http:///fhir",
+        "https://u:p@emr/fhir",
+        "https://emr/fhir?x=1",
+        "emr/fhir",
+    ],
 )
 def test_base_url_is_checked(url: str) -> None:
     with pytest.raises(CredentialsInvalid):
@@ -385,7 +562,9 @@ def test_base_url_is_checked(url: str) -> None:
 
 def test_credentials_never_travel_unencrypted() -> None:
     with pytest.raises(CredentialsInvalid, match="https"):
-        EmrEndpoint(base_url="http://emr.example/fhir", patient_identifier_system="s", authorization=StaticToken("t"))
+        EmrEndpoint(
+            base_url="http://emr.example/fhir", patient_identifier_system="s", authorization=StaticToken(lambda: "t")
+        )
 
 
 def test_unreadable_ca_file_is_named(tmp_path: Any) -> None:

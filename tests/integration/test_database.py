@@ -1,4 +1,4 @@
-"""The database on SQLite (and on PostgreSQL where SEGGATE_TEST_DATABASE_URL names one): transactions, migrations."""
+"""The database on SQLite: transactions, migrations (on PostgreSQL: tests/acceptance/test_postgresql.py)."""
 
 from __future__ import annotations
 

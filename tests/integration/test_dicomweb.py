@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -14,10 +11,10 @@ import pytest
 from gateway.delivery.destination import DestinationAway, DestinationRefuses
 from gateway.delivery.dicomweb import DicomWebPacs
 from gateway.settings import DicomWebDestination
+from storage.errors import ObjectChanged
 from tests.support import pacs
+from tests.support.http_server import Answer, http_server
 from tests.support.outgoing import InventedResult
-
-Answer = tuple[int, dict[str, str], bytes]
 
 
 def _web(url: str, **settings: object) -> DicomWebPacs:
@@ -28,36 +25,6 @@ def _web(url: str, **settings: object) -> DicomWebPacs:
 @pytest.fixture
 def result(tmp_path: Path) -> InventedResult:
     return InventedResult(tmp_path / "result")
-
-
-@contextmanager
-def _server(answer: Callable[[BaseHTTPRequestHandler, bytes], Answer]) -> Iterator[str]:
-    """A server whose every answer is `answer(request, body)`."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def _handle(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length", "0")))
-            code, headers, content = answer(self, body)
-            self.send_response(code)
-            for name, value in {"Content-Length": str(len(content)), **headers}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(content)
-
-        do_GET = do_POST = _handle
-
-        def log_message(self, format: str, *args: object) -> None:
-            """Quiet."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/dicom-web"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 def _entry(sequence: str, uid: str, **reasons: int) -> bytes:
@@ -95,7 +62,7 @@ def test_each_object_has_the_status_of_its_own_entry(
     result: InventedResult, code: int, sequence: str, reasons: dict[str, int], outcome: str, words: str
 ) -> None:
     item = result.image("BINARY")
-    with _server(lambda r, b: (code, {}, _entry(sequence, item.sop_instance_uid, **reasons))) as url:
+    with http_server(lambda r, b: (code, {}, _entry(sequence, item.sop_instance_uid, **reasons))) as url:
         (status,) = _web(url).send([item])
     assert status.outcome == outcome
     assert words in status.meaning
@@ -118,7 +85,7 @@ def test_each_object_has_the_status_of_its_own_entry(
 def test_an_answer_without_a_word_on_the_object_is_judged_by_its_http_status(
     result: InventedResult, code: int, body: bytes, outcome: str
 ) -> None:
-    with _server(lambda r, b: (code, {}, body)) as url:
+    with http_server(lambda r, b: (code, {}, body)) as url:
         (status,) = _web(url).send([result.image("BINARY")])
     assert status.outcome == outcome
 
@@ -134,7 +101,7 @@ def test_the_file_arrives_unchanged_in_one_part(result: InventedResult) -> None:
 
     token = item.path.parent / "token"
     token.write_text("secret\n")
-    with _server(answer) as url:
+    with http_server(answer) as url:
         _web(url, token_file=token).send([item])
     _, part, end = seen
     assert part.startswith(b"\r\nContent-Type: application/dicom\r\n\r\n")
@@ -143,7 +110,7 @@ def test_the_file_arrives_unchanged_in_one_part(result: InventedResult) -> None:
 
 
 def test_after_a_refused_object_nothing_more_is_sent(result: InventedResult) -> None:
-    with _server(lambda r, b: (415, {}, b"")) as url:
+    with http_server(lambda r, b: (415, {}, b"")) as url:
         statuses = _web(url).send(result.objects("BINARY"))
     assert [s.outcome for s in statuses] == ["refused"]
 
@@ -155,7 +122,7 @@ def test_a_redirect_is_not_followed(result: InventedResult) -> None:
         asked.append(request.path)
         return 200, {}, b""
 
-    with _server(elsewhere) as other, _server(lambda r, b: (307, {"Location": other}, b"")) as url:
+    with http_server(elsewhere) as other, http_server(lambda r, b: (307, {"Location": other}, b"")) as url:
         with pytest.raises(DestinationRefuses, match="redirect"):
             _web(url).send([result.image("BINARY")])
         with pytest.raises(DestinationRefuses, match="redirect"):
@@ -164,21 +131,68 @@ def test_a_redirect_is_not_followed(result: InventedResult) -> None:
 
 
 def test_credentials_that_are_not_accepted_are_a_refusal_of_the_destination(result: InventedResult) -> None:
-    with _server(lambda r, b: (401, {}, b"")) as url:
+    with http_server(lambda r, b: (401, {}, b"")) as url:
         with pytest.raises(DestinationRefuses, match="credentials"):
             _web(url).send(result.objects("BINARY"))
         assert "credentials" in _web(url).echo().problem
 
 
 def test_a_server_without_qido_is_not_queryable(result: InventedResult) -> None:
-    with _server(lambda r, b: (404, {}, b"")) as url:
+    with http_server(lambda r, b: (404, {}, b"")) as url:
         assert [v.outcome for v in _web(url).verify(result.objects("BINARY"))] == ["not-queryable"] * 2
 
 
 def test_a_query_answer_without_our_object_is_absent(result: InventedResult) -> None:
     other = json.dumps([{"00080018": {"vr": "UI", "Value": ["1.2.3"]}}, "nonsense", {"00080018": 7}]).encode()
-    with _server(lambda r, b: (200, {}, other)) as url:
+    with http_server(lambda r, b: (200, {}, other)) as url:
         assert [v.outcome for v in _web(url).verify([result.image("BINARY")])] == ["absent"]
+
+
+def test_an_answer_to_a_query_that_is_no_dicom_json_says_nothing(result: InventedResult) -> None:
+    """A proxy's page with HTTP 200 must not have the object sent again as absent."""
+    page = b"<html>please log in</html>"
+    with http_server(lambda r, b: (200, {}, page)) as url, pytest.raises(DestinationAway, match="not DICOM JSON"):
+        _web(url).verify([result.image("BINARY")])
+
+
+def test_a_query_answered_without_a_body_found_nothing(result: InventedResult) -> None:
+    with http_server(lambda r, b: (204, {}, b"")) as url:
+        assert [v.outcome for v in _web(url).verify([result.image("BINARY")])] == ["absent"]
+
+
+def test_an_answer_that_cannot_be_decoded_is_one_that_broke_off(result: InventedResult) -> None:
+    with http_server(lambda r, b: (200, {"Content-Encoding": "gzip"}, b"not gzip")) as url:
+        assert [s.outcome for s in _web(url).send([result.image("BINARY")])] == ["unknown"]
+        with pytest.raises(DestinationAway):
+            _web(url).verify([result.image("BINARY")])
+
+
+@pytest.mark.parametrize("setting", ["token_file", "password_file", "ca_file"])
+def test_a_secret_that_is_briefly_absent_is_waited_for(result: InventedResult, tmp_path: Path, setting: str) -> None:
+    settings = {setting: tmp_path / "absent", "username": "seggate"}
+    asked: list[str] = []
+
+    def answer(request: BaseHTTPRequestHandler, _: bytes) -> Answer:
+        asked.append(request.path)
+        return 200, {}, b""
+
+    with http_server(answer) as url:
+        for contact in (_web(url, **settings).send, _web(url, **settings).verify):
+            with pytest.raises(DestinationRefuses, match=f"{setting.removesuffix('_file')}.*absent"):
+                contact([result.image("BINARY")])
+        report = _web(url, **settings).echo()
+        assert (report.reachable, "absent" in report.problem) == (False, True)
+    assert asked == []
+
+
+@pytest.mark.parametrize(("code", "problem"), [(404, ""), (501, ""), (200, ""), (401, "credentials"), (503, "503")])
+def test_where_nothing_is_read_back_a_server_without_qido_is_no_problem(code: int, problem: str) -> None:
+    with http_server(lambda r, b: (code, {}, b"")) as url:
+        report = _web(url, verify="none").echo()
+    assert (report.reachable, report.accepted, report.query) == (True, not problem, None)
+    assert problem in report.problem
+    assert bool(report.problem) == bool(problem)
+    assert not any("QIDO" in line for line in report.administrator)
 
 
 def test_nothing_listens(result: InventedResult) -> None:
@@ -188,3 +202,17 @@ def test_nothing_listens(result: InventedResult) -> None:
     with pytest.raises(DestinationAway):
         destination.verify(result.objects("BINARY"))
     assert not destination.echo().reachable
+
+
+def test_a_file_that_was_altered_on_disk_never_leaves(result: InventedResult) -> None:
+    seg = result.image("BINARY")
+    seg.path.write_bytes(seg.path.read_bytes()[:-1])
+    requests: list[str] = []
+
+    def answer(request: BaseHTTPRequestHandler, _: bytes) -> Answer:
+        requests.append(request.path)
+        return 200, {}, b""
+
+    with http_server(answer) as url, pytest.raises(ObjectChanged, match="altered or truncated"):
+        _web(url).send([seg])
+    assert requests == []

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pydicom
 import pytest
+from pydicom.dataset import Dataset
+from pynetdicom import build_context, evt
+from pynetdicom.sop_class import StudyRootQueryRetrieveInformationModelFind as StudyRootFind
 
+from gateway.delivery.association import associated
 from gateway.delivery.destination import DestinationAway, DestinationRefuses, OutgoingObject
 from gateway.delivery.dimse import DimsePacs
 from gateway.errors import Permanent
-from gateway.settings import DimseDestination
-from storage.errors import ObjectMissing
+from gateway.settings import DimseDestination, PeerAddress
+from storage.errors import ObjectChanged, ObjectMissing
 from tests.support import pacs
 from tests.support.outgoing import COMPREHENSIVE_3D_SR, InventedResult
 
@@ -64,7 +69,6 @@ def test_orthanc_says_in_advance_and_when_sent_that_it_takes_no_labelmap(
         (status,) = destination.send(result.objects("LABELMAP"))
         assert (status.outcome, status.code) == ("refused", None)
         assert "SOP class not supported" in status.meaning
-        assert destination.capability() == report.capability
 
 
 @pytest.mark.peer("dcmtk")
@@ -159,6 +163,46 @@ def test_query_at_another_application_entity(tmp_path: Path, result: InventedRes
         assert destination.echo().query is True
 
 
+class Endless(pacs.ScriptedPacs):
+    """Ignores the UID keys of a query: shows the first object that it holds, and then others without end."""
+
+    def find(self, event: evt.Event) -> Iterator[tuple[int, Dataset | None]]:
+        for uid in (self.objects()[0], *(f"1.2.{n}" for n in range(10_000))):
+            match = Dataset()
+            match.SOPInstanceUID = uid
+            yield 0xFF00, match
+
+
+def test_a_query_whose_answers_have_no_end_is_left_and_the_rest_counts_as_not_asked(
+    tmp_path: Path, result: InventedResult
+) -> None:
+    with pacs.scripted(Endless(tmp_path / "pacs")) as peer:
+        destination = _dimse(peer)
+        seg, sr = result.objects("BINARY")
+        destination.send([seg, sr])
+        first, second = (seg, sr) if seg.sop_instance_uid < sr.sop_instance_uid else (sr, seg)
+        found = destination.verify([first, second])
+    assert [(v.sop_instance_uid, v.outcome) for v in found] == [
+        (first.sop_instance_uid, "verified"),
+        (second.sop_instance_uid, "not-queryable"),
+    ]
+
+
+def test_an_association_that_the_peer_has_ended_is_away_for_asking_and_leaves_a_sending_unknown(
+    tmp_path: Path, result: InventedResult
+) -> None:
+    item = result.image("BINARY")
+    contexts = [build_context(item.sop_class_uid, item.transfer_syntax_uid), build_context(StudyRootFind)]
+    with pacs.scripted(pacs.ScriptedPacs(tmp_path / "pacs")) as peer:
+        destination = _dimse(peer)
+        address = PeerAddress(ae_title=peer.ae_title, host=peer.host, port=peer.port)
+        with associated(address, contexts, calling_ae_title="SEGGATE", timeout_s=5, name="pacs") as association:
+            association.abort()
+            assert destination._store(association, item, 1).outcome == "unknown"
+            with pytest.raises(DestinationAway, match="ended the association"):
+                destination._find(association, item, 2)
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "no-such-host.invalid"])
 def test_nothing_there_is_away_and_said_with_the_reason(result: InventedResult, host: str) -> None:
     peer = pacs.RunningPacs(ae_title="GONE", host=host, port=pacs.free_port(), folder=Path())
@@ -176,8 +220,23 @@ def test_a_file_that_is_another_object_never_leaves(tmp_path: Path, result: Inve
     scripted = pacs.ScriptedPacs(tmp_path / "pacs")
     with pacs.scripted(scripted) as peer:
         with pytest.raises(Permanent, match="MediaStorageSOPInstanceUID"):
-            _dimse(peer).send([OutgoingObject(**{**fields, "path": other.path})])
+            _dimse(peer).send([OutgoingObject(**{**fields, "path": other.path, "digest": other.digest})])
         right.path.unlink()
         with pytest.raises(ObjectMissing, match="cannot be read"):
             _dimse(peer).send([right])
     assert scripted.received == []
+
+
+@pytest.mark.requirement("QUE-27")
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b[:-1] + bytes([b[-1] ^ 1])])
+def test_a_file_that_was_altered_or_truncated_on_disk_never_leaves(
+    tmp_path: Path, result: InventedResult, damage: Callable[[bytes], bytes]
+) -> None:
+    seg, sr = result.objects("BINARY")
+    sr.path.write_bytes(damage(sr.path.read_bytes()))
+    scripted = pacs.ScriptedPacs(tmp_path / "pacs")
+    with pacs.scripted(scripted) as peer, pytest.raises(ObjectChanged) as caught:
+        _dimse(peer).send([seg, sr])
+    assert scripted.received == []
+    for said in (sr.sop_instance_uid, str(sr.path), "not sent", "seggate retry"):
+        assert said in str(caught.value)

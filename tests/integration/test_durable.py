@@ -17,31 +17,17 @@ from sqlalchemy import text
 from gateway import durable
 from storage.database import Database
 from storage.records import Study, StudyState
+from tests.support.databases import KINDS, new_database_url
 from tests.support.durable_life import QUEUE, WORKFLOW
 from tests.support.peers import ROOT
-from tests.support.postgresql import postgresql
 from tests.support.story_rows import STUDY_UID, add_study
 from tests.support.waiting import PATIENCE_S
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    with postgresql() as url:
-        yield url
-
-
-@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.peer("postgresql"))])
+@pytest.fixture(params=KINDS)
 def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
-    """A migrated database with the engine's tables; on PostgreSQL a new one per test on the module's server."""
-    url = f"sqlite:///{tmp_path / 'test.sqlite'}"
-    if request.param == "postgresql":
-        server = Database(request.getfixturevalue("server"))
-        name = f"t{abs(hash(request.node.name))}"
-        with server.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-            connection.execute(text(f"CREATE DATABASE {name}"))
-        server.close()
-        url = str(request.getfixturevalue("server")).rpartition("/")[0] + f"/{name}"
-    database = Database(url)
+    """A migrated database with the engine's tables."""
+    database = Database(new_database_url(request, tmp_path))
     database.migrate()
     durable.prepare(database)
     yield database
@@ -107,6 +93,7 @@ def lines(folder: Path) -> list[str]:
     return (folder / "lines").read_text().splitlines()
 
 
+@pytest.mark.requirement("EMR-48")
 def test_a_change_and_the_work_it_makes_due_are_committed_together(
     database: Database, enqueuer: durable.Enqueuer
 ) -> None:
@@ -118,6 +105,7 @@ def test_a_change_and_the_work_it_makes_due_are_committed_together(
         assert session.get(Study, STUDY_UID) is not None
 
 
+@pytest.mark.requirement("EMR-48")
 def test_a_change_that_is_rolled_back_leaves_no_work(database: Database, enqueuer: durable.Enqueuer) -> None:
     def change() -> None:
         with database.session() as session:

@@ -61,7 +61,7 @@ def at_study_level(identifier: Dataset) -> Answers:
     yield match(NumberOfStudyRelatedInstances=123)
 
 
-@pytest.mark.requirement("CMP-15", open="MPPS, IAN, orders, storage commitment")
+@pytest.mark.requirement("CMP-15", open="MPPS, IAN, orders, storage commitment; settings per modality")
 def test_the_count_of_the_study_level_is_taken() -> None:
     with archive(at_study_level) as peer:
         assert ask(peer) == 123
@@ -135,7 +135,7 @@ def until(check: Callable[[], ExpectedCount], wanted: Callable[[ExpectedCount], 
     return found
 
 
-@pytest.mark.requirement("CMP-15", open="MPPS, IAN, orders, storage commitment")
+@pytest.mark.requirement("CMP-15", open="MPPS, IAN, orders, storage commitment; settings per modality")
 def test_a_peer_that_hangs_blocks_nobody() -> None:
     release = threading.Event()
 
@@ -182,7 +182,7 @@ def test_answers_are_kept_for_a_while_and_then_asked_again() -> None:
         counts.close()
 
 
-@pytest.mark.requirement("CMP-15", open="MPPS, IAN, orders, storage commitment")
+@pytest.mark.requirement("CMP-15", open="MPPS, IAN, orders, storage commitment; settings per modality")
 @pytest.mark.peer("orthanc", "shared-data")
 def test_orthanc_answers_with_the_number_that_it_holds(tmp_path: Path, shared_data: Path) -> None:
     files = sorted((shared_data / "dicom" / "mr-hippocampus" / "study3" / "36468-FLAIRreg-58706").glob("*.dcm"))

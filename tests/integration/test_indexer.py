@@ -415,7 +415,7 @@ def test_patient_name_is_right_in_its_character_set(bench: Bench, shared_data: P
     assert study.patient_name == expected
 
 
-@pytest.mark.requirement("OUT-46", open="another gateway's results; two gateways at each other")
+@pytest.mark.requirement("OUT-46")
 def test_own_result_coming_back_opens_nothing(bench: Bench) -> None:
     now = datetime.now(UTC)
     with bench.database.session() as session:
@@ -456,7 +456,7 @@ def test_own_result_coming_back_opens_nothing(bench: Bench) -> None:
     assert len(bench.events("own-result-returned")) == 1
 
 
-@pytest.mark.requirement("OUT-46", open="two gateways at each other")
+@pytest.mark.requirement("OUT-46")
 def test_result_that_the_header_gives_away_opens_nothing(bench: Bench) -> None:
     def by_maker(dataset: Dataset) -> str | None:
         return "made by a gateway" if dataset.Modality == "CT" else None
@@ -624,7 +624,7 @@ def test_entry_that_breaks_the_index_itself_does_not_hold_up_the_others(bench: B
     assert bench.spool.incoming() == []
 
 
-@pytest.mark.requirement("REC-13", open="inference on the half study: test_assembly")
+@pytest.mark.requirement("REC-13")
 @pytest.mark.parametrize("ended", ["aborted", "lost", "released"])
 def test_end_of_the_association_is_evidence(bench: Bench, ended: str) -> None:
     bench.event("opened")
@@ -695,7 +695,7 @@ def test_damaged_event_and_foreign_file_do_not_stop_the_index(bench: Bench) -> N
     assert bench.spool.incoming() == []
 
 
-@pytest.mark.requirement("REC-10", open="eight real associations: test_scp")
+@pytest.mark.requirement("REC-10")
 def test_many_associations_with_one_study_give_one_row_each(bench: Bench) -> None:
     for number in range(40):
         sop = f"1.2.3.{number}"

@@ -61,7 +61,10 @@ def test_a_version_never_changes_its_content(registry: ModelRegistry, tmp_path: 
         _register(registry, bundle, "kidney", "1.0.0", "f" * 64, serve=True)
 
 
-@pytest.mark.parametrize(("name", "semver"), [("../x", "1.0.0"), ("x", "1.0"), ("x", "v1.0.0"), ("X", "1.0.0")])
+@pytest.mark.parametrize(
+    ("name", "semver"),
+    [("../x", "1.0.0"), ("x", "1.0"), ("x", "v1.0.0"), ("x", "1.0.0-rc.1"), ("x", "1.0.0\n"), ("X", "1.0.0")],
+)
 def test_malformed_names_and_versions_are_refused(
     registry: ModelRegistry, tmp_path: Path, name: str, semver: str
 ) -> None:

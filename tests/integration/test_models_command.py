@@ -80,7 +80,7 @@ def test_a_bundle_that_was_changed_is_not_imported(config: Path, tmp_path: Path)
 
 
 @pytest.mark.peer("torch", "shared-data")
-@pytest.mark.requirement("ART-13", open="GPU")
+@pytest.mark.requirement("ART-13", open="a GPU")
 def test_a_model_of_unknown_voxel_order_waits_until_it_is_stated(config: Path, shared_root: Path) -> None:
     folder = shared_root / "models" / "Dataset004_Hippocampus" / "nnUNetTrainer__nnUNetSmallPlans__2d"
     unstated = _run(config, "import", str(folder), "--name", "hippo", "--json")

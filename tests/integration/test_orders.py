@@ -26,6 +26,7 @@ from storage.records import (
     DeliveryState,
     Instance,
     InstanceState,
+    LedgerEvent,
     Result,
     ResultState,
     RoutingDecision,
@@ -190,6 +191,35 @@ def test_after_a_retry_the_missing_model_is_ordered_and_the_other_is_not_again(w
     assert [call["workflow"] for call in ward.queue.calls] == ["make_result", "process_study", "make_result"]
 
 
+@pytest.mark.requirement("RTE-23")
+@pytest.mark.parametrize(("spacing_max", "becomes"), [(0.6, "unmatched"), (10.0, "processing")])
+def test_a_series_that_a_contract_excluded_is_ordered_anew_when_the_study_is_retried(
+    ward: Ward, spacing_max: float, becomes: str
+) -> None:
+    strict = replace(_CONTRACT, spacing_max_mm=(0.6, 0.6, 0.6))
+    ward.shelf.bundles["organs"] = replace(ward.shelf.default, contract=strict)
+    ward.route("organs")
+    assert ward.order() == "nothing-to-run"
+    assert ward.study()[0] == StudyState.UNMATCHED
+    with ward.database.reading() as session:
+        (before,) = session.scalars(select(Result))
+    retried = retry_study(ward.database, ward.queue, STUDY_UID, actor="user:test")
+    assert (retried.routing, retried.results) == (1, 0)
+    assert not retry_study(ward.database, ward.queue, STUDY_UID, actor="user:test").anything
+    with ward.database.session() as session:
+        session.get_one(Study, STUDY_UID).state = StudyState.PROCESSING  # as routing leaves it
+        (event,) = [e for e in session.scalars(select(LedgerEvent)) if e.kind == "retried"]
+    assert event.detail["reason"] == before.state_reason
+    contract = replace(_CONTRACT, spacing_max_mm=(spacing_max,) * 3)
+    ward.shelf.bundles["organs"] = replace(ward.shelf.default, contract=contract)
+    ward.order()
+    assert ward.study()[0] == becomes
+    with ward.database.reading() as session:
+        (after,) = session.scalars(select(Result))
+        assert len(session.scalars(select(StudyVersion)).all()) == 1
+    assert after.result_id == before.result_id
+
+
 @pytest.mark.parametrize(("second", "expected"), [("urgent", URGENT), ("routine", ROUTINE)])
 def test_a_result_is_urgent_if_any_rule_for_it_says_so(ward: Ward, second: str, expected: int) -> None:
     ward.route("organs")
@@ -210,7 +240,7 @@ def test_for_a_study_quarantined_meanwhile_nothing_is_queued(ward: Ward) -> None
     assert ward.study() == (StudyState.QUARANTINED, "two patients")
 
 
-@pytest.mark.requirement("CMP-17", open="withdrawn in the PACS")
+@pytest.mark.requirement("CMP-17", open="withdrawal of the old result in the PACS")
 def test_a_version_that_the_model_may_not_run_on_supersedes_the_released_result(ward: Ward) -> None:
     ward.shelf.bundles["organs"] = replace(ward.shelf.default, contract=replace(_CONTRACT, modalities=("MR",)))
     with ward.database.session() as session:
@@ -231,6 +261,7 @@ def test_a_version_that_the_model_may_not_run_on_supersedes_the_released_result(
     assert old_reasons["other"].endswith("no rule sends the series to the model")
 
 
+@pytest.mark.requirement("INF-37")
 def test_a_model_of_two_channels_is_not_run_and_says_so(ward: Ward) -> None:
     ward.route("organs")
     channels = (Channel(index=0, name="T1"), Channel(index=1, name="T2"))

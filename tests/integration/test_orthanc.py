@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import pydicom
@@ -10,7 +12,9 @@ import pytest
 from gateway.delivery.destination import DestinationAway, DestinationRefuses
 from gateway.delivery.orthanc import OrthancPacs
 from gateway.settings import OrthancDestination
+from storage.errors import ObjectChanged
 from tests.support import pacs
+from tests.support.http_server import http_server
 from tests.support.outgoing import InventedResult
 
 pytestmark = pytest.mark.peer("orthanc")
@@ -50,6 +54,11 @@ def test_other_content_under_the_same_uid_is_never_called_verified(tmp_path: Pat
         changed = pydicom.dcmread(item.path)
         changed.SeriesDescription = "changed behind our back"
         changed.save_as(item.path)
+        with pytest.raises(ObjectChanged):  # not sent, and not held against Orthanc, which has what we wrote
+            destination.send([item])
+        with pytest.raises(ObjectChanged):
+            destination.verify([item])
+        item = replace(item, digest=hashlib.sha256(item.path.read_bytes()).hexdigest())
         # Orthanc keeps the first: the answer to sending alone would look like a success.
         assert destination.send([item])[0].meaning == "Orthanc: it was there already"
         assert destination.verify([item])[0].outcome == "differs"
@@ -64,6 +73,27 @@ def test_wrong_password_is_a_refusal_and_the_right_one_works(tmp_path: Path, res
             _rest(peer.http_url, username="seggate", password_file=tmp_path / "wrong").send(objects)
         right = _rest(peer.http_url, username="seggate", password_file=tmp_path / "right")
         assert [s.outcome for s in right.send(objects)] == ["stored", "stored"]
+
+
+def test_a_password_file_that_is_briefly_absent_is_waited_for(tmp_path: Path, result: InventedResult) -> None:
+    destination = _rest("http://127.0.0.1:1", username="seggate", password_file=tmp_path / "absent")
+    for contact in (destination.send, destination.verify):
+        with pytest.raises(DestinationRefuses, match=r"password_file.*absent"):
+            contact(result.objects("BINARY"))
+    report = destination.echo()
+    assert (report.reachable, "absent" in report.problem) == (False, True)
+
+
+@pytest.mark.parametrize("answer", [b"<html>please log in</html>", b"{}", b"[1]"])
+def test_an_answer_to_a_lookup_that_is_none_of_an_orthanc_says_nothing(result: InventedResult, answer: bytes) -> None:
+    with http_server(lambda r, b: (200, {}, answer)) as url, pytest.raises(DestinationAway, match="as an Orthanc does"):
+        _rest(url).verify(result.objects("BINARY"))
+
+
+def test_a_lookup_that_cannot_be_decoded_says_nothing(result: InventedResult) -> None:
+    broken = {"Content-Encoding": "gzip"}
+    with http_server(lambda r, b: (200, broken, b"not gzip")) as url, pytest.raises(DestinationAway):
+        _rest(url).verify(result.objects("BINARY"))
 
 
 def test_what_a_filter_keeps_out_is_a_refusal_although_http_says_200(tmp_path: Path, result: InventedResult) -> None:

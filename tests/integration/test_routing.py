@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ import pytest
 from pydicom.dataset import Dataset
 from sqlalchemy import select
 
-from gateway.intake.attributes import InstanceFacts, SeriesHeaders
+from gateway.intake.attribute_values import InstanceFacts, SeriesHeaders
 from gateway.intake.errors import IntakeRejected
-from gateway.intake.routes_file import ALARM_BROKEN, RoutesFile
+from gateway.intake.routes_file import ALARM_BROKEN, ALARM_NO_MODEL, RoutesFile
 from gateway.intake.routing import ALARM_REVIEW, SeriesDecision, Verdict, route, route_version
 from gateway.intake.routing_explanation import explain, lines_of
 from gateway.intake.routing_rules import RulesInvalid, parse_rules
@@ -34,7 +34,6 @@ from storage.records import (
 )
 from storage.records import RuleSet as RuleSetRecord
 from storage.spool import study_key
-from tests.support.databases import KINDS, empty_database
 
 SHIPPED = Path(__file__).resolve().parents[2] / "config" / "routes.toml"
 STUDY = "1.2.3"
@@ -46,12 +45,6 @@ MR_RULE = CT_RULE.replace('"ct"', '"mr"').replace("ct-liver", "mr-brain").replac
 THIN_RULE = (
     '[[rules]]\nname = "thin"\nmodel = "thin"\nwhen.all = [{ attribute = "SliceThickness", op = "range", max = 2 }]\n'
 )
-
-
-@pytest.fixture(params=KINDS)
-def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
-    with empty_database(request.param, tmp_path) as database:
-        yield database
 
 
 class Shelf:
@@ -86,15 +79,15 @@ class Shelf:
                         series_description=first.get("SeriesDescription"),
                     )
                 )  # fmt: skip
-                for n, found in enumerate(headers):
+                for found in headers:
                     object_id = f"{len(self.headers):032x}"
                     object_ids.append(object_id)
                     self.headers[object_id] = found
                     session.add(
                         Instance(
                             object_id=object_id, study_instance_uid=STUDY, series_instance_uid=uid,
-                            sop_instance_uid=f"{uid}.{n}", state=InstanceState.CURRENT, digest="0" * 64, size_bytes=1,
-                            spool_path=object_id, received_at=NOW, association_id="a", calling_ae="MR1",
+                            sop_instance_uid=f"1.2.9.{len(object_ids)}", state=InstanceState.CURRENT, digest="0" * 64,
+                            size_bytes=1, spool_path=object_id, received_at=NOW, association_id="a", calling_ae="MR1",
                             called_ae="SEGGATE", peer_address="192.0.2.1",
                         )
                     )  # fmt: skip
@@ -291,7 +284,7 @@ def routes(database: Database, tmp_path: Path) -> Callable[..., RoutesFile]:
     clock = Clock()
 
     def make(**options: Any) -> RoutesFile:
-        return RoutesFile(tmp_path / "routes.toml", database, clock=clock, **options)
+        return RoutesFile(tmp_path / "routes.toml", database, clock=clock, **{"serves": lambda _name: True, **options})
 
     return make
 
@@ -344,15 +337,30 @@ def test_without_any_good_file_the_faults_are_raised(routes: Callable[..., Route
         routes().current()
 
 
-def test_a_model_that_is_registered_later_lets_the_waiting_file_in(
-    routes: Callable[..., RoutesFile], tmp_path: Path
+def test_a_route_to_a_model_that_does_not_serve_is_taken_and_alarmed_until_it_does(
+    routes: Callable[..., RoutesFile], database: Database, tmp_path: Path
 ) -> None:
-    path = tmp_path / "routes.toml"
-    path.write_text(CT_RULE)
-    registered = {"ct-liver"}
-    file = routes(known_model=registered.__contains__)
-    file.current()
-    path.write_text(MR_RULE)
-    assert [r.name for r in file.current().rules] == ["ct"]
-    registered.add("mr-brain")
-    assert "mr" in {r.name for _ in range(12) for r in file.current().rules}
+    (tmp_path / "routes.toml").write_text(CT_RULE + MR_RULE)
+    serving = {"ct-liver"}
+    file = routes(serves=serving.__contains__)
+
+    def alarms() -> list[tuple[str, str, int]]:
+        with database.reading() as session:
+            return [(a.kind, a.message, a.count) for a in open_alarms(session)]
+
+    for _ in range(30):  # more seconds than a file is left alone for
+        assert [r.name for r in file.current().rules] == ["ct", "mr"]
+    ((kind, message, count),) = alarms()
+    assert (kind, count) == (ALARM_NO_MODEL, 1)
+    assert "no version serves: mr-brain;" in message
+    serving.add("mr-brain")
+    for _ in range(12):
+        file.current()
+    assert alarms() == []
+
+
+def test_a_disabled_rule_needs_no_model(routes: Callable[..., RoutesFile], database: Database, tmp_path: Path) -> None:
+    (tmp_path / "routes.toml").write_text(CT_RULE.replace("[[rules]]", "[[rules]]\nenabled = false"))
+    routes(serves=lambda _name: False).current()
+    with database.reading() as session:
+        assert list(open_alarms(session)) == []

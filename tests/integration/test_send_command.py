@@ -104,7 +104,7 @@ def test_a_file_that_cannot_be_sent_is_named_with_its_attribute_and_the_rest_is_
 
 
 @pytest.mark.peer("shared-data")
-@pytest.mark.requirement("REC-14", open="10 000-level sequences, fuzz corpus: test_scp.py")
+@pytest.mark.requirement("REC-14", open="a fuzz corpus that runs for hours")
 def test_real_files_known_to_fail_are_named_with_the_attribute(
     tmp_path: Path, shared_data: Path, receiver: Receiver
 ) -> None:
@@ -141,7 +141,7 @@ def test_a_refusal_of_the_peer_is_shown_with_its_status(tmp_path: Path, files: P
     assert [s["status"] for s in said["warnings"]] == ["0xB000"]
 
 
-@pytest.mark.requirement("REC-04", open="one-click")
+@pytest.mark.requirement("REC-04", open="one-click add")
 def test_a_sender_that_is_not_on_the_allow_list_is_told_so(files: Path, receiver: Receiver) -> None:
     ran = send(files, f"SEGGATE@127.0.0.1:{receiver.port}", "--from", "STRANGER", "--json")
     assert ran.exit_code == 1

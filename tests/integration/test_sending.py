@@ -166,7 +166,7 @@ def test_known_bad_files_are_named_and_the_folder_is_sent(receiver: Receiver, sh
 
 
 @pytest.mark.peer("shared-data")
-@pytest.mark.requirement("REC-06", open="readable by the engine: test_series; HTJ2K from real data")
+@pytest.mark.requirement("REC-06", open="HTJ2K from a real sender")
 def test_real_syntaxes_arrive_byte_for_byte_and_retired_ones_are_named(receiver: Receiver, shared_data: Path) -> None:
     folder = shared_data / "dicom" / "transfer-syntaxes"
     files = sorted(folder.glob("CTImage*.dcm"))

@@ -78,7 +78,7 @@ def test_not_ready_while_the_database_is_away(tmp_path: Path, spool: Spool) -> N
     assert "did not answer" in answer.json()["checks"]["database"]
 
 
-@pytest.mark.requirement("ART-18", open="GPU utilisation on a GPU")
+@pytest.mark.requirement("ART-18", open="utilisation of a GPU")
 def test_metrics_count_what_is_in_the_database(tmp_path: Path, database: Database, spool: Spool) -> None:
     with database.session() as session:
         raise_alarm(session, kind="result-held", subject="study:1", message="m")

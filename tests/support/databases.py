@@ -1,35 +1,23 @@
-"""Databases for tests: SQLite in the test's folder, PostgreSQL where SEGGATE_TEST_DATABASE_URL names one."""
+"""Databases for tests on both kinds: SQLite in the test's folder, PostgreSQL on a server that the run shares."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import uuid
 from pathlib import Path
 
+import psycopg
 import pytest
+from psycopg import sql
 
-from storage.database import Database
-from storage.records import Record
-
-KINDS = ("sqlite", "postgresql")
+KINDS = ("sqlite", pytest.param("postgresql", marks=pytest.mark.peer("postgresql")))
 
 
-@contextmanager
-def empty_database(kind: str, folder: Path) -> Iterator[Database]:
-    """An empty database with all tables; skips for PostgreSQL where no server is named."""
-    url = f"sqlite:///{folder / 'test.sqlite'}"
-    if kind == "postgresql":
-        url = os.environ.get("SEGGATE_TEST_DATABASE_URL", "")
-        if not url.startswith("postgresql"):
-            pytest.skip("SEGGATE_TEST_DATABASE_URL names no PostgreSQL database")
-    database = Database(url)
-    try:
-        if kind == "postgresql":
-            Record.metadata.drop_all(database.engine)
-        database.create_all()
-        yield database
-    finally:
-        if kind == "postgresql":
-            Record.metadata.drop_all(database.engine)
-        database.close()
+def new_database_url(request: pytest.FixtureRequest, folder: Path) -> str:
+    """The URL of a new, empty database of the kind in `request.param`; it goes with the folder or the server."""
+    if request.param == "sqlite":
+        return f"sqlite:///{folder / 'test.sqlite'}"
+    server: str = request.getfixturevalue("postgresql_server")
+    name = f"t{uuid.uuid4().hex}"
+    with psycopg.connect(server, autocommit=True) as connection:
+        connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+    return f"{server.rpartition('/')[0]}/{name}"

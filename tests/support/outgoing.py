@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,6 +55,7 @@ class InventedResult:
                 series_instance_uid=dataset.SeriesInstanceUID,
                 study_instance_uid=dataset.StudyInstanceUID,
                 path=path,
+                digest=hashlib.sha256(path.read_bytes()).hexdigest(),
                 role=role,
             )
         return self._made[key]

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from emr.authorization import Basic, NoAuthorization, SmartBackendServices, StaticToken
 from emr.client import EmrClient, EmrEndpoint
-from emr.errors import CredentialsInvalid, Refused, Unavailable
+from emr.errors import CredentialsInvalid, Misconfigured, Unavailable
 
 BASE = "https://emr.example/fhir"
 TOKEN_URL = "https://auth.example/token"
@@ -148,7 +148,7 @@ def test_rejected_token_is_renewed_once(ec_key: ec.EllipticCurvePrivateKey) -> N
         assert server.metadata_tokens == ["Bearer token-1", "Bearer token-2"]
 
 
-def test_token_that_stays_rejected_is_a_refusal(ec_key: ec.EllipticCurvePrivateKey) -> None:
+def test_token_that_stays_rejected_waits_for_an_administrator(ec_key: ec.EllipticCurvePrivateKey) -> None:
     server = AuthorizationServer(ec_key, "ES384")
     authorization = smart(server, ec_key)
     endpoint = EmrEndpoint(base_url=BASE, patient_identifier_system="s", authorization=authorization)
@@ -156,7 +156,7 @@ def test_token_that_stays_rejected_is_a_refusal(ec_key: ec.EllipticCurvePrivateK
     def handle(request: httpx.Request) -> httpx.Response:
         return httpx.Response(401) if request.url.path.endswith("/metadata") else server.handle(request)
 
-    with httpx.Client(transport=httpx.MockTransport(handle)) as http, pytest.raises(Refused, match="401"):
+    with httpx.Client(transport=httpx.MockTransport(handle)) as http, pytest.raises(Misconfigured, match="401"):
         EmrClient(endpoint, http).capability()
     assert len(server.jtis) == 2
 
@@ -166,16 +166,16 @@ def test_token_that_stays_rejected_is_a_refusal(ec_key: ec.EllipticCurvePrivateK
     [
         (
             httpx.Response(400, json={"error": "invalid_client", "error_description": "gateway"}),
-            Refused,
+            Misconfigured,
             "invalid_client",
         ),
-        (httpx.Response(401, text="no"), Refused, "no OAuth error code"),
+        (httpx.Response(401, text="no"), Misconfigured, "no OAuth error code"),
         (httpx.Response(503), Unavailable, "503"),
-        (httpx.Response(200, json={"token_type": "bearer"}), Refused, "access_token"),
-        (httpx.Response(200, json={"access_token": "a\r\nb"}), Refused, "access_token"),
-        (httpx.Response(200, json={"access_token": "a", "token_type": "mac"}), Refused, "bearer"),
+        (httpx.Response(200, json={"token_type": "bearer"}), Misconfigured, "access_token"),
+        (httpx.Response(200, json={"access_token": "a\r\nb"}), Misconfigured, "access_token"),
+        (httpx.Response(200, json={"access_token": "a", "token_type": "mac"}), Misconfigured, "bearer"),
         (httpx.Response(200, text="<html>"), Unavailable, "JSON"),
-        (httpx.Response(302, headers={"location": "https://evil.example"}), Refused, "redirects"),
+        (httpx.Response(302, headers={"location": "https://evil.example"}), Misconfigured, "redirects"),
     ],
 )
 def test_token_endpoint_that_says_no_is_named(
@@ -196,18 +196,24 @@ def test_configured_token_url_needs_no_discovery(ec_key: ec.EllipticCurvePrivate
 
 def test_assertion_goes_to_https_only(ec_key: ec.EllipticCurvePrivateKey) -> None:
     server = AuthorizationServer(ec_key, "ES384")
-    server.token_url = "http://auth.example/token"
-    with http_of(server) as http, pytest.raises(CredentialsInvalid, match="https"):
-        smart(server, ec_key).headers(http)
+    for token_url, fault in (
+        ("http://auth.example/token", "https"),
+        ("https://[auth.example/token", "not a valid URL"),
+    ):
+        server.token_url = token_url
+        with http_of(server) as http, pytest.raises(CredentialsInvalid, match=fault):
+            smart(server, ec_key).headers(http)
     with pytest.raises(CredentialsInvalid, match="https"):
         smart(server, ec_key, token_url="http://auth.example/token")
 
 
 @pytest.mark.parametrize("token_url", [None, 7])
-def test_discovery_without_token_endpoint_is_a_refusal(ec_key: ec.EllipticCurvePrivateKey, token_url: Any) -> None:
+def test_discovery_without_token_endpoint_waits_for_an_administrator(
+    ec_key: ec.EllipticCurvePrivateKey, token_url: Any
+) -> None:
     server = AuthorizationServer(ec_key, "ES384")
     server.token_url = token_url
-    with http_of(server) as http, pytest.raises(Refused, match="token_endpoint"):
+    with http_of(server) as http, pytest.raises(Misconfigured, match="token_endpoint"):
         smart(server, ec_key).headers(http)
 
 
@@ -226,14 +232,43 @@ def test_weak_or_foreign_keys_are_refused() -> None:
 def test_simple_credentials_are_checked() -> None:
     for token in ("", "a b", "tökén", "a\nb"):
         with pytest.raises(CredentialsInvalid):
-            StaticToken(token)
+            StaticToken(lambda token=token: token)  # type: ignore[misc]
     for name in ("", "a:b"):
         with pytest.raises(CredentialsInvalid):
-            Basic(name, "x")
+            Basic(name, lambda: "x")
     with httpx.Client() as http:
         assert NoAuthorization().headers(http) == {}
-        assert StaticToken("t").headers(http) == {"Authorization": "Bearer t"}
-    assert not StaticToken("t").renew({})
+        assert StaticToken(lambda: "t").headers(http) == {"Authorization": "Bearer t"}
+
+
+def test_rejected_secret_is_read_again_and_used_once_it_is_another() -> None:
+    """An administrator replaces an expired secret in its file; the gateway needs no restart."""
+    secrets = ["old"]
+    token, basic = StaticToken(lambda: secrets[-1]), Basic("gateway", lambda: secrets[-1])
+    with httpx.Client() as http:
+        for authorization in (token, basic):
+            assert not authorization.renew(authorization.headers(http))
+        rejected = [token.headers(http), basic.headers(http)]
+        secrets.append("new")
+        assert [token.headers(http), basic.headers(http)] == rejected
+        assert token.renew(rejected[0])
+        assert basic.renew(rejected[1])
+        assert token.headers(http) == {"Authorization": "Bearer new"}
+        assert basic.headers(http) == Basic("gateway", lambda: "new").headers(http)
+
+
+def test_token_endpoint_that_moved_is_discovered_again(ec_key: ec.EllipticCurvePrivateKey) -> None:
+    server = AuthorizationServer(ec_key, "ES384")
+    authorization = smart(server, ec_key)
+    with http_of(server) as http:
+        authorization.headers(http)
+        server.now += 600
+        server.answer = httpx.Response(404)
+        with pytest.raises(Misconfigured, match="404"):
+            authorization.headers(http)
+        server.answer = None
+        assert authorization.headers(http) == {"Authorization": "Bearer token-2"}
+    assert server.discoveries == 2
 
 
 def test_assertion_is_not_in_any_message(ec_key: ec.EllipticCurvePrivateKey) -> None:
@@ -245,7 +280,7 @@ def test_assertion_is_not_in_any_message(ec_key: ec.EllipticCurvePrivateKey) -> 
         return httpx.Response(400, content=json.dumps({"error": request.content.decode()}).encode())
 
     authorization = smart(server, ec_key, token_url=TOKEN_URL)
-    with httpx.Client(transport=httpx.MockTransport(handle)) as http, pytest.raises(Refused) as caught:
+    with httpx.Client(transport=httpx.MockTransport(handle)) as http, pytest.raises(Misconfigured) as caught:
         authorization.headers(http)
     assertion = parse_qs(sent[0])["client_assertion"][0]
     assert assertion not in str(caught.value)

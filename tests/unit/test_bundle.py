@@ -74,7 +74,7 @@ def test_written_bundle_reads_back_equal_and_byte_for_byte_the_same(root: Path, 
     assert again.configurations[0].folds[0].file.is_file()
 
 
-@pytest.mark.requirement("INF-35", open="the digest in results, the runtime and the registry's state")
+@pytest.mark.requirement("INF-35", open="licence enforced, GPU named")
 def test_digests_name_weights_and_configuration_apart(root: Path) -> None:
     before = load_bundle(root)
     lines = sorted(
@@ -96,7 +96,7 @@ def test_digests_name_weights_and_configuration_apart(root: Path) -> None:
     assert load_bundle(root).configuration_digest != stepped.configuration_digest
 
 
-@pytest.mark.requirement("INF-35", open="the digest in results, the runtime and the registry's state")
+@pytest.mark.requirement("INF-35", open="licence enforced, GPU named")
 @pytest.mark.parametrize("name", ["3d_fullres/fold_0.onnx", "plans.json", "dataset.json", "fingerprint.json"])
 def test_one_changed_byte_in_any_file_is_refused(root: Path, name: str) -> None:
     data = bytearray((root / name).read_bytes())
@@ -161,6 +161,10 @@ def _in(*path: str | int, value: object) -> Callable[[dict[str, Any]], None]:
         (_in("name", value="../x"), "name"),
         (_in("name", value="A"), "name"),
         (_in("semver", value="1.0"), "semver"),
+        (_in("semver", value="1.0.0-rc.1"), "semver"),
+        (_in("semver", value="1.0.0\n"), "semver"),
+        (_in("semver", value="1000000.0.0"), "semver"),
+        (_in("name", value="a" * 64), "name"),
         (_in("ensemble", value="logits"), "ensemble"),
         (_in("step_size", value=float(10**9)), "step_size"),
         (_in("channels", value=[]), "channels"),
@@ -168,6 +172,7 @@ def _in(*path: str | int, value: object) -> Callable[[dict[str, Any]], None]:
         (_in("labels", 0, "value", value=3), "labels"),
         (_in("labels", 0, "name", value="Other"), "labels"),
         (_in("labels", 0, "pair", value="Nobody"), "pair"),
+        (_in("labels", 0, "pair", value="Posterior"), "bundle.json: labels: Anterior: pair: .* name each other"),
         (_in("labels", 0, "laterality", value="both"), "laterality"),
         (_in("labels", 0, "colour", value=[1, 2]), "colour"),
         (_in("labels", 0, "volume_range_ml", value=[2, 1]), "volume_range_ml"),

@@ -4,7 +4,6 @@ import json
 from datetime import UTC, datetime, timedelta
 
 from gateway.delivery.capability import REFUSAL_HOLDS_FOR, Learned
-from gateway.delivery.destination import Capability
 
 _NOW = datetime(2026, 3, 1, tzinfo=UTC)
 _ORDER = ("LABELMAP", "BINARY", "SC")
@@ -37,12 +36,6 @@ def test_memory_alone_never_leaves_a_delivery_without_an_encoding() -> None:
     assert learned.choose(_ORDER, _NOW) == "LABELMAP"
     assert learned.choose(_ORDER, _NOW, refused=("LABELMAP",)) == "BINARY"
     assert learned.choose(_ORDER, _NOW, refused=_ORDER) is None
-
-
-def test_a_probe_teaches_what_it_knows() -> None:
-    probed = Capability(sop_classes={"LABELMAP": "refused", "BINARY": "accepted", "SC": "unknown"})
-    learned = Learned().after_probe(probed, _NOW)
-    assert [learned.support(n, _NOW) for n in _ORDER] == ["refused", "accepted", "unknown"]
 
 
 def test_the_same_lesson_keeps_its_time() -> None:

@@ -18,9 +18,10 @@ require_peer("torch")
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+from engine.architecture import Architecture  # noqa: E402
 from engine.checkpoint import Checkpoint, load_network, read_checkpoint  # noqa: E402
 from engine.errors import ImportRefused  # noqa: E402
-from engine.plans import Architecture, read_plans  # noqa: E402
+from engine.plans import read_plans  # noqa: E402
 from tests.support.nnunet_results import TrainedModel, checkpoint_content, plans_json  # noqa: E402
 
 MODEL = TrainedModel()

@@ -71,7 +71,7 @@ def test_valid_files_are_one_line_and_absent_optional_ones_are_named(tmp_path: P
     assert rules is not None
 
 
-@pytest.mark.requirement("REC-04", open="one-click")
+@pytest.mark.requirement("REC-04", open="one-click add")
 def test_an_empty_allow_list_is_a_warning_that_nobody_may_send(tmp_path: Path) -> None:
     finding = checks.check_senders(settings_in(tmp_path))
     assert finding.status is Status.WARNING
@@ -100,7 +100,7 @@ def test_the_disk_check_uses_the_spool_that_is_there(tmp_path: Path) -> None:
     assert list((settings.spool_dir / "tmp").iterdir()) == []
 
 
-@pytest.mark.requirement("REC-02", open="answers on associations: test_scp.py")
+@pytest.mark.requirement("REC-02")
 def test_less_free_space_than_the_reserve_fails_with_both_numbers(tmp_path: Path) -> None:
     free_mb = shutil.disk_usage(tmp_path).free >> 20
     space = checks.check_disk(settings_in(tmp_path, reserve_mb=free_mb * 4 + 1000))[-1]
@@ -210,7 +210,7 @@ def test_a_free_port_is_free_a_taken_one_is_asked_further_and_a_foreign_address_
     assert foreign.status is Status.FAILED
 
 
-@pytest.mark.requirement("INF-35", open="GPU, licence and lifecycle rules")
+@pytest.mark.requirement("INF-35", open="licence enforced, GPU named")
 def test_a_model_that_a_route_names_must_serve_here_and_be_unchanged(tmp_path: Path) -> None:
     settings = settings_in(tmp_path, routes=ROUTE)
     rules = parse_rules(ROUTE)

@@ -13,7 +13,7 @@ from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 from pydicom.tag import Tag
 
-from gateway.intake.attributes import InstanceFacts, SeriesHeaders, images
+from gateway.intake.attribute_values import InstanceFacts, SeriesHeaders, images
 from gateway.intake.conditions import Condition, Evaluated, Group, Truth, evaluate, matches_glob
 from gateway.intake.routing_rules import parse_rules
 
@@ -168,6 +168,29 @@ def test_private_elements_without_a_vr_are_read_as_the_rule_says() -> None:
     assert truth(f'{{ {name}, vr = "US", op = "range", min = 999, max = 1001 }}', series_of(dataset)) == "true"
     assert truth(f'{{ {name}, op = "equals", value = "1000" }}', series_of(dataset)) == "error"
     assert truth(f'{{ {name}, vr = "FD", op = "range", min = 1 }}', series_of(dataset)) == "error"
+
+
+@pytest.mark.parametrize(
+    ("vr", "value", "shown"),
+    [
+        ("LO", "Muster^Eva", "(private text, 10 characters)"),
+        ("PN", "Muster^Eva", "(private text, 10 characters)"),
+        ("UT", "Muster", "(private text, 6 characters)"),
+        ("UN", b"Muster", "(private text, 6 characters)"),
+        ("LO", ["a", "Muster"], "(private text, 1 characters)\\(private text, 6 characters)"),
+        ("CS", "MOSAIC", "MOSAIC"),
+        ("US", 1000, "1000"),
+        ("DS", "1.5", "1.5"),
+    ],
+)
+def test_of_private_elements_only_numbers_and_codes_are_shown(vr: str, value: Any, shown: str) -> None:
+    dataset = header(Modality="MR")
+    dataset.private_block(0x0019, "ACME", create=True).add_new(0x0A, vr, value)
+    for name, operator in (("0019,xx0A:ACME", "equals"), ("0019,xx0A:ACME", "starts-with")):
+        condition = f'{{ attribute = "{name}", op = "{operator}", value = "no", vr = "LO" }}'
+        explanation = judged(f"all = [{condition}]", series_of(dataset)).explanation["members"][0]
+        assert [v["value"] for v in explanation["values"]] == [shown]
+        assert "Muster" not in str(explanation)
 
 
 def enhanced(*echo_times: float) -> Dataset:

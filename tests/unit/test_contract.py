@@ -58,7 +58,7 @@ def test_a_regular_volume_passes_and_every_criterion_is_listed(tmp_path: Path) -
     assert all(finding.detail for finding in findings)
 
 
-@pytest.mark.requirement("INF-37", open="storing the reason, notification")
+@pytest.mark.requirement("INF-37")
 def test_another_modality_is_refused_with_a_reason_a_machine_can_read(tmp_path: Path) -> None:
     refusal = first_refusal(judge(part_of(write_series(tmp_path, modality="MR").files), CONTRACT, channels=1))
 
@@ -67,7 +67,7 @@ def test_another_modality_is_refused_with_a_reason_a_machine_can_read(tmp_path: 
     assert refusal.detail == "Modality (0008,0060) is MR, allowed: CT"
 
 
-@pytest.mark.requirement("CMP-16", open="visibility in PACS and UI")
+@pytest.mark.requirement("CMP-16", open="a notice in the PACS")
 @pytest.mark.parametrize(("allowed", "expected"), [(1.05, {"slice-gap"}), (2.5, set())])
 def test_a_missing_slice_is_refused_unless_the_contract_allows_it(
     tmp_path: Path, allowed: float, expected: set[str]
@@ -79,7 +79,7 @@ def test_a_missing_slice_is_refused_unless_the_contract_allows_it(
     assert refused(part_of(files), contract) == expected
 
 
-@pytest.mark.requirement("CMP-16", open="visibility in PACS and UI")
+@pytest.mark.requirement("CMP-16", open="a notice in the PACS")
 @pytest.mark.parametrize(("allow", "expected"), [(False, {"duplicates"}), (True, set())])
 def test_a_doubled_slice_is_refused_unless_the_contract_allows_it(
     tmp_path: Path, allow: bool, expected: set[str]
@@ -93,7 +93,7 @@ def test_a_doubled_slice_is_refused_unless_the_contract_allows_it(
     assert refused(part_of([*files, tmp_path / "double.dcm"]), replace(CONTRACT, allow_duplicates=allow)) == expected
 
 
-@pytest.mark.requirement("CMP-16", open="visibility in PACS and UI")
+@pytest.mark.requirement("CMP-16", open="a notice in the PACS")
 def test_slices_too_close_together_are_refused(tmp_path: Path) -> None:
     files = write_series(tmp_path, shape=(7, 8, 8), spacing_mm=(2.0, 1.0, 1.0)).ordered_files
     ds = dcmread(files[-1])

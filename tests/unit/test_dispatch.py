@@ -50,6 +50,7 @@ _SEG = OutgoingObject(
     series_instance_uid="1.8",
     study_instance_uid=STUDY_UID,
     path=Path("unused"),
+    digest="0" * 64,
     role="SEG",
 )
 
@@ -204,7 +205,7 @@ def test_a_destination_that_is_no_longer_named_parks_what_waits_for_it(database:
         assert session.get_one(Study, STUDY_UID).state == StudyState.FAILED
 
 
-@pytest.mark.requirement("CMP-17", open="withdrawn in the PACS")
+@pytest.mark.requirement("CMP-17", open="withdrawal of the old result in the PACS")
 def test_a_result_that_was_replaced_while_it_waited_is_not_sent(database: Database) -> None:
     with database.session() as session:
         add_result(session, ResultState.SUPERSEDED, result_id="old", state_reason="replaced by result r1")

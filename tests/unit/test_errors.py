@@ -17,10 +17,13 @@ from gateway.errors import Permanent, Rejected, Transient, meaning
 PACKAGES = (engine.errors, emr.errors, storage.errors, gateway.intake.errors)
 ROOTS = {"EngineError", "EmrError", "StorageError", "IntakeError"}
 # Not in the table, hence Permanent: trying again changes nothing, a person must.
-PARKED_ON_PURPOSE = {"ReportInvalid", "CredentialsInvalid"}
+PARKED_ON_PURPOSE = {"ReportInvalid"}
 WHOLE_MEANING = {
     "BackendFailed": Transient,
     "Unavailable": Transient,
+    "TryLater": Transient,
+    "Misconfigured": Transient,
+    "CredentialsInvalid": Transient,
     "SpoolFull": Transient,
     "SpoolUnsafe": Transient,
     "DatabaseAway": Transient,

@@ -41,7 +41,7 @@ LOWRES = TrainedModel(name="3d_lowres", spacing=(4.0, 2.0, 2.0))
 CASCADE = TrainedModel(name="3d_cascade_fullres", previous_stage="3d_lowres", extra_channels=2)
 
 
-@pytest.mark.requirement("ART-13", open="GPU")
+@pytest.mark.requirement("ART-13", open="a GPU")
 @pytest.mark.parametrize(
     "model",
     [TrainedModel(), RESIDUAL, TWO_D, replace(TWO_D, network="ResidualEncoderUNet"), REGIONS, CHANNELS, IGNORE],
@@ -219,7 +219,9 @@ def test_network_that_does_not_fit_into_memory_is_refused_with_numbers(
         import_model(folder, tmp_path / "bundle")
 
 
-@pytest.mark.parametrize(("name", "semver"), [("../x", None), ("Ä", None), (None, "1"), (None, "1.0.0/..")])
+@pytest.mark.parametrize(
+    ("name", "semver"), [("../x", None), ("Ä", None), (None, "1"), (None, "1.0.0/.."), (None, "1.0.0-rc.1")]
+)
 def test_name_and_version_that_could_lead_astray_are_refused(
     tmp_path: Path, name: str | None, semver: str | None
 ) -> None:
@@ -228,7 +230,15 @@ def test_name_and_version_that_could_lead_astray_are_refused(
         import_model(folder, tmp_path / "bundle", name=name, semver=semver)
 
 
-@pytest.mark.requirement("ART-13", open="GPU")
+def test_a_malformed_version_is_refused_before_the_model_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(export, "open_result")
+    with pytest.raises(ImportRefused, match=r"semver: '1\.0\.0-rc\.1' is not MAJOR\.MINOR\.PATCH"):
+        import_model(tmp_path / "any", tmp_path / "bundle", semver="1.0.0-rc.1")
+
+
+@pytest.mark.requirement("ART-13", open="a GPU")
 @pytest.mark.peer("shared-data")
 def test_demo_model_is_what_nnunets_own_folder_gives_and_the_zip_gives_the_same(tmp_path: Path) -> None:
     models = shared_root() / "models"

@@ -97,3 +97,20 @@ def test_wrong_number_of_heads_is_an_error() -> None:
 def test_labels_that_break_the_rules_are_refused(labels: dict[str, Any], order: list[int] | None, named: str) -> None:
     with pytest.raises(ImportRefused, match=named):
         manager(labels, order)
+
+
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        ([1], "1 values for 2 regions"),
+        ([1, 2, 2], "3 values for 2 regions"),
+        ([3, 2], "3 for region 'whole' is none of its values"),
+        ([1, 1], "1 for region 'core' is none of its values"),
+        ([0, 2], "0 for region 'whole' is none of its values"),
+        ([2, 2], "2 is given twice"),
+    ],
+)
+def test_each_region_is_written_as_a_value_of_its_own(order: list[int], message: str) -> None:
+    labels = {"background": 0, "whole": [1, 2], "core": [2], "ignore": 3}
+    with pytest.raises(ImportRefused, match=rf"dataset\.json.*regions_class_order.*{message}"):
+        manager(labels, order)

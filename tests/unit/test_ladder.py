@@ -29,6 +29,7 @@ def _object(uid: str, role: Role) -> OutgoingObject:
         series_instance_uid="1.2.4",
         study_instance_uid="1.2.5",
         path=Path("unused"),
+        digest="0" * 64,
         role=role,
     )
 
@@ -201,6 +202,22 @@ def test_retry_by_hand_has_new_patience_and_keeps_what_is_stored() -> None:
     assert (again.since, again.finished, again.refused, again.failures) == (later, False, (), 0)
     again = prepared(again, "LABELMAP", [SEG, SR])
     assert [o.rung for o in again.current] == [Rung.STORED, Rung.QUEUED]
+
+
+def test_after_a_retry_by_hand_doubts_are_counted_anew() -> None:
+    state = _state()
+    for _ in range(7):
+        state = _told(state, _status(SEG, "doubtful"))
+    again = prepared(requeue(park(state, "by somebody"), _NOW), "LABELMAP", [SEG, SR])
+    assert _told(again, _status(SEG, "doubtful")).encoding == "LABELMAP"
+
+
+@pytest.mark.requirement("OUT-42", open="storage commitment")
+def test_a_report_that_is_no_longer_to_be_sent_keeps_nothing_from_its_end() -> None:
+    state = _told(_state(), _status(SEG, "stored"), _status(SR, "refused", "0x0122", 0x0122))
+    assert "set send_sr = false" in state.reason
+    again = prepared(requeue(state, _NOW), "LABELMAP", [SEG])  # the operator did
+    assert _told(again, _check(SEG, "verified")).state is DeliveryState.VERIFIED
 
 
 def test_news_of_an_object_that_is_not_ours_changes_nothing() -> None:

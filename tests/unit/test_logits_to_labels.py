@@ -47,6 +47,13 @@ def test_labels_equal_those_of_resizing_everything_and_taking_the_maximum(shape:
     assert result.labels.dtype == np.uint8
 
 
+@pytest.mark.parametrize("shape", [(9, 70, 12), (6, 70, 13), (9, 70, 13), (9, 71, 12)])
+def test_an_axis_that_keeps_its_size_is_left_alone_in_every_slab(shape: tuple[int, int, int]) -> None:
+    source = logits((6, 70, 12))
+    result = segment([network(source, (2, 2, 2), rule(1))], shape, (1.5, 1.9, 1.9), PLAIN)
+    np.testing.assert_array_equal(result.labels, resized(source, shape).argmax(axis=0))
+
+
 def test_the_probability_is_that_of_the_winner_and_0_in_the_background() -> None:
     source = logits((6, 7, 8))
     result = segment([network(source, (2, 2, 2), rule(1))], (9, 10, 12), (1.4, 1.4, 1.4), PLAIN)

@@ -83,3 +83,9 @@ def test_a_control_group_limits_what_is_free(tmp_path: Path, monkeypatch: pytest
     assert available_bytes() == 600000
     (tmp_path / "memory.max").write_text("max\n")
     assert available_bytes() > 600000
+
+
+def test_an_image_that_is_not_decoded_yet_counts_as_float32(tmp_path: Path) -> None:
+    model = bundle(tmp_path)
+    before, after = (estimate_peak(model, grid(64, 64, 64), decoded=decoded) for decoded in (False, True))
+    assert before.bytes - after.bytes == before.parts["image"] == 64**3 * 4

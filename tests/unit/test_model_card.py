@@ -97,6 +97,16 @@ def test_card_overrides_single_values_and_silences_their_warnings() -> None:
     assert not any("'flurb': no code" in warning for warning in description.warnings)
 
 
+def test_a_pair_stated_for_one_side_holds_for_both_and_undoes_what_the_names_say() -> None:
+    sides = {"flurb": {"laterality": "right", "pair": "kidney_left"}}
+    left, right, flurb = _describe(card={"labels": sides}).labels
+    assert (left.pair, right.pair, flurb.pair) == ("flurb", None, "kidney_left")
+    alone = _describe(card={"labels": {"kidney_left": {"pair": None}}}).labels
+    assert [label.pair for label in alone] == [None, None, None]
+    unsided = _describe(card={"labels": {"kidney_left": {"laterality": None}}}).labels
+    assert [label.pair for label in unsided] == [None, None, None]
+
+
 @pytest.mark.parametrize(
     ("card", "named"),
     [
@@ -111,6 +121,22 @@ def test_card_overrides_single_values_and_silences_their_warnings() -> None:
         ({"labels": {"flurb": {"side": "left"}}}, "side"),
         ({"labels": {"flurb": {"laterality": "both"}}}, "laterality"),
         ({"labels": {"flurb": {"pair": "flurb"}}}, "pair"),
+        ({"labels": {"flurb": {"pair": "nobody"}}}, "'nobody' is no other label"),
+        ({"labels": {"flurb": {"pair": "kidney_left"}}}, "none for its pair 'flurb'"),
+        ({"labels": {"kidney_left": {"pair": "kidney_right"}, "kidney_right": {"pair": None}}}, "name each other"),
+        (
+            {"labels": {n: {"pair": "kidney_right"} for n in ("kidney_left", "flurb")}},
+            "'kidney_right' has 'flurb' as its pair",
+        ),
+        (
+            {
+                "labels": {
+                    n: {"pair": o, "laterality": "left"}
+                    for n, o in (("kidney_left", "flurb"), ("flurb", "kidney_left"))
+                }
+            },
+            "laterality",
+        ),
         ({"labels": {"flurb": {"colour": [0, 0, 256]}}}, "colour"),
         ({"labels": {"flurb": {"volume_range_ml": [2, 1]}}}, "lower limit"),
         ({"labels": {"flurb": {"type": {"scheme": "SCT", "value": "1" * 17, "meaning": "x"}}}}, "value"),

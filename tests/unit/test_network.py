@@ -13,8 +13,8 @@ require_peer("torch")
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
+from engine.architecture import Architecture  # noqa: E402
 from engine.network import build_network  # noqa: E402
-from engine.plans import Architecture  # noqa: E402
 
 PLAIN = Architecture(
     network="plain",

@@ -23,7 +23,7 @@ from tests.support.phantoms import write_series
 from tests.support.result_contents import content_of, part_of
 
 
-@pytest.mark.requirement("OUT-46", open="the index of our own UIDs; two gateways pointed at each other")
+@pytest.mark.requirement("OUT-46")
 @pytest.mark.parametrize("kind", ["BINARY", "LABELMAP", "SR", "SC", "notice"])
 def test_every_object_we_make_is_recognised(tmp_path: Path, kind: str) -> None:
     series = write_series(tmp_path, shape=(3, 12, 12))
@@ -42,7 +42,7 @@ def test_every_object_we_make_is_recognised(tmp_path: Path, kind: str) -> None:
     assert is_own_result(part.headers[0]) is None
 
 
-@pytest.mark.requirement("OUT-46", open="the index of our own UIDs; two gateways pointed at each other")
+@pytest.mark.requirement("OUT-46")
 def test_an_object_made_from_ours_by_others_is_recognised() -> None:
     """A PACS that rewrites Manufacturer keeps Contributing Equipment."""
     item = Dataset()
@@ -75,7 +75,7 @@ def test_a_damaged_sequence_does_not_stop_the_intake() -> None:
     assert is_own_result(header) is None
 
 
-@pytest.mark.requirement("OUT-46", open="the index of our own UIDs; two gateways pointed at each other")
+@pytest.mark.requirement("OUT-46")
 def test_recognition_is_light() -> None:
     """A receiver must not load what only results need."""
     heavy = "('highdicom', 'engine', 'torch', 'onnxruntime', 'SimpleITK')"

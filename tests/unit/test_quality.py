@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import pytest
 import gateway
 from engine.bundle import Bundle, load_bundle
 from engine.manifest import Code, LabelSpec, QualityThresholds
-from gateway.results.quality import CHECKS, Check, Verdict, judge, worst
+from gateway.results import quality
+from gateway.results.quality import CHECKS, Check, Verdict, source_doubts, worst
 
 MODEL = Path(gateway.__file__).parent / "demo" / "model"
 KIDNEY = Code(scheme="SCT", value="64033007", meaning="Kidney")
@@ -69,6 +71,13 @@ def empty(name: str = "organ") -> dict[str, Any]:
         name, voxels=0, volume_ml=0.0, components=0, confidence=None, fold_dice=None, mirror_dice=None,
         centroid_lps_mm=None,
     )  # fmt: skip
+
+
+def judge(
+    rows: Sequence[dict[str, Any]], *, mean_confidence: float | None, bundle: Bundle, disabled: Collection[str] = ()
+) -> tuple[Verdict, tuple[Check, ...]]:
+    """The QA module on a study of which nothing spoke against being whole."""
+    return quality.judge(rows, mean_confidence=mean_confidence, bundle=bundle, doubts=(), disabled=disabled)
 
 
 def verdict_of(check: str, *rows: dict[str, Any], of: Bundle, mean_confidence: float | None = 0.95) -> Verdict | None:
@@ -228,3 +237,64 @@ def test_a_disabled_check_is_absent_and_never_called_passed() -> None:
     verdict, checks = judge([measured(volume_ml=99.0)], mean_confidence=0.9, bundle=of, disabled=("volume",))
     assert verdict is PASS
     assert "volume" not in {c.name for c in checks}
+
+
+@pytest.mark.requirement("CARD-02")
+@pytest.mark.parametrize(("left_names", "right_names"), [(True, True), (True, False), (False, True)])
+def test_a_pair_is_judged_once_from_whichever_side_it_is_stated(left_names: bool, right_names: bool) -> None:
+    of = bundle(
+        dataclasses.replace(RIGHT, pair=LEFT.name if right_names else None),
+        dataclasses.replace(LEFT, pair=RIGHT.name if left_names else None),
+    )
+    left = measured("left kidney", centroid_lps_mm=[-40.0, 0.0, 0.0])
+    right = measured("right kidney", centroid_lps_mm=[40.0, 0.0, 0.0])
+    checks = judge([right, left], mean_confidence=0.9, bundle=of)[1]
+    found = [(c.name, c.segment, c.verdict) for c in checks if c.name in {"pair", "laterality"}]
+    assert found == [("pair", "left kidney", PASS), ("laterality", "left kidney", HOLD)]
+
+
+WHOLE = {
+    "objects": 10,
+    "own_results": 0,
+    "quarantined": 0,
+    "released": True,
+    "interrupted": False,
+    "expected": {"count": 10},
+    "gaps": [],
+}
+GAP = {"series_instance_uid": "1.2.3", "after_mm": 1.0, "before_mm": 4.0, "missing": 2}
+
+
+def doubts(rule: str = "quiet-after-release", *, missing_slices: int = 0, **evidence: Any) -> tuple[str, ...]:
+    return source_doubts(rule, WHOLE | evidence, series_instance_uid="1.2.3", missing_slices=missing_slices)
+
+
+@pytest.mark.requirement("CMP-15")
+def test_evidence_against_the_study_being_whole_is_named() -> None:
+    assert doubts() == doubts("operator") == doubts("expected-count") == ()
+    assert doubts(expected=None) == doubts(expected={"count": None}) == ()
+    assert doubts("give-up", objects=8, own_results=1) == (
+        "9 of 10 expected objects, the wait for more was given up",
+    )  # fmt: skip
+    assert doubts("operator", objects=8) == ("8 of 10 expected objects, declared whole by rule operator",)
+    assert doubts("quiet-open", released=False, interrupted=True) == ("an association broke off",)
+    assert doubts("operator", released=False) == ("an operator did not wait for the end of the association",)
+    assert doubts(quarantined=3) == ("3 objects quarantined",)
+
+
+@pytest.mark.requirement("CMP-16")
+def test_missing_slices_count_in_the_series_of_the_result_only() -> None:
+    assert doubts(gaps=[GAP]) == ("2 slices missing",)
+    assert doubts(gaps=[GAP | {"series_instance_uid": "1.2.4"}]) == ()
+    assert doubts(missing_slices=2) == doubts(missing_slices=2, gaps=[GAP]) == ("2 slices missing",)
+
+
+@pytest.mark.requirement("CARD-02")
+def test_a_result_from_a_study_in_doubt_is_reviewed_and_says_why() -> None:
+    of = bundle(label(1, "organ"))
+    verdict, checks = quality.judge([measured()], mean_confidence=0.9, bundle=of, doubts=("a", "b"))
+    assert verdict is REVIEW
+    source = next(c for c in checks if c.name == "source")
+    assert (source.segment, source.value, source.verdict) == (None, "a; b", REVIEW)
+    _, checks = quality.judge([measured()], mean_confidence=0.9, bundle=of, doubts=())
+    assert [(c.value, c.verdict) for c in checks if c.name == "source"] == [("none", PASS)]

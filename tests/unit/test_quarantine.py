@@ -14,7 +14,7 @@ from gateway.delivery.release import Release
 from gateway.results.inference import Inference
 from gateway.retrying import retry_study
 from gateway.settings import DestinationSettings
-from storage.alarms import open_alarms
+from storage.alarms import open_alarms, raise_alarm
 from storage.database import Database
 from storage.records import Delivery, DeliveryState, LedgerEvent, Result, ResultState, Study, StudyState
 from tests.support.story_rows import STUDY_UID, NotedQueue, add_delivery, add_result, add_study, add_version
@@ -120,10 +120,11 @@ def test_a_conflict_while_delivering_withholds_what_waits_for_pacs_and_emr(
         add_study(session, StudyState.DELIVERING)
         add_version(session)
         add_result(session, ResultState.RELEASED, verdict="pass")
-        turns = {
-            d.delivery_id: d.workflow_id
-            for d in (add_delivery(session, state, destination=name) for name in ("pacs", "emr"))
-        }
+        turns = {}
+        for name, kind in (("pacs", "dimse"), ("emr", "fhir")):
+            delivery = add_delivery(session, state, destination=name)
+            delivery.kind = kind
+            turns[delivery.delivery_id] = delivery.workflow_id
     conflict(database)
     steps = dispatch(database, queue)
     for delivery_id, turn in turns.items():
@@ -150,6 +151,10 @@ def test_what_the_quarantine_stopped_goes_on_after_the_release_and_not_before(da
     assert not retry_study(database, queue, STUDY_UID, actor="user:test").anything
     with database.session() as session:
         session.get_one(Study, STUDY_UID).state = StudyState.PROCESSING
+        session.get_one(Result, "qa").state = ResultState.SUPERSEDED
+        raise_alarm(session, kind="result-held", subject=f"study:{STUDY_UID}", message="held")
     retried = retry_study(database, queue, STUDY_UID, actor="user:test")
     assert (retried.results, retried.deliveries) == (1, 1)
     assert [call["argument"] for call in queue.calls] == ["r1", "r2 to pacs"]
+    with database.reading() as session:
+        assert open_alarms(session) == []

@@ -171,7 +171,7 @@ def test_the_notice_of_a_held_result_goes_to_the_pacs_and_never_to_the_emr(datab
         assert session.get_one(Study, STUDY_UID).state == StudyState.HELD
 
 
-@pytest.mark.requirement("CMP-17", open="withdrawn in the PACS")
+@pytest.mark.requirement("CMP-17", open="withdrawal of the old result in the PACS")
 def test_a_result_that_was_overtaken_is_not_released(database: Database) -> None:
     queue = NotedQueue()
     with database.session() as session:
@@ -185,7 +185,7 @@ def test_a_result_that_was_overtaken_is_not_released(database: Database) -> None
     assert [kind for kind, _ in events(database)] == ["superseded"]
 
 
-@pytest.mark.requirement("CMP-17", open="withdrawn in the PACS")
+@pytest.mark.requirement("CMP-17", open="withdrawal of the old result in the PACS")
 def test_what_of_the_old_result_still_waits_is_withheld_and_what_arrived_is_superseded(database: Database) -> None:
     with database.session() as session:
         add_study(session, StudyState.PROCESSING, version=2)

@@ -27,7 +27,7 @@ def uid(
     return sop_instance_uid(identity, role=role, sop_class_uid=sop_class, encoding=encoding)
 
 
-@pytest.mark.requirement("QUE-27", open="kill -9 sweep with one result set in the PACS")
+@pytest.mark.requirement("QUE-27")
 def test_uids_never_change_between_versions_of_the_program() -> None:
     """Written down once: a change would send a second result for every study that is retried after an upgrade."""
     assert uid() == "2.25.169596273334292003592176144747971374234"
@@ -37,7 +37,7 @@ def test_uids_never_change_between_versions_of_the_program() -> None:
     assert tracking_uid(IDENTITY, segment_value=1) == "2.25.244215578249456535341038932399434114945"
 
 
-@pytest.mark.requirement("QUE-27", open="kill -9 sweep with one result set in the PACS")
+@pytest.mark.requirement("QUE-27")
 @pytest.mark.parametrize(
     "other",
     [

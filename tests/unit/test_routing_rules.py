@@ -124,11 +124,6 @@ def test_two_rules_of_one_name_are_refused() -> None:
     assert "already called 'r'" in faults(one + one)
 
 
-def test_a_model_that_is_not_registered_is_refused() -> None:
-    with pytest.raises(RulesInvalid, match="model 'm' is not registered"):
-        parse_rules(condition('attribute = "Modality", op = "exists"'), known_model=lambda name: name != "m")
-
-
 @pytest.mark.requirement("RTE-25")
 def test_deep_nesting_is_refused() -> None:
     inner = '{ attribute = "Modality", op = "exists" }'

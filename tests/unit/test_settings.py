@@ -60,6 +60,7 @@ def test_the_environment_wins_over_the_file_and_the_file_over_the_default(
         ("gateway.toml", '[[senders]]\nae_title = "A"\naddresses = ["10.1.2"]', "senders[0]"),
         ("destinations.toml", '[[orthanc]]\nname = "Upper"\nurl = "http://x"', "orthanc[0].name"),
         ("destinations.toml", '[[dimse]]\nname = "pacs"\nae_title = "PACS"\nhost = "h"', "dimse[0].port"),
+        ("gateway.toml", '[quality]\ndisabled_checks = ["border", "bordr"]', "quality.disabled_checks[1]"),
         ("logging.toml", 'level = "loud"', "level"),
     ],
 )

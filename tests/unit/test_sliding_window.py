@@ -33,7 +33,7 @@ def ramp(*shape: int) -> FloatArray:
     return np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
 
 
-@pytest.mark.requirement("ART-14", open="the whole path against nnU-Net is in test_parity")
+@pytest.mark.requirement("ART-14")
 @pytest.mark.parametrize(
     ("size", "patch", "starts"),
     [
@@ -54,7 +54,7 @@ def test_an_axis_shorter_than_the_patch_must_be_padded_first() -> None:
         window_positions(10, 16, 0.5)
 
 
-@pytest.mark.requirement("ART-14", open="the whole path against nnU-Net is in test_parity")
+@pytest.mark.requirement("ART-14")
 def test_weights_peak_at_10_fall_as_a_gaussian_of_an_eighth_and_never_vanish() -> None:
     weights = gaussian_weights((32, 64))
     assert weights.shape == (32, 64)
@@ -81,7 +81,7 @@ def test_a_network_that_answers_its_input_gives_the_image_back(shape: tuple[int,
     assert backend.batches == [(1, 1, 8, 8, 8)] * (8 * len(grid))
 
 
-@pytest.mark.requirement("ART-14", open="the whole path against nnU-Net is in test_parity")
+@pytest.mark.requirement("ART-14")
 def test_a_2d_network_sees_each_slice_apart() -> None:
     seen = []
 

@@ -88,6 +88,30 @@ def test_file_and_folder_are_synced_before_the_object_counts(spool: Spool, monke
     assert steps == ["sync tmp", "rename", "sync incoming"]
 
 
+@pytest.mark.requirement("REC-01", open="power cut by a block-layer recorder")
+def test_every_folder_that_prepare_makes_is_synced_in_its_parent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[str] = []
+    real_fsync, real_mkdir = os.fsync, Path.mkdir
+
+    def fsync(file: int) -> None:
+        steps.append(f"sync {os.path.relpath(os.readlink(f'/proc/self/fd/{file}'), tmp_path)}")
+        real_fsync(file)
+
+    def mkdir(self: Path, *arguments: Any, **named: Any) -> None:
+        steps.append(f"mkdir {self.relative_to(tmp_path)}")
+        real_mkdir(self, *arguments, **named)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    Spool(tmp_path / "state" / "spool", reserve_bytes=0).prepare()
+    made = [step.removeprefix("mkdir ") for step in steps if step.startswith("mkdir")]
+    assert made[:2] == ["state", "state/spool"]
+    for folder in made:
+        assert f"sync {os.path.dirname(folder) or '.'}" in steps[steps.index(f"mkdir {folder}") :]
+
+
 def test_short_writes_are_completed(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.write
     monkeypatch.setattr(os, "write", lambda file, data: real(file, memoryview(data)[:7]))
@@ -95,7 +119,7 @@ def test_short_writes_are_completed(spool: Spool, monkeypatch: pytest.MonkeyPatc
     assert spool.dataset_digest(path) == hashlib.sha256(DATASET).hexdigest()
 
 
-@pytest.mark.requirement("REC-02", open="the association side is in test_scp")
+@pytest.mark.requirement("REC-02")
 @pytest.mark.parametrize(
     ("number", "expected"), [(errno.ENOSPC, SpoolFull), (errno.EDQUOT, SpoolFull), (errno.EIO, SpoolUnsafe)]
 )
@@ -181,7 +205,7 @@ def test_quarantined_object_leaves_incoming(spool: Spool) -> None:
     assert spool.incoming() == []
 
 
-@pytest.mark.requirement("REC-14", open="see test_scp and test_header")
+@pytest.mark.requirement("REC-14", open="a fuzz corpus that runs for hours")
 @pytest.mark.parametrize(
     "path", ["../outside", "studies/../../x", "/etc/passwd", "studies//x", "tmp/x", "studies/a\0b", ""]
 )
@@ -202,7 +226,7 @@ def test_no_uid_in_the_folder_name_of_a_study() -> None:
     assert study_key("1.2.840.1") == hashlib.sha256(b"1.2.840.1").hexdigest()[:32]
 
 
-@pytest.mark.requirement("QUE-27", open="the workflow's part")
+@pytest.mark.requirement("QUE-27")
 def test_result_file_is_written_once(spool: Spool) -> None:
     key = study_key("1.2.3")
     relative, digest = spool.store_result_file(key, "r1", "seg.dcm", b"seg")
@@ -213,6 +237,22 @@ def test_result_file_is_written_once(spool: Spool) -> None:
         spool.store_result_file(key, "r1", "seg.dcm", b"other")
     assert (spool.root / relative).read_bytes() == b"seg"
     assert left_in_tmp(spool) == []
+
+
+def test_a_result_file_that_was_altered_or_truncated_is_not_used(spool: Spool) -> None:
+    path, digest = spool.store_result_file("a" * 32, "r1", "labels.npz", b"labels")
+    assert spool.unchanged(path, digest).read_bytes() == b"labels"
+    for other in (b"label", b"lapels"):
+        (spool.root / path).write_bytes(other)
+        with pytest.raises(ObjectChanged, match=r"labels\.npz was altered or truncated.*backup"):
+            spool.unchanged(path, digest)
+
+
+def test_a_result_that_would_not_fit_is_refused_with_the_numbers(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Spool, "free_bytes", lambda _: 5 << 20)
+    spool.check_room(5 << 20)
+    with pytest.raises(SpoolFull, match=r"5 MB free, a result may take 6 MB"):
+        spool.check_room(6 << 20)
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "", ".hidden"])

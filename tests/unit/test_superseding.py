@@ -15,7 +15,7 @@ from gateway import steps, superseding
 from gateway.delivery.release import Release
 from gateway.settings import DestinationSettings
 from gateway.steps import StudyWork
-from storage.alarms import open_alarms
+from storage.alarms import open_alarms, raise_alarm
 from storage.database import Database
 from storage.records import Delivery, DeliveryState, LedgerEvent, Result, ResultState, StudyState, StudyVersion
 from tests.support.story_rows import STUDY_UID, NotedQueue, add_delivery, add_result, add_study, add_version
@@ -76,7 +76,7 @@ def alarms(database: Database) -> set[str]:
         return {a.kind for a in open_alarms(session)} - {"no-destination"}
 
 
-@pytest.mark.requirement("CMP-17", open="withdrawn in the PACS")
+@pytest.mark.requirement("CMP-17", open="withdrawal of the old result in the PACS")
 def test_the_third_version_refers_to_the_released_first_and_not_to_the_held_second(database: Database) -> None:
     with database.session() as session:
         add_versions(session, 3)
@@ -89,7 +89,7 @@ def test_the_third_version_refers_to_the_released_first_and_not_to_the_held_seco
     assert emr_delivery(database) == ("withheld", "replaced by result v3")
 
 
-@pytest.mark.requirement("CMP-17", open="withdrawn in the PACS")
+@pytest.mark.requirement("CMP-17", open="withdrawal of the old result in the PACS")
 def test_a_held_version_supersedes_without_replacement_and_the_next_still_refers_to_the_first(
     database: Database,
 ) -> None:
@@ -160,7 +160,7 @@ def test_results_of_other_series_and_models_are_left_alone(database: Database) -
     assert states(database) == {"other model": "released", "other series": "released", "v2": "released"}
 
 
-@pytest.mark.requirement("CMP-17", open="withdrawn in the PACS")
+@pytest.mark.requirement("CMP-17", open="withdrawal of the old result in the PACS")
 def test_a_version_that_no_rule_wants_supersedes_what_was_released(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,3 +176,52 @@ def test_a_version_that_no_rule_wants_supersedes_what_was_released(
     assert alarms(database) == {"result-superseded-without-replacement"}
     with database.reading() as session:
         assert len(session.scalars(select(LedgerEvent)).all()) == 1
+
+
+# -- the alarm of a held result ------------------------------------------------------------------------------------
+
+
+def held(session: Session, version: int, *, part: str = "") -> None:
+    add(session, ResultState.HELD, version, part=part, verdict="hold")
+    raise_alarm(session, kind="result-held", subject=f"study:{STUDY_UID}", message="held")
+
+
+def test_the_alarm_of_a_held_result_goes_when_a_newer_version_replaces_it(database: Database) -> None:
+    with database.session() as session:
+        add_versions(session, 2)
+        held(session, 1)
+        add(session, ResultState.PENDING, 2)
+    assert alarms(database) == {"result-held"}
+    assert [release(database, "v2") for _ in range(2)] == ["released"] * 2
+    assert alarms(database) == set()
+
+
+def test_the_alarm_stays_while_another_result_is_held(database: Database) -> None:
+    with database.session() as session:
+        add_versions(session, 2)
+        for part in ("a", "b"):
+            held(session, 1, part=part)
+            add(session, ResultState.PENDING, 2, part=part)
+    assert release(database, "v2a") == "released"
+    assert alarms(database) == {"result-held"}
+    assert release(database, "v2b") == "released"
+    assert alarms(database) == set()
+
+
+def test_a_newer_result_that_is_held_too_keeps_the_alarm(database: Database) -> None:
+    with database.session() as session:
+        add_versions(session, 2)
+        held(session, 1)
+        add(session, ResultState.PENDING, 2, verdict="hold")
+    assert release(database, "v2") == "held"
+    assert states(database) == {"v1": "superseded", "v2": "held"}
+    assert alarms(database) == {"result-held"}
+
+
+def test_the_alarm_goes_when_no_rule_wants_the_series_any_more(database: Database) -> None:
+    with database.session() as session:
+        add_versions(session, 2)
+        held(session, 1)
+        superseding.no_longer_wanted(session, session.get_one(StudyVersion, f"{STUDY_UID} v2"))
+    assert states(database) == {"v1": "superseded"}
+    assert alarms(database) == set()

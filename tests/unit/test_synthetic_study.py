@@ -92,6 +92,6 @@ def test_the_demo_model_finds_both_structures_and_the_checks_pass(study: list[Pa
         }
         for s in prediction.segments
     ]
-    verdict, checks = judge(measured, mean_confidence=prediction.mean_confidence, bundle=bundle)
+    verdict, checks = judge(measured, mean_confidence=prediction.mean_confidence, bundle=bundle, doubts=())
     assert verdict is Verdict.PASS, checks
     assert {c.name for c in checks} >= {"empty", "volume", "border", "components", "confidence", "fold-agreement"}

@@ -10,6 +10,7 @@ import pytest
 from engine.errors import BackendFailed, InputRejected
 from gateway.errors import Permanent, Transient
 from gateway.workflows import Story
+from storage.errors import DatabaseAway, SpoolFull, SpoolUnsafe
 
 
 class Steps:
@@ -102,6 +103,15 @@ def test_a_transient_failure_that_stays_is_parked_with_step_and_reason() -> None
     assert engine.waits == [2.0, 4.0]
 
 
+@pytest.mark.requirement("QUE-27")
+@pytest.mark.parametrize("error", [SpoolFull("no space"), SpoolUnsafe("read-only"), DatabaseAway("locked")])
+def test_a_result_waits_for_disk_and_database_however_long_and_goes_on(error: Exception) -> None:
+    engine = Engine(attempts=3)
+    steps = Steps(**(RESULT | {"encode": [*[error] * 20, "encoded"]}))
+    assert engine.story.make_result(steps, "r1") == "released"
+    assert engine.waits == [2.0, 4.0, 8.0, 16.0, 32.0, *[60.0] * 15]
+
+
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
@@ -131,7 +141,7 @@ def test_pauses_between_attempts_are_capped_at_a_minute() -> None:
     assert engine.waits == [2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0]
 
 
-@pytest.mark.requirement("QUE-29", open="rate cap; urgent first in the drain; see test_attempt.py")
+@pytest.mark.requirement("QUE-29", open="rate cap; urgent first in the drain; an outage of hours")
 def test_a_delivery_is_attempted_until_it_says_that_nothing_is_left() -> None:
     engine = Engine()
     steps = Steps(
