@@ -1,0 +1,219 @@
+"""Preprocessed training cases on disk: what the network is trained on, one folder per configuration.
+
+    <preprocessed>/<dataset>/<data_identifier>/
+      CASE.npy            float32 (C, Z, Y, X), network axes and spacing, normalised
+      CASE_seg.npy        int16 (Z, Y, X); -1 = background outside the nonzero region
+      CASE_locations.npz  per class (or region) sampled voxels int32 (n, 3), for foreground oversampling; see `locate`
+      CASE.json           written last: shapes, spacing, box, and the stamp of what the case was made from
+
+Arrays are mapped into memory, so that a patch costs the pages it lies on. A case whose stamp is right is not made
+again. nnU-Net's rules: facts of nnU-Net v2, §1.4 and §4.1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.dataset import Case, RawDataset, read_case
+from engine.errors import DatasetInvalid
+from engine.json_reader import Reader, read_json
+from engine.json_writer import write_json
+from engine.labels import LabelManager
+from engine.parallel import Progress, map_cases
+from engine.plans import Configuration, Plans
+from engine.preprocessing import crop_to_nonzero, network_spacing_mm, preprocess_labelled
+
+FORMAT = 1
+_SAMPLES_PER_CLASS = 10_000
+_LEAST_SHARE = 0.01
+_LOCATION_SEED = 1234
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PreprocessedCase:
+    """One case, its arrays mapped from disk (read-only).
+
+    `locations[i]` are voxels (n, 3) of class i: foreground labels as declared, or regions; empty where the case has
+    none. `annotated` are voxels that are not the ignore label; None where the dataset has no ignore label.
+    """
+
+    name: str
+    image_CZYX: NDArray[np.float32]
+    labels_ZYX: NDArray[np.int16]
+    locations: tuple[NDArray[np.int32], ...]
+    annotated: NDArray[np.int32] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessJob:
+    """What a worker needs to make every configuration of a case."""
+
+    plans: Plans
+    configurations: tuple[Configuration, ...]
+    dataset: RawDataset
+    folders: Mapping[str, Path]
+
+
+def preprocess_dataset(job: PreprocessJob, *, processes: int, progress: Progress | None = None) -> int:
+    """Makes every case that is not there yet; returns how many were made.
+
+    Raises InputRejected or DatasetInvalid with the case's name, OSError when the disk is full, WorkerDied.
+    """
+    for folder in job.folders.values():
+        folder.mkdir(parents=True, exist_ok=True)
+    return sum(map_cases(partial(_make_case, job), job.dataset.cases, processes=processes, progress=progress))
+
+
+def needed_bytes(job: PreprocessJob, shapes_after_crop: Sequence[Sequence[int]], spacings: Sequence[Any]) -> int:
+    """An estimate of what `preprocess_dataset` will write: 4 bytes a voxel and channel, 2 for labels."""
+    from engine.preprocessing import network_shape
+
+    forward = job.plans.transpose_forward
+    total = 0
+    for configuration in job.configurations:
+        per_voxel = 4 * len(configuration.normalization_schemes) + 2
+        for shape, spacing in zip(shapes_after_crop, spacings, strict=True):
+            grid = network_shape([shape[a] for a in forward], [spacing[a] for a in forward], configuration)
+            total += per_voxel * int(np.prod(grid, dtype=np.int64))
+    return total
+
+
+def open_case(folder: Path, name: str) -> PreprocessedCase:
+    """Raises DatasetInvalid with the file that is absent or not what this module writes."""
+    document = Reader(
+        read_json(folder / f"{name}.json", error=DatasetInvalid), where=f"{name}.json", error=DatasetInvalid
+    )
+    if document.integer("format", 0, 2**16) != FORMAT:
+        raise document.fail("format", f"is not {FORMAT}: preprocess the dataset again")
+    classes = document.integer("classes", 1, 2**16)
+    try:
+        image = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        labels = np.load(folder / f"{name}_seg.npy", mmap_mode="r", allow_pickle=False)
+        with np.load(folder / f"{name}_locations.npz", allow_pickle=False) as stored:
+            locations = tuple(stored[str(index)] for index in range(classes))
+            annotated = stored["annotated"] if "annotated" in stored else None
+    except (OSError, ValueError, KeyError) as error:
+        raise DatasetInvalid(f"{folder.name}/{name}: not readable ({error}); preprocess the dataset again") from error
+    if image.ndim != 4 or labels.shape != image.shape[1:]:
+        raise DatasetInvalid(f"{folder.name}/{name}: image {image.shape} and labels {labels.shape} do not fit")
+    return PreprocessedCase(name=name, image_CZYX=image, labels_ZYX=labels, locations=locations, annotated=annotated)
+
+
+def case_names(folder: Path) -> tuple[str, ...]:
+    """Cases that are complete, sorted."""
+    return tuple(sorted(path.name.removesuffix(".json") for path in folder.glob("*.json")))
+
+
+def locate(
+    labels_ZYX: NDArray[np.integer[Any]], manager: LabelManager
+) -> tuple[list[NDArray[np.int32]], NDArray[np.int32] | None]:
+    """Sampled voxels per class and, with an ignore label, of everything annotated.
+
+    Of n voxels of a class at most 10,000 are kept, or 1 % where that is more, without replacement and from a fixed
+    seed (nnU-Net's rule).
+    """
+    random = np.random.RandomState(_LOCATION_SEED)
+    foreground = np.argwhere(labels_ZYX > 0).astype(np.int32)
+    values = labels_ZYX[tuple(foreground.T)]
+    found = [_sample(foreground[np.isin(values, label.region)], random) for label in manager.foreground]
+    if manager.ignore_label is None:
+        return found, None
+    annotated = np.argwhere(labels_ZYX != manager.ignore_label).astype(np.int32)
+    return found, _sample(annotated, random)
+
+
+def _sample(coordinates: NDArray[np.int32], random: np.random.RandomState) -> NDArray[np.int32]:
+    wanted = max(min(_SAMPLES_PER_CLASS, len(coordinates)), int(np.ceil(len(coordinates) * _LEAST_SHARE)))
+    if wanted == len(coordinates):
+        return coordinates
+    return coordinates[random.choice(len(coordinates), wanted, replace=False)]
+
+
+def _make_case(job: PreprocessJob, case: Case) -> int:
+    """1 where anything was made, 0 where all was there."""
+    missing = [c for c in job.configurations if not _is_made(job, c, case)]
+    if not missing:
+        return 0
+    loaded = read_case(case, job.dataset.json)
+    cropped = crop_to_nonzero(loaded.volume, job.plans)
+    whole = loaded.labels.array.transpose(job.plans.transpose_forward)
+    for configuration in missing:
+        image, labels = preprocess_labelled(cropped, job.plans, configuration, whole)
+        locations, annotated = locate(labels, job.dataset.json.labels)
+        folder = job.folders[configuration.name]
+        stored = {str(index): voxels for index, voxels in enumerate(locations)}
+        if annotated is not None:
+            stored["annotated"] = annotated
+        _write(folder / f"{case.name}.npy", partial(_save, array=image))
+        _write(folder / f"{case.name}_seg.npy", partial(_save, array=labels))
+        _write(folder / f"{case.name}_locations.npz", partial(_save_all, arrays=stored))
+        document = {
+            "format": FORMAT,
+            "stamp": _stamp(job, configuration, case),
+            "classes": len(locations),
+            "shape_before_cropping": list(cropped.full_shape),
+            "bbox_used_for_cropping": [[part.start, part.stop] for part in cropped.box],
+            "shape_after_cropping_and_before_resampling": list(cropped.shape),
+            "shape": list(image.shape),
+            "spacing": list(network_spacing_mm(cropped.spacing_mm, configuration)),
+        }
+        write_json(document, folder / f"{case.name}.json")
+    return 1
+
+
+def _is_made(job: PreprocessJob, configuration: Configuration, case: Case) -> bool:
+    path = job.folders[configuration.name] / f"{case.name}.json"
+    try:
+        return bool(read_json(path, error=DatasetInvalid).get("stamp") == _stamp(job, configuration, case))
+    except DatasetInvalid:
+        return False
+
+
+def _stamp(job: PreprocessJob, configuration: Configuration, case: Case) -> str:
+    """Changes with the files of the case and with everything that decides how its arrays are made."""
+    files = []
+    for path in (*case.channels.values(), case.label):
+        state = path.stat() if path.exists() else None
+        files.append([path.name, state.st_size, state.st_mtime_ns] if state else [path.name])
+    rules = {
+        "files": files,
+        "transpose_forward": job.plans.transpose_forward,
+        "spacing": configuration.spacing_mm,
+        "normalization": configuration.normalization_schemes,
+        "masked": configuration.use_mask_for_norm,
+        "intensities": {str(index): vars(found) for index, found in job.plans.foreground_intensity_properties.items()},
+        "resampling": [vars(configuration.resampling_data), vars(configuration.resampling_seg)],
+        "labels": job.dataset.json.document["labels"],
+        "orientation": job.dataset.json.orientation,
+        "format": FORMAT,
+    }
+    return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
+
+
+def _save(file: BinaryIO, array: NDArray[Any]) -> None:
+    np.save(file, array, allow_pickle=False)
+
+
+def _save_all(file: BinaryIO, arrays: Mapping[str, NDArray[Any]]) -> None:
+    np.savez(file, allow_pickle=False, **arrays)
+
+
+def _write(path: Path, save: Any) -> None:
+    """The whole file or none: a worker that is ended leaves nothing that looks complete."""
+    made = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with made.open("wb") as file:
+            save(file)
+        made.replace(path)
+    finally:
+        made.unlink(missing_ok=True)
