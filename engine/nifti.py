@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +36,7 @@ def read_nifti(paths: Sequence[Path]) -> Volume:
         elif not geometry.same_grid(grid):
             raise InputRejected(f"{path.name}: lies on another grid than {paths[0].name}; all channels must share one")
         values = array.astype(np.float32)
-        if not np.isfinite(values).all() or not _finite_on_disk(path):
+        if not np.isfinite(values).all():
             raise NotFinite(f"{path.name}: holds NaN or infinity, correct it at the source")
         channels.append(values)
     if geometry is None:
@@ -48,7 +49,7 @@ def read_label_map(path: Path) -> LabelMap:
     NotFinite when that is NaN or infinity."""
     array, geometry = _read(path)
     if np.issubdtype(array.dtype, np.floating):
-        if not np.isfinite(array).all() or not _finite_on_disk(path):
+        if not np.isfinite(array).all():
             raise NotFinite(f"{path.name}: holds NaN or infinity, correct it at the source")
         if not np.array_equal(array, np.rint(array)):
             raise InputRejected(f"{path.name}: a label map holds whole numbers only")
@@ -91,10 +92,11 @@ def write_nifti(labels: LabelMap, path: Path) -> None:
     sitk.WriteImage(image, str(path), True)
 
 
-def _finite_on_disk(path: Path) -> bool:
-    """False when a NIfTI-1 file stores NaN or infinity as floating point: ITK reads these as 0, without a word."""
+def _check_stored(path: Path) -> None:
+    """Refuses a NIfTI-1 file that ends before its last voxel, or that stores NaN or infinity as floating point: ITK
+    reads both as 0, without a word."""
     if not path.name.endswith((".nii", ".nii.gz")):
-        return True
+        return
     try:
         content = path.read_bytes()
         if path.name.endswith(".gz"):
@@ -102,21 +104,25 @@ def _finite_on_disk(path: Path) -> bool:
         for order in "<>":
             header = np.dtype(
                 {
-                    "names": ["size", "datatype", "offset"],
-                    "formats": [f"{order}i4", f"{order}i2", f"{order}f4"],
-                    "offsets": [0, 70, 108],
+                    "names": ["size", "dim", "datatype", "bitpix", "offset"],
+                    "formats": [f"{order}i4", f"8{order}i2", f"{order}i2", f"{order}i2", f"{order}f4"],
+                    "offsets": [0, 40, 70, 72, 108],
                     "itemsize": 348,
                 }
             )
             fields = np.frombuffer(content, header, count=1)[0]
+            if int(fields["size"]) != 348:
+                continue
+            stored = memoryview(content)[int(fields["offset"]) :]
+            size = math.prod(int(n) for n in fields["dim"][1 : 1 + int(fields["dim"][0])]) * int(fields["bitpix"]) // 8
+            if len(stored) < size:
+                raise InputRejected(f"{path.name}: ends before its last voxel ({len(stored)} of {size} bytes)")
             kind = {16: f"{order}f4", 64: f"{order}f8"}.get(int(fields["datatype"]))
-            if int(fields["size"]) == 348 and kind is not None:
-                stored = content[int(fields["offset"]) :]
-                size = np.dtype(kind).itemsize
-                return bool(np.isfinite(np.frombuffer(stored[: len(stored) // size * size], kind)).all())
+            if kind is not None and not np.isfinite(np.frombuffer(stored[:size], kind)).all():
+                raise NotFinite(f"{path.name}: holds NaN or infinity, correct it at the source")
+            return
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise InputRejected(f"{path.name}: not readable as an image") from error
-    return True
 
 
 def _read(path: Path) -> tuple[Any, Geometry]:
@@ -129,6 +135,7 @@ def _read(path: Path) -> tuple[Any, Geometry]:
             f"{path.name}: {image.GetDimension()} axes with {image.GetNumberOfComponentsPerPixel()} values a voxel; "
             "a 2D or 3D image with one value a voxel is needed"
         )
+    _check_stored(path)
     array = sitk.GetArrayFromImage(image)
     if array.ndim == 2:
         image, array = sitk.JoinSeries(image), array[None]
