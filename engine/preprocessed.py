@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.dataset import Case, RawDataset, read_case
+from engine.dataset import Case, DatasetJson, read_case
 from engine.errors import DatasetInvalid
 from engine.json_reader import Reader, read_json
 from engine.json_writer import write_json
@@ -60,18 +60,24 @@ class PreprocessJob:
 
     plans: Plans
     configurations: tuple[Configuration, ...]
-    dataset: RawDataset
+    dataset_json: DatasetJson
     folders: Mapping[str, Path]
 
 
-def preprocess_dataset(job: PreprocessJob, *, processes: int, progress: Progress | None = None) -> int:
+def preprocess_dataset(
+    job: PreprocessJob, cases: Sequence[Case], *, processes: int, progress: Progress | None = None
+) -> int:
     """Makes every case that is not there yet; returns how many were made.
 
     Raises InputRejected or DatasetInvalid with the case's name, OSError when the disk is full, WorkerDied.
     """
     for folder in job.folders.values():
         folder.mkdir(parents=True, exist_ok=True)
-    return sum(map_cases(partial(_make_case, job), job.dataset.cases, processes=processes, progress=progress))
+    # A read-only view cannot travel to another process.
+    intensities = dict(job.plans.foreground_intensity_properties)
+    plans = replace(job.plans, configurations={}, foreground_intensity_properties=intensities)
+    make = partial(_make_case, replace(job, plans=plans))
+    return sum(map_cases(make, cases, processes=processes, progress=progress))
 
 
 def needed_bytes(job: PreprocessJob, shapes_after_crop: Sequence[Sequence[int]], spacings: Sequence[Any]) -> int:
@@ -101,7 +107,7 @@ def open_case(folder: Path, name: str) -> PreprocessedCase:
         labels = np.load(folder / f"{name}_seg.npy", mmap_mode="r", allow_pickle=False)
         with np.load(folder / f"{name}_locations.npz", allow_pickle=False) as stored:
             locations = tuple(stored[str(index)] for index in range(classes))
-            annotated = stored["annotated"] if "annotated" in stored else None
+            annotated = stored.get("annotated")
     except (OSError, ValueError, KeyError) as error:
         raise DatasetInvalid(f"{folder.name}/{name}: not readable ({error}); preprocess the dataset again") from error
     if image.ndim != 4 or labels.shape != image.shape[1:]:
@@ -144,12 +150,12 @@ def _make_case(job: PreprocessJob, case: Case) -> int:
     missing = [c for c in job.configurations if not _is_made(job, c, case)]
     if not missing:
         return 0
-    loaded = read_case(case, job.dataset.json)
+    loaded = read_case(case, job.dataset_json)
     cropped = crop_to_nonzero(loaded.volume, job.plans)
     whole = loaded.labels.array.transpose(job.plans.transpose_forward)
     for configuration in missing:
         image, labels = preprocess_labelled(cropped, job.plans, configuration, whole)
-        locations, annotated = locate(labels, job.dataset.json.labels)
+        locations, annotated = locate(labels, job.dataset_json.labels)
         folder = job.folders[configuration.name]
         stored = {str(index): voxels for index, voxels in enumerate(locations)}
         if annotated is not None:
@@ -193,8 +199,8 @@ def _stamp(job: PreprocessJob, configuration: Configuration, case: Case) -> str:
         "masked": configuration.use_mask_for_norm,
         "intensities": {str(index): vars(found) for index, found in job.plans.foreground_intensity_properties.items()},
         "resampling": [vars(configuration.resampling_data), vars(configuration.resampling_seg)],
-        "labels": job.dataset.json.document["labels"],
-        "orientation": job.dataset.json.orientation,
+        "labels": job.dataset_json.document["labels"],
+        "orientation": job.dataset_json.orientation,
         "format": FORMAT,
     }
     return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
