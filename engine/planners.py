@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-from engine.plans import NetworkKind
+from engine.architecture import NetworkKind
 
 PlannerName = Literal["ExperimentPlanner", "ResEncM", "ResEncL", "ResEncXL"]
 ProfileName = Literal["nnunet", "article"]

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.plans import NetworkKind
+from engine.architecture import NetworkKind
 
 MIN_BOTTLENECK_EDGE = 4
 # Axes are pooled, and get a kernel of 3, while they are less than this much coarser than the finest.
