@@ -173,15 +173,19 @@ def unused_files(dataset: RawDataset) -> tuple[list[Path], list[Path]]:
 def read_case(case: Case, dataset_json: DatasetJson) -> LoadedCase:
     """Reads the files of one case.
 
-    Raises InputRejected with the file's name: a channel or the label is missing, a file cannot be read or holds NaN
+    Raises InputRejected with the names of case and file: a channel or the label is missing, a file cannot be read or holds NaN
     or infinity, or files do not lie on one grid (`grid_difference`).
     """
     wanted = len(dataset_json.channel_names)
     if list(case.channels) != list(range(wanted)):
         found = ", ".join(f"{index:04}" for index in case.channels)
         raise InputRejected(f"{case.name}: channels {found}; the dataset has {wanted}, from 0000 on")
-    volumes = [read_nifti([path]) for path in case.channels.values()]
-    labels = read_label_map(case.label)
+    try:
+        volumes = [read_nifti([path]) for path in case.channels.values()]
+        labels = read_label_map(case.label)
+        spacing = read_spacing_mm(case.channels[0])
+    except InputRejected as error:
+        raise type(error)(f"{case.name}: {error}") from error
     grid = volumes[0].geometry
     others = [(path.name, v.geometry) for path, v in zip(case.channels.values(), volumes, strict=True)]
     for file, other in (*others, (case.label.name, labels.geometry)):
@@ -191,7 +195,6 @@ def read_case(case: Case, dataset_json: DatasetJson) -> LoadedCase:
     # Where positions differ a little the label takes the image's: nnU-Net matches voxels by index.
     array = volumes[0].array if wanted == 1 else np.concatenate([v.array for v in volumes])
     change = reorientation(grid, dataset_json.orientation)
-    spacing = read_spacing_mm(case.channels[0])
     return LoadedCase(
         name=case.name,
         volume=Volume(array=change.apply(array), geometry=change.target),
