@@ -173,8 +173,8 @@ def unused_files(dataset: RawDataset) -> tuple[list[Path], list[Path]]:
 def read_case(case: Case, dataset_json: DatasetJson) -> LoadedCase:
     """Reads the files of one case.
 
-    Raises InputRejected with the names of case and file: a channel or the label is missing, a file cannot be read or holds NaN
-    or infinity, or files do not lie on one grid (`grid_difference`).
+    Raises InputRejected with the names of case and file: a channel or the label is missing, a file cannot be read or
+    holds NaN or infinity, or files do not lie on one grid (`grid_difference`).
     """
     wanted = len(dataset_json.channel_names)
     if list(case.channels) != list(range(wanted)):
@@ -205,9 +205,10 @@ def read_case(case: Case, dataset_json: DatasetJson) -> LoadedCase:
 
 def count_labels(labels: LabelMap) -> dict[int, int]:
     """Voxels of each value that occurs, by ascending value."""
-    highest = int(labels.array.max())
+    voxels = np.zeros(int(labels.array.max()) + 1, dtype=np.int64)
     # Slice by slice: bincount makes 8 bytes of every voxel that it is given.
-    voxels = sum(np.bincount(plane.ravel(), minlength=highest + 1) for plane in labels.array)
+    for plane in labels.array:
+        voxels += np.bincount(plane.ravel(), minlength=voxels.size)
     return {int(value): int(voxels[value]) for value in np.flatnonzero(voxels)}
 
 

@@ -126,7 +126,10 @@ class _Planning:
         target = self._target_spacing(spacings, shapes)
         coarsest = int(np.argmax(target))
         forward = [coarsest, *(axis for axis in range(3) if axis != coarsest)]
-        new_shapes = [_new_shape(shape, spacing, target) for shape, spacing in zip(shapes, spacings, strict=True)]
+        new_shapes = [
+            _new_shape(shape, spacing, target.tolist())
+            for shape, spacing in zip(fingerprint.shapes_after_crop, fingerprint.spacings, strict=True)
+        ]
         median_shape = np.median(new_shapes, 0)
         if median_shape.min() < 1:
             self.notes.append(
@@ -229,7 +232,7 @@ class _Planning:
     ) -> dict[str, Any] | None:
         """One configuration without `batch_dice`; None, with a note, when the image is too small to be pooled once."""
         dimensions = len(spacing)
-        found = self._fit_patch(spacing, median_shape)
+        found = self._fit_patch([float(v) for v in spacing], [float(v) for v in median_shape])
         if found is None:
             self.notes.append(f"{name} is left out: {[float(e) for e in median_shape]} voxels are too few to pool once")
             return None
@@ -264,12 +267,10 @@ class _Planning:
             "architecture": self._architecture(shape),
         }
 
-    def _fit_patch(
-        self, spacing: FloatArray, median_shape: Sequence[float] | FloatArray
-    ) -> tuple[Topology, int] | None:
+    def _fit_patch(self, spacing: Sequence[float], median_shape: Sequence[float]) -> tuple[Topology, int] | None:
         """The largest patch whose network fits into the memory, and its estimate; None where nothing can be pooled."""
         dimensions = len(spacing)
-        aspect = 1 / spacing
+        aspect = 1 / np.array(spacing)
         aspect = aspect * (_FIRST_EDGE[dimensions] ** dimensions / np.prod(aspect)) ** (1 / dimensions)
         first = [min(max(1, round(a)), m) for a, m in zip(aspect, median_shape, strict=True)]
         shape = topology(spacing, first)
