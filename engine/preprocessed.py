@@ -3,7 +3,7 @@
     <preprocessed>/<dataset>/<data_identifier>/
       CASE.npy            float32 (C, Z, Y, X), network axes and spacing, normalised
       CASE_seg.npy        int16 (Z, Y, X); -1 = background outside the nonzero region
-      CASE_locations.npz  per class (or region) sampled voxels int32 (n, 3), for foreground oversampling; see `locate`
+      CASE_locations.npz  per class or region ("1", "1,2") sampled voxels int32 (n, 4), as rows (0, z, y, x)
       CASE.json           written last: shapes, spacing, box, and the stamp of what the case was made from
 
 Arrays are mapped into memory, so that a patch costs the pages it lies on. A case whose stamp is right is not made
@@ -31,7 +31,8 @@ from engine.json_writer import write_json
 from engine.labels import LabelManager
 from engine.parallel import Progress, map_cases
 from engine.plans import Configuration, Plans
-from engine.preprocessing import crop_to_nonzero, network_spacing_mm, preprocess_labelled
+from engine.preprocessing import crop_to_nonzero, network_shape, network_spacing_mm, preprocess_labelled
+from engine.sampling import ClassKey, ClassLocations
 
 FORMAT = 1
 _SAMPLES_PER_CLASS = 10_000
@@ -43,15 +44,13 @@ _LOCATION_SEED = 1234
 class PreprocessedCase:
     """One case, its arrays mapped from disk (read-only).
 
-    `locations[i]` are voxels (n, 3) of class i: foreground labels as declared, or regions; empty where the case has
-    none. `annotated` are voxels that are not the ignore label; None where the dataset has no ignore label.
+    `locations`: see engine/sampling.py.
     """
 
     name: str
     image_CZYX: NDArray[np.float32]
     labels_ZYX: NDArray[np.int16]
-    locations: tuple[NDArray[np.int32], ...]
-    annotated: NDArray[np.int32] | None
+    locations: ClassLocations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +81,6 @@ def preprocess_dataset(
 
 def needed_bytes(job: PreprocessJob, shapes_after_crop: Sequence[Sequence[int]], spacings: Sequence[Any]) -> int:
     """An estimate of what `preprocess_dataset` will write: 4 bytes a voxel and channel, 2 for labels."""
-    from engine.preprocessing import network_shape
-
     forward = job.plans.transpose_forward
     total = 0
     for configuration in job.configurations:
@@ -101,18 +98,16 @@ def open_case(folder: Path, name: str) -> PreprocessedCase:
     )
     if document.integer("format", 0, 2**16) != FORMAT:
         raise document.fail("format", f"is not {FORMAT}: preprocess the dataset again")
-    classes = document.integer("classes", 1, 2**16)
     try:
         image = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
         labels = np.load(folder / f"{name}_seg.npy", mmap_mode="r", allow_pickle=False)
         with np.load(folder / f"{name}_locations.npz", allow_pickle=False) as stored:
-            locations = tuple(stored[str(index)] for index in range(classes))
-            annotated = stored.get("annotated")
-    except (OSError, ValueError, KeyError) as error:
+            locations = {_class_key(key): stored[key] for key in stored}
+    except (OSError, ValueError) as error:
         raise DatasetInvalid(f"{folder.name}/{name}: not readable ({error}); preprocess the dataset again") from error
     if image.ndim != 4 or labels.shape != image.shape[1:]:
         raise DatasetInvalid(f"{folder.name}/{name}: image {image.shape} and labels {labels.shape} do not fit")
-    return PreprocessedCase(name=name, image_CZYX=image, labels_ZYX=labels, locations=locations, annotated=annotated)
+    return PreprocessedCase(name=name, image_CZYX=image, labels_ZYX=labels, locations=locations)
 
 
 def case_names(folder: Path) -> tuple[str, ...]:
@@ -120,22 +115,23 @@ def case_names(folder: Path) -> tuple[str, ...]:
     return tuple(sorted(path.name.removesuffix(".json") for path in folder.glob("*.json")))
 
 
-def locate(
-    labels_ZYX: NDArray[np.integer[Any]], manager: LabelManager
-) -> tuple[list[NDArray[np.int32]], NDArray[np.int32] | None]:
-    """Sampled voxels per class and, with an ignore label, of everything annotated.
+def locate(labels_ZYX: NDArray[np.integer[Any]], manager: LabelManager) -> dict[ClassKey, NDArray[np.int32]]:
+    """Sampled voxels per label or region and, with an ignore label, of everything annotated (engine/sampling.py).
 
     Of n voxels of a class at most 10,000 are kept, or 1 % where that is more, without replacement and from a fixed
     seed (nnU-Net's rule).
     """
     random = np.random.RandomState(_LOCATION_SEED)
-    foreground = np.argwhere(labels_ZYX > 0).astype(np.int32)
-    values = labels_ZYX[tuple(foreground.T)]
-    found = [_sample(foreground[np.isin(values, label.region)], random) for label in manager.foreground]
-    if manager.ignore_label is None:
-        return found, None
-    annotated = np.argwhere(labels_ZYX != manager.ignore_label).astype(np.int32)
-    return found, _sample(annotated, random)
+    rows = np.argwhere(labels_ZYX[None] > 0).astype(np.int32)
+    values = labels_ZYX[tuple(rows[:, 1:].T)]
+    found: dict[ClassKey, NDArray[np.int32]] = {
+        label.region if manager.has_regions else label.value: _sample(rows[np.isin(values, label.region)], random)
+        for label in manager.foreground
+    }
+    if manager.ignore_label is not None:
+        annotated = np.argwhere(labels_ZYX[None] != manager.ignore_label).astype(np.int32)
+        found[-1, *manager.values] = _sample(annotated, random)
+    return found
 
 
 def _sample(coordinates: NDArray[np.int32], random: np.random.RandomState) -> NDArray[np.int32]:
@@ -143,6 +139,11 @@ def _sample(coordinates: NDArray[np.int32], random: np.random.RandomState) -> ND
     if wanted == len(coordinates):
         return coordinates
     return coordinates[random.choice(len(coordinates), wanted, replace=False)]
+
+
+def _class_key(text: str) -> ClassKey:
+    values = tuple(int(value) for value in text.split(","))
+    return values if len(values) > 1 else values[0]
 
 
 def _make_case(job: PreprocessJob, case: Case) -> int:
@@ -155,18 +156,15 @@ def _make_case(job: PreprocessJob, case: Case) -> int:
     whole = loaded.labels.array.transpose(job.plans.transpose_forward)
     for configuration in missing:
         image, labels = preprocess_labelled(cropped, job.plans, configuration, whole)
-        locations, annotated = locate(labels, job.dataset_json.labels)
+        locations = locate(labels, job.dataset_json.labels)
         folder = job.folders[configuration.name]
-        stored = {str(index): voxels for index, voxels in enumerate(locations)}
-        if annotated is not None:
-            stored["annotated"] = annotated
+        stored = {",".join(map(str, key if isinstance(key, tuple) else (key,))): v for key, v in locations.items()}
         _write(folder / f"{case.name}.npy", partial(_save, array=image))
         _write(folder / f"{case.name}_seg.npy", partial(_save, array=labels))
         _write(folder / f"{case.name}_locations.npz", partial(_save_all, arrays=stored))
         document = {
             "format": FORMAT,
             "stamp": _stamp(job, configuration, case),
-            "classes": len(locations),
             "shape_before_cropping": list(cropped.full_shape),
             "bbox_used_for_cropping": [[part.start, part.stop] for part in cropped.box],
             "shape_after_cropping_and_before_resampling": list(cropped.shape),
