@@ -316,7 +316,7 @@ def _control_points(plan: AugmentationPlan, sigma_mm: float, rng: np.random.Gene
         for size, mm in zip(plan.patch_size[-axes:], spacing_mm, strict=True)
     ]
     displacement_mm = rng.normal(0.0, sigma_mm, (axes, *points))
-    in_voxels = displacement_mm / np.reshape(spacing_mm, (axes, *(1,) * axes))
+    in_voxels: NDArray[np.float64] = displacement_mm / np.reshape(spacing_mm, (axes, *(1,) * axes))
     return in_voxels.astype(np.float32)
 
 

@@ -51,14 +51,15 @@ def dilate(mask: Tensor, radius: float) -> Tensor:
     reach = math.floor(radius)
     size = [edge + 2 * reach for edge in mask.shape]
     lines = torch.meshgrid(*(torch.arange(-reach, reach + 1, device=mask.device) for _ in size), indexing="ij")
-    ball = sum(line.square() for line in lines) <= radius**2
+    ball = torch.stack(lines).square().sum(0) <= radius**2
     axes = tuple(range(mask.ndim))
     spectrum = torch.fft.rfftn(mask.to(torch.float32), size, axes) * torch.fft.rfftn(ball.to(torch.float32), size, axes)
     # Counts of mask voxels within the ball: whole numbers up to rounding.
     counts = torch.fft.irfftn(spectrum, size, axes)
     for axis, edge in enumerate(mask.shape):
         counts = counts.narrow(axis, reach, edge)
-    return counts > 0.5
+    dilated: Tensor = counts > 0.5
+    return dilated
 
 
 def _remove_component(channel: Tensor, pick: float) -> None:

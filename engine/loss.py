@@ -71,7 +71,7 @@ class SegmentationLoss(nn.Module):
 
     def forward(self, outputs: Sequence[Tensor], labels: Tensor) -> Tensor:
         """`outputs`: logits (B, K, ...) of any float type, full resolution first. `labels`: whole numbers (B, *S), no
-        negative ones. A scalar, down to -1 when good; 0-dim float32. ValueError where outputs and weights differ."""
+        negative ones. A scalar, down to -1 when good, whose backward pass can run once; 0-dim float32. ValueError where outputs and weights differ."""
         if len(outputs) != len(self.weights):
             raise ValueError(f"{len(outputs)} outputs for {len(self.weights)} weights")
         total = torch.zeros((), device=labels.device)
@@ -140,9 +140,9 @@ class _LabelLoss(torch.autograd.Function):
                 if annotated is not None:
                     parts = parts[0] * annotated, parts[1] * annotated, parts[2] * annotated
                 sums[:, :, label] = torch.stack([part.sum(1) for part in parts])
-            dice = _soft_dice(*sums[:, :, 1:], batch_dice)
+            dice = _soft_dice(sums[0, :, 1:], sums[1, :, 1:], sums[2, :, 1:], batch_dice)
             if annotated is None:
-                voxels = torch.tensor(float(entropy.numel()), device=p.device)
+                voxels = p.new_full((), entropy.numel())
                 cross_entropy = entropy.mean()
             else:
                 voxels = annotated.sum().clamp_min(1).to(torch.float32)
@@ -192,7 +192,7 @@ class _RegionLoss(torch.autograd.Function):
             p = z.sigmoid()
             if annotated is None:
                 dice = _soft_dice((p * inside).sum(2), p.sum(2), inside.sum(2), batch_dice)
-                voxels = torch.tensor(float(entropy.numel()), device=p.device)
+                voxels = p.new_full((), entropy.numel())
                 cross_entropy = entropy.mean()
             else:
                 mask = annotated[:, None]

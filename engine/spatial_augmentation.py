@@ -151,7 +151,7 @@ def sample_labels(labels: Tensor, places: Tensor) -> Tensor:
         for offsets in product((0, 1), repeat=axes):
             step = sum(offset * stride for offset, stride in zip(offsets, strides, strict=True))
             corners.append(padded.flatten()[first + step])
-            weights.append(math.prod((share[i] for share, i in zip(shares, offsets, strict=True)), start=1.0))
+            weights.append(torch.stack([share[i] for share, i in zip(shares, offsets, strict=True)]).prod(0))
         result[slices, voxels] = _heaviest(corners, weights)
     return result.reshape(-1, *places.shape[1:])
 

@@ -144,7 +144,8 @@ def _element_areas(spacing_mm: FloatArray) -> FloatArray:
     z, y, x = (float(edge) for edge in spacing_mm)
     faces = np.array((y * x, z * x, z * y))
     corners = np.array(list(product((0, 1), repeat=3)))
-    bits = 1 << (7 - corners @ (4, 2, 1))
+    places = np.array((4, 2, 1))
+    bits = np.left_shift(1, 7 - corners @ places)
     areas = np.zeros(256)
     for code, triangles in _TRIANGLES.items():
         inside = corners[(code & bits) > 0]
@@ -154,7 +155,7 @@ def _element_areas(spacing_mm: FloatArray) -> FloatArray:
                 for normal, eighths in triangles
             )
             for flips in product((0, 1), repeat=3):
-                turned = int((1 << (7 - (inside[:, list(axes)] ^ flips) @ (4, 2, 1))).sum())
+                turned = int(np.left_shift(1, 7 - (inside[:, list(axes)] ^ flips) @ places).sum())
                 areas[turned] = areas[255 - turned] = area
     return areas
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -200,6 +201,6 @@ def test_previous_stage_labels_are_spoilt_as_often_as_in_nnunet() -> None:
         ({"spacing_mm": (1.0, 1.0)}, "2 or 3 entries"),
     ],
 )
-def test_a_plan_that_contradicts_itself_is_refused(more: dict[str, object], message: str) -> None:
+def test_a_plan_that_contradicts_itself_is_refused(more: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _plan(NNUNET, **more)

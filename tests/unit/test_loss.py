@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tests.support.peers import require_peer
@@ -12,22 +14,19 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
-from engine import loss  # noqa: E402
 from engine.labels import LabelManager  # noqa: E402
 from engine.loss import SegmentationLoss, deep_supervision_weights, downsample_labels  # noqa: E402
 
-LABELS = {
-    name: LabelManager.from_dataset_json(document)
-    for name, document in {
-        "labels": {"labels": {"background": 0, "a": 1, "b": 2}},
-        "labels, ignore": {"labels": {"background": 0, "a": 1, "b": 2, "ignore": 3}},
-        "regions": {"labels": {"background": 0, "whole": [1, 2], "core": 2}, "regions_class_order": [1, 2]},
-        "regions, ignore": {
-            "labels": {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3},
-            "regions_class_order": [1, 2],
-        },
-    }.items()
+_DATASETS: dict[str, dict[str, Any]] = {
+    "labels": {"labels": {"background": 0, "a": 1, "b": 2}},
+    "labels, ignore": {"labels": {"background": 0, "a": 1, "b": 2, "ignore": 3}},
+    "regions": {"labels": {"background": 0, "whole": [1, 2], "core": 2}, "regions_class_order": [1, 2]},
+    "regions, ignore": {
+        "labels": {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3},
+        "regions_class_order": [1, 2],
+    },
 }
+LABELS = {name: LabelManager.from_dataset_json(document) for name, document in _DATASETS.items()}
 SIZES = ((8, 12, 4), (4, 6, 4), (2, 3, 2))
 
 # Computed by nnunetv2 2.8.1 on the inputs below: DC_and_CE_loss / DC_and_BCE_loss with MemoryEfficientSoftDiceLoss,
@@ -99,7 +98,7 @@ def test_the_gradient_is_that_of_the_formula(name: str, batch_dice: bool) -> Non
     outputs, target = _inputs(LABELS[name], 1)
     ours, theirs = (outputs[0].clone().requires_grad_() for _ in range(2))
     _loss(name, batch_dice=batch_dice, levels=1)([ours], target).mul(3.0).backward()
-    _plainly(theirs, target, LABELS[name], batch_dice).mul(3.0).backward()
+    _plainly(theirs, target, LABELS[name], batch_dice).mul(3.0).backward()  # type: ignore[no-untyped-call]
     assert ours.grad is not None
     assert theirs.grad is not None
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-8)
@@ -146,11 +145,11 @@ def test_batch_dice_spans_the_processes_of_a_distributed_training(name: str, mon
     criterion([whole], target).backward()
 
     sums: list[Tensor] = []
-    monkeypatch.setattr(loss.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(loss.distributed, "get_world_size", lambda: 2)
-    monkeypatch.setattr(loss.distributed, "all_reduce", lambda tensor: sums.append(tensor.clone()))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: sums.append(tensor.clone()))
     criterion([outputs[0][1:]], target[1:])
-    monkeypatch.setattr(loss.distributed, "all_reduce", lambda tensor: tensor.add_(sums[0]))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.add_(sums[0]))
     part = outputs[0][:1].clone().requires_grad_()
     criterion([part], target[:1]).div(2).backward()
     assert whole.grad is not None

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from engine.random_state import Purpose, random_generator
-from engine.sampling import Bounds, PatchSampler, central_bounds, read_patch
+from engine.sampling import Bounds, ClassLocations, PatchSampler, central_bounds, read_patch
 
 HIPPOCAMPUS = PatchSampler(
     seed=1,
@@ -82,7 +82,7 @@ def test_forced_patches_are_centred_and_kept_from_starting_too_early_only() -> N
 
 def test_forced_patches_take_each_class_alike_and_each_of_its_voxels_alike() -> None:
     sampler = _sampler((8, 8, 8), (8, 8, 8))
-    locations = {1: [(0, 10, 10, 10)], 2: [(0, 12, 12, 12), (0, 14, 14, 14)], 3: []}
+    locations: ClassLocations = {1: [(0, 10, 10, 10)], 2: [(0, 12, 12, 12), (0, 14, 14, 14)], 3: []}
     drawn = (sampler.bounds((30, 30, 30), locations, epoch=1, iteration=i, sample=1) for i in range(4000))
     counts = Counter(bounds[0][0] + 4 for bounds in drawn)
     assert set(counts) == {10, 12, 14}
@@ -92,7 +92,7 @@ def test_forced_patches_take_each_class_alike_and_each_of_its_voxels_alike() -> 
 
 def test_with_an_ignore_label_the_others_are_centred_on_annotated_voxels() -> None:
     annotated = (-1, 0, 1, 2)
-    locations = {1: [(0, 9, 9, 9)], annotated: [(0, 15, 15, 15)]}
+    locations: ClassLocations = {1: [(0, 9, 9, 9)], annotated: [(0, 15, 15, 15)]}
     bounds = {
         ignore: [
             _sampler((8, 8, 8), (8, 8, 8), ignore=ignore).bounds(
@@ -112,7 +112,7 @@ def test_with_an_ignore_label_the_others_are_centred_on_annotated_voxels() -> No
 
 def test_annotated_voxels_are_used_when_a_case_has_no_class() -> None:
     sampler = _sampler((8, 8, 8), (8, 8, 8), ignore=True)
-    locations = {1: [], (-1, 0, 1): [(0, 15, 15, 15)]}
+    locations: ClassLocations = {1: [], (-1, 0, 1): [(0, 15, 15, 15)]}
     assert sampler.bounds((30, 30, 30), locations, epoch=0, iteration=0, sample=1) == ((11, 19),) * 3
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import numpy as np
@@ -58,7 +59,7 @@ def test_the_area_of_a_box_is_that_of_its_faces_edges_and_corners() -> None:
         u, v = (other for other in range(3) if other != axis)
         area += 2 * (n[u] - 1) * (n[v] - 1) * mm[u] * mm[v]
         area += 4 * (n[axis] - 1) * mm[axis] * 0.5 * np.hypot(mm[u], mm[v])
-    area += 8 / 8 * np.linalg.norm((mm[1] * mm[2], mm[0] * mm[2], mm[0] * mm[1]))
+    area += 8 / 8 * math.hypot(mm[1] * mm[2], mm[0] * mm[2], mm[0] * mm[1])
     distances = SurfaceRuler(box.shape, SPACING_MM).measure(box, box)
     assert distances.reference_area.sum() == pytest.approx(area, rel=1e-12)
     assert distances.hd95_mm() == 0.0
@@ -116,10 +117,9 @@ def test_hd95_and_surface_dice_are_those_of_surface_distance(
         reference, prediction = _blobs(shape, seed)
         ours = SurfaceRuler(shape, spacing_mm).measure(reference, prediction)
         if shape[0] == 1:
-            masks, spacing = (reference[0], prediction[0]), spacing_mm[1:]
+            theirs = surface_distance.compute_surface_distances(reference[0], prediction[0], spacing_mm[1:])
         else:
-            masks, spacing = (reference, prediction), spacing_mm
-        theirs = surface_distance.compute_surface_distances(*masks, spacing)
+            theirs = surface_distance.compute_surface_distances(reference, prediction, spacing_mm)
     assert ours.hd95_mm() == surface_distance.compute_robust_hausdorff(theirs, 95)
     assert ours.surface_dice(2.0) == pytest.approx(
         surface_distance.compute_surface_dice_at_tolerance(theirs, 2.0), abs=1e-12
