@@ -71,7 +71,8 @@ class SegmentationLoss(nn.Module):
 
     def forward(self, outputs: Sequence[Tensor], labels: Tensor) -> Tensor:
         """`outputs`: logits (B, K, ...) of any float type, full resolution first. `labels`: whole numbers (B, *S), no
-        negative ones. A scalar, down to -1 when good, whose backward pass can run once; 0-dim float32. ValueError where outputs and weights differ."""
+        negative ones. A scalar, 0-dim float32, down to -1 when good; its backward pass can run once. ValueError where
+        outputs and weights differ in number."""
         if len(outputs) != len(self.weights):
             raise ValueError(f"{len(outputs)} outputs for {len(self.weights)} weights")
         total = torch.zeros((), device=labels.device)
