@@ -130,17 +130,18 @@ class _LabelLoss(torch.autograd.Function):
         with torch.autocast(logits.device.type, enabled=False):
             # log_p first: the entropy of a voxel that is far off stays finite and exact.
             log_p = logits.to(torch.float32, memory_format=torch.contiguous_format).flatten(2).log_softmax(1)
-            entropy = torch.zeros_like(log_p[:, 0])
-            for label in range(log_p.shape[1]):
-                entropy.addcmul_((labels == label).to(torch.float32), log_p[:, label], value=-1)
+            entropy = log_p.gather(1, labels.long()[:, None])[:, 0].neg_()
             p = log_p.exp_()
             sums = p.new_zeros(3, p.shape[0], p.shape[1])
+            is_label, hit = torch.empty_like(entropy), torch.empty_like(entropy)
             for label in range(1, p.shape[1]):
-                is_label = (labels == label).to(torch.float32)
-                parts = is_label * p[:, label], p[:, label], is_label
+                torch.eq(labels, label, out=is_label)
                 if annotated is not None:
-                    parts = parts[0] * annotated, parts[1] * annotated, parts[2] * annotated
-                sums[:, :, label] = torch.stack([part.sum(1) for part in parts])
+                    is_label.mul_(annotated)
+                torch.mul(is_label, p[:, label], out=hit)
+                sums[0, :, label], sums[2, :, label] = hit.sum(1), is_label.sum(1)
+                seen = p[:, label] if annotated is None else torch.mul(p[:, label], annotated, out=hit)
+                sums[1, :, label] = seen.sum(1)
             dice = _soft_dice(sums[0, :, 1:], sums[1, :, 1:], sums[2, :, 1:], batch_dice)
             if annotated is None:
                 voxels = p.new_full((), entropy.numel())
@@ -157,26 +158,29 @@ class _LabelLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         with torch.autocast(upstream.device.type, enabled=False):
             p, ctx.p = ctx.p, None
-            each = upstream / ctx.voxels
             # Through the softmax: p_k (g_k - sum_j g_j p_j) with g the derivative of -Dice by p, which is 0 for the
-            # background; cross-entropy adds (p_k - is_k) / voxels.
+            # background and has two values for a label; cross-entropy adds (p_k - is_k) / voxels.
+            each = upstream / ctx.voxels
+            everywhere, inside = -upstream * ctx.dice.everywhere, -upstream * ctx.dice.inside
             shared = each.expand_as(p[:, 0]).clone()
+            is_label, pull = torch.empty_like(shared), torch.empty_like(shared)
             for label in range(1, p.shape[1]):
-                shared.addcmul_(_pull(ctx, label, upstream), p[:, label], value=-1)
+                head = slice(label - 1, label)
+                torch.eq(ctx.labels, label, out=is_label)
+                torch.addcmul(everywhere[:, head], is_label, inside[:, head], out=pull)
+                shared.addcmul_(pull, p[:, label], value=-1)
             for label in range(p.shape[1]):
-                is_label = (ctx.labels == label).to(torch.float32)
-                p[:, label].mul_(shared if label == 0 else shared + _pull(ctx, label, upstream))
-                p[:, label].sub_(is_label * each)
+                torch.eq(ctx.labels, label, out=is_label)
+                if label:
+                    head = slice(label - 1, label)
+                    torch.addcmul(everywhere[:, head], is_label, inside[:, head], out=pull)
+                    p[:, label].mul_(pull.add_(shared))
+                else:
+                    p[:, label].mul_(shared)
+                p[:, label].sub_(is_label.mul_(each))
                 if ctx.annotated is not None:
                     p[:, label].mul_(ctx.annotated)
         return p.view(ctx.shape).to(ctx.dtype), None, None, None, None
-
-
-def _pull(ctx: Any, label: int, upstream: Tensor) -> Tensor:
-    """Derivative of -Dice by the probability of `label`, (B, V)."""
-    head = slice(label - 1, label)
-    is_label = (ctx.labels == label).to(torch.float32)
-    return torch.addcmul(-upstream * ctx.dice.everywhere[:, head], is_label, -upstream * ctx.dice.inside[:, head])
 
 
 class _RegionLoss(torch.autograd.Function):
