@@ -23,6 +23,14 @@ class WorkerDied(EngineError):
     """A worker process ended without a result, as a rule because memory ran out; fewer of them may succeed."""
 
 
+class TrainingRefused(EngineError):
+    """A training cannot be started or resumed as asked; nothing was changed."""
+
+
+class TrainingDiverged(EngineError):
+    """The loss of a training is no longer finite; the last checkpoint is from before."""
+
+
 class BundleInvalid(EngineError):
     """A model bundle is incomplete, inconsistent or changed; it is not loaded."""
 

@@ -19,6 +19,7 @@ class Purpose(IntEnum):
     AUGMENTATION = 3
     VALIDATION_CASE = 4
     VALIDATION_PATCH = 5
+    WEIGHTS = 6
 
 
 def random_generator(
