@@ -7,9 +7,10 @@ training that was resumed sees what it would have seen.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,16 @@ from torch import Tensor
 
 from engine.augmentation import UNCHANGED, augment_batch, draw_batch
 from engine.augmentation_profile import AugmentationPlan, SampleDraw
+from engine.errors import DatasetInvalid
+from engine.labels import LabelManager
 from engine.preprocessed import PreprocessedCase, open_case
 from engine.preprocessing import OUTSIDE
 from engine.sampling import PatchSampler, central_bounds, read_patch
 
 Batch = tuple[Tensor, Tensor]
 """Images (B, C, *patch) float32 and labels (B, *patch) int16, none negative."""
+
+_OPEN_CASES = 200  # each has two files mapped, and a process may have about a thousand
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,15 +41,19 @@ class BatchSource:
 
     folder: Path
     names: Sequence[str]
+    labels: LabelManager
     sampler: PatchSampler
     plan: AugmentationPlan
     channels: int
     samples: Sequence[int]
     device: torch.device
-    _opened: dict[str, PreprocessedCase] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _open: Callable[[str], PreprocessedCase] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_open", lru_cache(_OPEN_CASES)(self._open_case))
 
     def batch(self, epoch: int, iteration: int) -> Batch:
-        """Raises DatasetInvalid when a case is not readable."""
+        """Raises DatasetInvalid when a case is not readable or has another number of channels."""
         if self.sampler.stage == "training":
             draws = draw_batch(
                 self.plan, self.channels, self.samples, seed=self.sampler.seed, epoch=epoch, iteration=iteration
@@ -59,14 +68,14 @@ class BatchSource:
         return augment_batch(images, labels, draws, self.plan)
 
     def _read(self, epoch: int, iteration: int, sample: int, draw: SampleDraw) -> tuple[Tensor, Tensor]:
-        case = self._case(self.names[self.sampler.case(epoch=epoch, iteration=iteration, sample=sample)])
+        case = self._open(self.names[self.sampler.case(epoch=epoch, iteration=iteration, sample=sample)])
         bounds = self.sampler.bounds(
-            case.labels_ZYX.shape, case.locations, epoch=epoch, iteration=iteration, sample=sample
+            case.labels_1ZYX.shape[1:], case.locations, epoch=epoch, iteration=iteration, sample=sample
         )
         if not draw.is_spatial:
             bounds = central_bounds(bounds, self.plan.patch_size)
         image = read_patch(case.image_CZYX, bounds, 0)
-        labels = read_patch(case.labels_ZYX[None], bounds, OUTSIDE)
+        labels = read_patch(case.labels_1ZYX, bounds, OUTSIDE)
         if len(self.plan.patch_size) == 2:
             image, labels = image[:, 0], labels[:, 0]
         return self._tensor(image), self._tensor(labels)
@@ -74,24 +83,34 @@ class BatchSource:
     def _tensor(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
 
-    def _case(self, name: str) -> PreprocessedCase:
-        # Two threads may open a case at once; one of the two is kept, and both are right.
-        if name not in self._opened:
-            self._opened[name] = open_case(self.folder, name)
-        return self._opened[name]
+    def _open_case(self, name: str) -> PreprocessedCase:
+        case = open_case(self.folder, name, self.labels)
+        if case.image_CZYX.shape[0] != self.channels:
+            raise DatasetInvalid(
+                f"{self.folder.name}/{name}: {case.image_CZYX.shape[0]} channel(s) where the network takes "
+                f"{self.channels}; preprocess the dataset with these plans"
+            )
+        return case
 
 
 class BatchStream:
-    """The batches of an epoch in order, `ahead` of them in the making. To be closed, or used as a context."""
+    """The batches of an epoch in order, `ahead` of them in the making by `threads`. To be closed, or used as a context.
+
+    With 0 threads each batch is made when it is asked for.
+    """
 
     def __init__(self, source: BatchSource, *, threads: int = 1, ahead: int = 3) -> None:
         self._source = source
         self._ahead = ahead
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="batches")
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="batches") if threads else None
 
     def epoch(self, epoch: int, iterations: int, *, first: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from iteration `first` on."""
         places = iter(range(first, iterations))
+        if self._pool is None:
+            for iteration in places:
+                yield self._source.batch(epoch, iteration)
+            return
         waiting: deque[Future[Batch]] = deque(
             self._pool.submit(self._source.batch, epoch, iteration) for iteration in islice(places, self._ahead)
         )
@@ -106,7 +125,8 @@ class BatchStream:
                 future.cancel()
 
     def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
 
     def __enter__(self) -> BatchStream:
         return self

@@ -8,6 +8,9 @@
 
 Arrays are mapped into memory, so that a patch costs the pages it lies on. A case whose stamp is right is not made
 again. nnU-Net's rules: facts of nnU-Net v2, §1.4 and §4.1.
+
+nnU-Net's own folders (CASE.b2nd, CASE_seg.b2nd) are read too, with the package blosc2. Its CASE.pkl are never opened,
+since a pickle runs what it holds: the locations are taken from the label map, anew whenever a case is opened.
 """
 
 from __future__ import annotations
@@ -19,7 +22,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any, BinaryIO
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +37,7 @@ from engine.labels import LabelManager
 from engine.parallel import Progress, map_cases
 from engine.plans import Configuration, Plans
 from engine.preprocessing import crop_to_nonzero, network_shape, network_spacing_mm, preprocess_labelled
-from engine.sampling import ClassKey, ClassLocations
+from engine.sampling import ClassKey, ClassLocations, StoredArray
 
 FORMAT = 1
 _SAMPLES_PER_CLASS = 10_000
@@ -42,15 +47,37 @@ _LOCATION_SEED = 1234
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PreprocessedCase:
-    """One case, its arrays mapped from disk (read-only).
-
-    `locations`: see engine/sampling.py.
-    """
+    """One case, its arrays on disk: float32, and int16 with one channel. `locations`: see engine/sampling.py."""
 
     name: str
-    image_CZYX: NDArray[np.float32]
-    labels_ZYX: NDArray[np.int16]
+    image_CZYX: StoredArray
+    labels_1ZYX: StoredArray
     locations: ClassLocations
+
+
+class _Blosc2Array:
+    """An array of nnU-Net's preprocessed folder. One thread at a time reads: a decompressor is shared by none."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import blosc2
+        except ImportError as error:
+            raise DatasetInvalid(
+                f"{path.name}: nnU-Net's preprocessed arrays need the Python package blosc2; install it, or preprocess "
+                "the dataset here"
+            ) from error
+        try:
+            self._array: Any = blosc2.open(str(path), mode="r", mmap_mode="r", dparams={"nthreads": 1})
+            self.shape: tuple[int, ...] = tuple(self._array.shape)
+            self.dtype: np.dtype[Any] = self._array.dtype
+        except (OSError, RuntimeError, ValueError, AttributeError) as error:
+            raise DatasetInvalid(f"{path.name}: not readable as a Blosc2 array ({error})") from error
+        self._lock = Lock()
+
+    def __getitem__(self, part: tuple[slice, ...], /) -> NDArray[Any]:
+        with self._lock:
+            read: NDArray[Any] = self._array[part]
+        return read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +118,17 @@ def needed_bytes(job: PreprocessJob, shapes_after_crop: Sequence[Sequence[int]],
     return total
 
 
-def open_case(folder: Path, name: str) -> PreprocessedCase:
-    """Raises DatasetInvalid with the file that is absent or not what this module writes."""
+def open_case(folder: Path, name: str, manager: LabelManager) -> PreprocessedCase:
+    """A case of ours or of nnU-Net's. Raises DatasetInvalid with the file that is absent or not what it should be."""
+    nnunet = folder / f"{name}.b2nd"
+    case = _open_nnunet_case(folder, name, manager) if nnunet.exists() else _open_own_case(folder, name)
+    image, labels = case.image_CZYX.shape, case.labels_1ZYX.shape
+    if len(image) != 4 or labels != (1, *image[1:]):
+        raise DatasetInvalid(f"{folder.name}/{name}: image {image} and labels {labels} do not fit")
+    return case
+
+
+def _open_own_case(folder: Path, name: str) -> PreprocessedCase:
     document = Reader(
         read_json(folder / f"{name}.json", error=DatasetInvalid), where=f"{name}.json", error=DatasetInvalid
     )
@@ -103,16 +139,26 @@ def open_case(folder: Path, name: str) -> PreprocessedCase:
         labels = np.load(folder / f"{name}_seg.npy", mmap_mode="r", allow_pickle=False)
         with np.load(folder / f"{name}_locations.npz", allow_pickle=False) as stored:
             locations = {_class_key(key): stored[key] for key in stored}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise DatasetInvalid(f"{folder.name}/{name}: not readable ({error}); preprocess the dataset again") from error
-    if image.ndim != 4 or labels.shape != image.shape[1:]:
-        raise DatasetInvalid(f"{folder.name}/{name}: image {image.shape} and labels {labels.shape} do not fit")
-    return PreprocessedCase(name=name, image_CZYX=image, labels_ZYX=labels, locations=locations)
+    return PreprocessedCase(name=name, image_CZYX=image, labels_1ZYX=labels[None], locations=locations)
+
+
+def _open_nnunet_case(folder: Path, name: str, manager: LabelManager) -> PreprocessedCase:
+    labels = _Blosc2Array(folder / f"{name}_seg.b2nd")
+    return PreprocessedCase(
+        name=name,
+        image_CZYX=_Blosc2Array(folder / f"{name}.b2nd"),
+        labels_1ZYX=labels,
+        locations=locate(labels[:, :, :, :][0], manager),
+    )
 
 
 def case_names(folder: Path) -> tuple[str, ...]:
-    """Cases that are complete, sorted."""
-    return tuple(sorted(path.name.removesuffix(".json") for path in folder.glob("*.json")))
+    """Cases that are complete, sorted: ours, or else nnU-Net's."""
+    ours = {path.name.removesuffix(".json") for path in folder.glob("*.json")}
+    nnunet = {path.name.removesuffix(".b2nd") for path in folder.glob("*.b2nd") if not path.stem.endswith("_seg")}
+    return tuple(sorted(ours or nnunet))
 
 
 def locate(labels_ZYX: NDArray[np.integer[Any]], manager: LabelManager) -> dict[ClassKey, NDArray[np.int32]]:
@@ -122,23 +168,23 @@ def locate(labels_ZYX: NDArray[np.integer[Any]], manager: LabelManager) -> dict[
     seed (nnU-Net's rule).
     """
     random = np.random.RandomState(_LOCATION_SEED)
-    rows = np.argwhere(labels_ZYX[None] > 0).astype(np.int32)
-    values = labels_ZYX[tuple(rows[:, 1:].T)]
-    found: dict[ClassKey, NDArray[np.int32]] = {
-        label.region if manager.has_regions else label.value: _sample(rows[np.isin(values, label.region)], random)
+    flat = labels_ZYX.reshape(-1)
+    places = np.flatnonzero(flat > 0)
+    values = flat[places]
+
+    def sample(found: NDArray[np.intp]) -> NDArray[np.int32]:
+        wanted = max(min(_SAMPLES_PER_CLASS, len(found)), int(np.ceil(len(found) * _LEAST_SHARE)))
+        if wanted < len(found):
+            found = found[random.choice(len(found), wanted, replace=False)]
+        return np.stack(np.unravel_index(found, (1, *labels_ZYX.shape)), axis=1).astype(np.int32)
+
+    located: dict[ClassKey, NDArray[np.int32]] = {
+        label.region if manager.has_regions else label.value: sample(places[np.isin(values, label.region)])
         for label in manager.foreground
     }
     if manager.ignore_label is not None:
-        annotated = np.argwhere(labels_ZYX[None] != manager.ignore_label).astype(np.int32)
-        found[-1, *manager.values] = _sample(annotated, random)
-    return found
-
-
-def _sample(coordinates: NDArray[np.int32], random: np.random.RandomState) -> NDArray[np.int32]:
-    wanted = max(min(_SAMPLES_PER_CLASS, len(coordinates)), int(np.ceil(len(coordinates) * _LEAST_SHARE)))
-    if wanted == len(coordinates):
-        return coordinates
-    return coordinates[random.choice(len(coordinates), wanted, replace=False)]
+        located[-1, *manager.values] = sample(np.flatnonzero(flat != manager.ignore_label))
+    return located
 
 
 def _class_key(text: str) -> ClassKey:
@@ -176,9 +222,11 @@ def _make_case(job: PreprocessJob, case: Case) -> int:
 
 
 def _is_made(job: PreprocessJob, configuration: Configuration, case: Case) -> bool:
-    path = job.folders[configuration.name] / f"{case.name}.json"
+    """Its arrays are opened too: after a power failure a file can be empty whose name is there."""
+    folder = job.folders[configuration.name]
     try:
-        return bool(read_json(path, error=DatasetInvalid).get("stamp") == _stamp(job, configuration, case))
+        stamp = read_json(folder / f"{case.name}.json", error=DatasetInvalid).get("stamp")
+        return stamp == _stamp(job, configuration, case) and bool(_open_own_case(folder, case.name))
     except DatasetInvalid:
         return False
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,17 @@ ClassKey = int | tuple[int, ...]
 ClassLocations = Mapping[ClassKey, NDArray[np.integer[Any]] | Sequence[Any]]
 """Per label or region, voxels of it as rows (0, z, y, x); the key (-1, all labels) has annotated voxels of any label,
 where there is an ignore label. Absent labels have no rows."""
+
+
+class StoredArray(Protocol):
+    """An array (C, Z, Y, X) that is read from disk where it is sliced."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+    def __getitem__(self, part: tuple[slice, ...], /) -> NDArray[Any]: ...
+
 
 Bounds = tuple[tuple[int, int], ...]
 """First voxel and the one after the last, per axis; may reach beyond the image on both sides."""
@@ -111,7 +122,7 @@ def central_bounds(bounds: Bounds, size: Sequence[int]) -> Bounds:
     return tuple((start, start + edge) for start, edge in zip(starts, size, strict=True))
 
 
-def read_patch(array: NDArray[Any], bounds: Bounds, fill: float) -> NDArray[Any]:
+def read_patch(array: StoredArray, bounds: Bounds, fill: float) -> NDArray[Any]:
     """The patch of an array (C, Z, Y, X), memory-mapped or not, as a copy (C, z, y, x) of its type; `fill` (image 0,
     labels -1) is what lies beyond the array."""
     inside = tuple(

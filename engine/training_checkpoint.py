@@ -2,6 +2,9 @@
 
 nnU-Net registers its tensors several times (facts: nnU-Net v2, §1.6) and loads strictly, so every copy is written. What
 only this engine needs (where in the epoch, seed, threads, history) is under the key `seggate`, which nnU-Net ignores.
+
+nnU-Net goes on from a checkpoint at `current_epoch` with its own schedule of 1000 epochs of 250 iterations: the
+learning rate of a shorter training cannot be carried over.
 """
 
 from __future__ import annotations
@@ -38,11 +41,24 @@ class TrainingState:
     own: Mapping[str, Any]
 
 
+def init_args(
+    plans: Mapping[str, Any], configuration: str, fold: int | str, dataset_json: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What nnU-Net's trainer was made with, which its predictor reads: the documents plans.json and dataset.json."""
+    return {
+        "plans": dict(plans),
+        "configuration": configuration,
+        "fold": fold,
+        "dataset_json": dict(dataset_json),
+        "device": torch.device("cpu"),
+    }
+
+
 def write_state(state: TrainingState, path: Path) -> None:
     """The whole file or the old one: written beside it, synced, renamed. Raises OSError (the disk is full)."""
     document = {
         "network_weights": with_copies(state.weights),
-        "optimizer_state": dict(state.optimizer),
+        "optimizer_state": _contiguous(state.optimizer),
         "grad_scaler_state": None if state.scaler is None else dict(state.scaler),
         "logging": {key: list(values) for key, values in state.logging.items()},
         "_best_ema": state.best_ema,
@@ -59,6 +75,11 @@ def write_state(state: TrainingState, path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+    except RuntimeError as error:
+        # torch's writer hides what the file said.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
@@ -80,6 +101,15 @@ def read_state(path: Path) -> TrainingState:
         mirror_axes=checkpoint.mirror_axes,
         own=own,
     )
+
+
+def _contiguous(optimizer: Mapping[str, Any]) -> dict[str, Any]:
+    """The momenta in the order of the parameters' axes, wherever and however they lie."""
+    moments = {
+        index: {k: v.detach().cpu().contiguous() if isinstance(v, Tensor) else v for k, v in state.items()}
+        for index, state in optimizer["state"].items()
+    }
+    return {**optimizer, "state": moments}
 
 
 def with_copies(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

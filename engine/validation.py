@@ -35,7 +35,7 @@ FloatArray = NDArray[np.float32]
 
 
 class TorchBackend:
-    """A network as a backend, float32, on the device it is on. Deep supervision is off while it runs."""
+    """A network as a backend, float32, on the device it is on; of several outputs the full resolution is taken."""
 
     name = "torch"
     precision = "float32"
@@ -120,7 +120,7 @@ def validate(
     cases = {case.name: case for case in dataset.cases}
     absent = [name for name in names if name not in cases]
     if absent:
-        raise DatasetInvalid(f"{absent[0]} (and {len(absent) - 1} more) of the split is no case of {dataset.name}")
+        raise DatasetInvalid(f"{absent[0]} is no case of {dataset.name} ({len(absent)} such in the split)")
     folder.mkdir(parents=True, exist_ok=True)
     regions = evaluated_regions(model.labels)
     rows: list[tuple[str, str, CaseMetrics]] = []
