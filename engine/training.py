@@ -161,8 +161,8 @@ class Trainer:
         self._since = self._last_saved = time.monotonic()
         with (
             _determinism(self.setup.deterministic),
-            BatchStream(self._source("training"), threads=self.setup.loader_threads) as batches,
-            BatchStream(self._source("validation"), threads=self.setup.loader_threads) as held_out,
+            BatchStream(self.source("training"), threads=self.setup.loader_threads) as batches,
+            BatchStream(self.source("validation"), threads=self.setup.loader_threads) as held_out,
         ):
             while self.progress() < 1:
                 found = self._validate(held_out, stop) if self._train_epoch(batches, stop) else None
@@ -275,7 +275,7 @@ class Trainer:
             outputs: list[Tensor] = self.network(images.contiguous(memory_format=self._format))
         return outputs
 
-    def _source(self, stage: Literal["training", "validation"]) -> BatchSource:
+    def source(self, stage: Literal["training", "validation"]) -> BatchSource:
         setup, configuration = self.setup, self.setup.configuration
         names = setup.training_cases if stage == "training" else setup.validation_cases
         initial = setup.augmentation.initial_patch_size if stage == "training" else configuration.patch_size

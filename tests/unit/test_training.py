@@ -1,4 +1,5 @@
 """engine.training: what a training gives is decided by its setup alone, however often it was stopped."""
+# ruff: noqa: E402
 
 from __future__ import annotations
 
@@ -14,6 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from tests.support.peers import ROOT, require_peer
+
+require_peer("torch")
+
 import torch
 
 from engine.batches import Batch
@@ -23,7 +29,6 @@ from engine.training import Trainer, TrainingSetup, default_precision
 from engine.training_checkpoint import BEST, FINAL, LATEST, read_state
 from engine.training_log import EpochRecord
 from tests.support.nnunet_results import TrainedModel
-from tests.support.peers import ROOT
 from tests.support.tiny_training import CASES, SCHEDULE, TINY, same_weights, tiny_setup, weights
 
 STEPS = SCHEDULE.epochs * SCHEDULE.iterations
