@@ -23,6 +23,10 @@ class WorkerDied(EngineError):
     """A worker process ended without a result, as a rule because memory ran out; fewer of them may succeed."""
 
 
+class DiskTooSmall(EngineError):
+    """What is to be written does not fit onto the disk; the message has both numbers, and nothing was written."""
+
+
 class TrainingRefused(EngineError):
     """A training cannot be started or resumed as asked; nothing was changed."""
 

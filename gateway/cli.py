@@ -203,9 +203,14 @@ def plan(
     ] = Path("preprocessed"),
     out: Annotated[Path | None, typer.Option(help="File for the plans. Default: PREPROCESSED/NAME/PLANS.json.")] = None,
     processes: Processes = None,
+    plans_only: Annotated[bool, typer.Option("--plans-only", help="Plan, and preprocess nothing.")] = False,
+    configuration: Annotated[
+        list[str] | None,
+        typer.Option(help="Preprocess only this configuration, e.g. 3d_fullres; may be repeated. Default: all."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Fingerprint, plans and splits of a training dataset: patch, batch and network for its images."""
+    """Plan a training dataset (fingerprint, patch, batch, network, splits) and preprocess its cases, resumably."""
     from gateway.commands import plan as command
 
     options = command.PlanOptions(
@@ -222,6 +227,8 @@ def plan(
         preprocessed=preprocessed,
         out=out,
         processes=processes,
+        plans_only=plans_only,
+        configurations=tuple(configuration or ()),
     )
     raise typer.Exit(command.plan(options, as_json=as_json))
 

@@ -1,4 +1,4 @@
-"""`seggate plan`."""
+"""`seggate plan`: fingerprint, plans and splits, then the preprocessed cases that a training reads."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from engine.dataset import DATASET_JSON, DatasetJson, RawDataset, open_dataset, read_dataset_json
 from engine.errors import DatasetInvalid, EngineError
+from engine.experiment import open_experiment, preprocess_experiment
 from engine.fingerprint import FINGERPRINT_JSON, Fingerprint, extract_fingerprint, read_fingerprint
 from engine.parallel import default_processes
 from engine.planners import PlannerName, ProfileName
@@ -45,10 +46,12 @@ class PlanOptions:
     preprocessed: Path
     out: Path | None
     processes: int | None
+    plans_only: bool = False
+    configurations: tuple[str, ...] = ()
 
 
 def plan(options: PlanOptions, *, as_json: bool) -> int:
-    """0 when the plans were written, 1 when not (the message says why), 2 for options that do not go together."""
+    """0 when all was written, 1 when not (the message says why), 2 for options that do not go together."""
     wrong = _wrong_usage(options)
     if wrong:
         say(f"seggate: {wrong}")
@@ -78,6 +81,10 @@ def _wrong_usage(options: PlanOptions) -> str | None:
         return "give a dataset's folder, or --fingerprint and --dataset-json"
     if options.folder is None and (options.splits is not None or options.processes is not None):
         return "--splits and --processes need a dataset's folder: a fingerprint alone has no cases"
+    if options.configurations and (options.plans_only or options.folder is None):
+        return "--configuration chooses what is preprocessed; with --plans-only or --fingerprint nothing is"
+    if options.folder is not None and options.out is not None and not options.plans_only:
+        return "--out needs --plans-only: a training looks for the plans beside the preprocessed cases"
     if options.overwrite_target_spacing is not None and min(options.overwrite_target_spacing) <= 0:
         return "--overwrite-target-spacing: three numbers above 0 are needed"
     for option, name in (("--dataset-name", options.dataset_name), ("--plans-name", options.plans_name)):
@@ -114,7 +121,19 @@ def _plan_folder(options: PlanOptions, folder: Path, *, hide_bar: bool) -> dict[
         write_splits(splits, target / SPLITS_JSON)
         written["splits"] = target / SPLITS_JSON
     written["plans"] = _write_plans(options, name, planned)
+    if not options.plans_only:
+        written |= _preprocess(options, folder, name, planned, hide_bar=hide_bar)
     return _document(planned, written, notes)
+
+
+def _preprocess(options: PlanOptions, folder: Path, name: str, planned: Planned, *, hide_bar: bool) -> dict[str, Path]:
+    """The cases of the configurations asked for, or of all; what is there already is not made again."""
+    experiment = open_experiment(folder, options.preprocessed, plans_name=planned.plans["plans_name"], name=name)
+    chosen = options.configurations or tuple(planned.plans["configurations"])
+    folders = experiment.job(chosen).folders
+    with progress_bar("preprocessing", hidden=hide_bar) as advance:
+        preprocess_experiment(experiment, chosen, processes=options.processes or default_processes(), progress=advance)
+    return {f"preprocessed {configuration}": path for configuration, path in folders.items()}
 
 
 def _request(options: PlanOptions, name: str, dataset_json: DatasetJson, fingerprint: Fingerprint) -> PlanRequest:

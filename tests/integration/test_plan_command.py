@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from engine.plans import read_plans
+from engine.preprocessed import case_names
 from gateway.cli import app
 from tests.support.raw_datasets import write_dataset
 
@@ -39,7 +42,7 @@ def _read(path: Path) -> Any:
 @pytest.mark.requirement("ART-02")
 @pytest.mark.requirement("ART-05")
 def test_a_dataset_gets_fingerprint_plans_and_splits(tmp_path: Path, folder: Path, made: Path) -> None:
-    ran = _plan(tmp_path, str(folder), "--processes", "2")
+    ran = _plan(tmp_path, str(folder), "--plans-only", "--processes", "2")
     assert ran.exit_code == 0, ran.output
     assert "3d_fullres" in ran.stdout
     assert {path.name for path in made.iterdir()} == {
@@ -67,7 +70,7 @@ def test_options_reach_the_planner(tmp_path: Path, folder: Path) -> None:
     out = tmp_path / "mine.json"
     words = ["--planner", "ResEncL", "--profile", "article", "--plans-name", "minePlans", "--out", str(out)]
     words += ["--overwrite-target-spacing", "1.0", "0.75", "0.5", "--gpu-memory-gb", "16", "--dataset-name", "Other"]
-    ran = _plan(tmp_path, str(folder), *words, "--processes", "1")
+    ran = _plan(tmp_path, str(folder), *words, "--plans-only", "--processes", "1")
     assert ran.exit_code == 0, ran.output
     plans = _read(out)
     assert plans["plans_name"] == "minePlans"
@@ -76,6 +79,38 @@ def test_options_reach_the_planner(tmp_path: Path, folder: Path) -> None:
     assert plans["profile"] == "article"
     assert plans["configurations"]["3d_fullres"]["spacing"] == [1.0, 0.75, 0.5]
     assert (tmp_path / "preprocessed" / "Other" / "dataset_fingerprint.json").exists()
+
+
+@pytest.mark.requirement("ART-04")
+def test_cases_are_preprocessed_once_and_what_was_lost_is_made_again(tmp_path: Path, folder: Path, made: Path) -> None:
+    words = [str(folder), "--configuration", "3d_fullres", "--processes", "1", "--json"]
+    ran = _plan(tmp_path, *words)
+    assert ran.exit_code == 0, ran.output
+    data = made / "nnUNetPlans_3d_fullres"
+    assert json.loads(ran.stdout)["written"]["preprocessed 3d_fullres"] == str(data)
+    assert case_names(data) == tuple(f"case_{index:02}" for index in range(6))
+    assert not (made / "nnUNetPlans_2d").exists()
+    before = {path.name: path.stat().st_mtime_ns for path in data.iterdir()}
+    (data / "case_03.json").unlink()
+    assert _plan(tmp_path, *words).exit_code == 0
+    changed = {path.name for path in data.iterdir() if path.stat().st_mtime_ns != before[path.name]}
+    assert changed == {"case_03.json", "case_03.npy", "case_03_seg.npy", "case_03_locations.npz"}
+
+
+def test_a_disk_that_is_too_small_is_refused_with_numbers_and_nothing_is_preprocessed(
+    tmp_path: Path, folder: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.experiment.shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    ran = _plan(tmp_path, str(folder), "--processes", "1", "--json")
+    assert ran.exit_code == 1
+    assert re.search(r"need about \d+ MiB and 0 MiB are free", json.loads(ran.stdout)["error"])
+    assert not list(made.glob("*_3d_fullres/*"))
+
+
+def test_an_unknown_configuration_is_named_with_those_that_there_are(tmp_path: Path, folder: Path) -> None:
+    ran = _plan(tmp_path, str(folder), "--configuration", "4d", "--processes", "1", "--json")
+    assert ran.exit_code == 1
+    assert "no configuration '4d'; there are 2d, 3d_fullres" in json.loads(ran.stdout)["error"]
 
 
 @pytest.mark.peer("shared-data")
@@ -148,6 +183,8 @@ def test_too_few_cases_for_folds_are_planned_with_a_note(tmp_path: Path, made: P
         (["--fingerprint", "f.json", "--dataset-json", "d.json", "--splits", "nnunet"], "--splits and --processes"),
         (["DIR", "--overwrite-target-spacing", "0", "1", "1"], "above 0"),
         (["DIR", "--plans-name", "../x"], "--plans-name"),
+        (["DIR", "--out", "x.json"], "--plans-only"),
+        (["DIR", "--plans-only", "--configuration", "2d"], "--configuration"),
     ],
 )
 def test_options_that_do_not_go_together_end_with_2(tmp_path: Path, words: list[str], named: str) -> None:

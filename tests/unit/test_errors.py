@@ -30,6 +30,7 @@ WHOLE_MEANING = {
     "InputRejected": Rejected,
     "NotFinite": Rejected,
     "DatasetInvalid": Rejected,
+    "TrainingRefused": Rejected,
     "WorkerDied": Transient,
     "ImportRefused": Rejected,
     "IntakeRejected": Rejected,
