@@ -155,6 +155,11 @@ class AugmentationPlan:
             raise ValueError(f"paired labels need the lateral axis, not {self.lateral_axis}")
 
     @property
+    def inference_mirror_axes(self) -> tuple[int, ...]:
+        """Axes along which predictions may be mirrored: not one with which labels change places."""
+        return tuple(axis for axis in self.mirror_axes if not (self.paired_labels and axis == self.lateral_axis))
+
+    @property
     def is_dummy_2d(self) -> bool:
         """True where the patch is so flat that rotation and scaling act in the plane, on all slices alike."""
         return len(self.patch_size) == 3 and max(self.patch_size) / self.patch_size[0] > _ANISOTROPIC

@@ -79,6 +79,21 @@ def read_spacing_mm(path: Path) -> tuple[float, float, float]:
     return z, y, x
 
 
+def read_orientation(path: Path) -> str:
+    """The orientation code of the voxels as stored (engine/volume.py), from the header. Raises InputRejected when there
+    is none."""
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError as error:
+        raise InputRejected(f"{path.name}: not readable as an image") from error
+    dimensions = reader.GetDimension()
+    affine = np.eye(4)
+    affine[:dimensions, :dimensions] = np.reshape(reader.GetDirection(), (dimensions, dimensions))
+    return Geometry(shape=(1, 1, 1), affine_lps=affine).orientation
+
+
 def write_nifti(labels: LabelMap, path: Path) -> None:
     """The label map as a file with its own geometry; ValueError on a sheared grid, which NIfTI by ITK cannot hold."""
     geometry = labels.geometry

@@ -308,7 +308,7 @@ class Trainer:
             best_ema=self._best_ema,
             logging=nnunet_logging(self.records),
             init_args=self.setup.init_args,
-            mirror_axes=self.setup.augmentation.mirror_axes,
+            mirror_axes=self.setup.augmentation.inference_mirror_axes,
             own={
                 "identity": self.setup.identity(),
                 "threads": torch.get_num_threads(),
