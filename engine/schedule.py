@@ -13,7 +13,8 @@ from dataclasses import dataclass
 class Schedule:
     """`epochs` of `iterations` steps and `validation_iterations` validation batches each; the rate falls from
     `learning_rate` to 0 by the power `decay_exponent`; SGD's momentum and weight decay; gradients are clipped to
-    `gradient_norm`. `budget_s`: the training ends after so many seconds, unless the epochs end before.
+    `gradient_norm`. `budget_s`: the training ends after so many seconds, unless the epochs end before; `patience`:
+    after so many epochs without a better score on the hold-out (ART-10).
     """
 
     epochs: int = 1000
@@ -25,6 +26,7 @@ class Schedule:
     weight_decay: float = 3e-5
     gradient_norm: float = 12.0
     budget_s: float | None = None
+    patience: int | None = None
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.iterations < 1 or self.validation_iterations < 1:
@@ -34,6 +36,8 @@ class Schedule:
             )
         if self.budget_s is not None and self.budget_s <= 0:
             raise ValueError(f"budget of {self.budget_s} s: more than 0 is needed")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"patience of {self.patience} epochs: at least 1 is needed")
 
     def progress(self, epoch: int, spent_s: float, reserved_s: float = 0.0) -> float:
         """The part of the training that is over, 0 to 1, after `epoch` epochs and `spent_s` seconds of training.

@@ -25,6 +25,7 @@ from engine.batches import Batch, BatchSource, BatchStream
 from engine.errors import TrainingDiverged, TrainingRefused
 from engine.labels import LabelManager
 from engine.loss import SegmentationLoss, deep_supervision_weights
+from engine.metrics import CompositeScore
 from engine.network import build_network, initialize
 from engine.online_validation import OnlineDice
 from engine.plans import Configuration
@@ -32,9 +33,12 @@ from engine.random_state import Purpose, random_generator
 from engine.sampling import PatchSampler
 from engine.schedule import Schedule
 from engine.training_checkpoint import BEST, FINAL, LATEST, TrainingState, read_state, write_state
-from engine.training_log import EpochRecord, averages, nnunet_logging
+from engine.training_log import EpochRecord, averages, best_judged, epochs_without_gain, nnunet_logging
 
 Precision = Literal["float32", "bf16", "fp16"]
+Judge = Callable[[nn.Module, int], CompositeScore | None]
+"""Validates a network on whole cases after an epoch; None where it is not that epoch's turn. It may return early, with
+anything, when the training was told to stop."""
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _MOST_TIME_FOR_SAVING = 0.05
@@ -148,10 +152,17 @@ class Trainer:
         return (self.folder / FINAL).exists()
 
     def run(
-        self, *, stop: Callable[[], bool] = lambda: False, report: Callable[[EpochRecord], None] = lambda _record: None
+        self,
+        *,
+        stop: Callable[[], bool] = lambda: False,
+        report: Callable[[EpochRecord], None] = lambda _record: None,
+        judge: Judge | None = None,
     ) -> bool:
         """Trains until the schedule ends (True) or `stop` says so (False), with a checkpoint either way; `report` gets
         each epoch's record.
+
+        With `judge` the best checkpoint is that of the lowest composite score, the training ends after the schedule's
+        `patience` epochs without a lower one, and the final checkpoint has the best one's weights.
 
         Raises TrainingDiverged, DatasetInvalid, and OSError when a checkpoint cannot be written; the last checkpoint
         stays in each case.
@@ -166,16 +177,24 @@ class Trainer:
         ):
             while self.progress() < 1:
                 found = self._validate(held_out, stop) if self._train_epoch(batches, stop) else None
-                if found is None:
+                whole = judge(self.network, self.epoch) if judge is not None and found is not None else None
+                if found is None or (judge is not None and stop()):
                     self._save(LATEST)
                     return False
-                report(self._close_epoch(*found))
+                report(self._close_epoch(*found, whole, judged=judge is not None))
+        if judge is not None and (self.folder / BEST).exists():
+            best = read_state(self.folder / BEST)
+            self.network.load_state_dict(best.weights, strict=True)
+            self.optimizer.load_state_dict(dict(best.optimizer))
         self._save(FINAL)
         (self.folder / LATEST).unlink(missing_ok=True)
         return True
 
     def progress(self) -> float:
-        """The part of the schedule that is over, from 0 to 1."""
+        """The part of the schedule that is over, from 0 to 1; 1 when its patience is."""
+        patience = self.setup.schedule.patience
+        if patience is not None and epochs_without_gain(self.records) >= patience:
+            return 1.0
         steps_s = self._epoch_s() / max(1, self.iteration)
         # Until a validation was measured: a batch of it costs less than half a step, which goes backward as well.
         validation_s = self._validation_s or self.setup.schedule.validation_iterations * steps_s / 2
@@ -243,7 +262,9 @@ class Trainer:
         self._validation_s = time.monotonic() - started
         return math.fsum(losses) / len(losses), dice.per_class
 
-    def _close_epoch(self, validation_loss: float, dice: tuple[float | None, ...]) -> EpochRecord:
+    def _close_epoch(
+        self, validation_loss: float, dice: tuple[float | None, ...], whole: CompositeScore | None, *, judged: bool
+    ) -> EpochRecord:
         mean, ema = averages(dice, self.records)
         record = EpochRecord(
             epoch=self.epoch,
@@ -254,12 +275,14 @@ class Trainer:
             mean_dice=mean,
             ema_dice=ema,
             seconds=self._epoch_s(),
+            hold_out=whole,
         )
         self.records.append(record)
         self.epoch, self.iteration, self._losses = self.epoch + 1, 0, []
         self._spent_s, self._since = 0.0, time.monotonic()
-        if self._best_ema is None or ema > self._best_ema:
-            self._best_ema = ema
+        is_best = best_judged(self.records) is record if judged else self._best_ema is None or ema > self._best_ema
+        self._best_ema = ema if self._best_ema is None else max(ema, self._best_ema)
+        if is_best:
             self._save(BEST)
         return record
 

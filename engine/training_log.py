@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from engine.metrics import CompositeScore
+
 _EMA = 0.9
 
 
@@ -14,7 +16,8 @@ _EMA = 0.9
 class EpochRecord:
     """`dice_per_class`: online ("pseudo") Dice of each foreground class over all validation patches, None where it
     never occurred; `mean_dice` leaves those out, 0 where all are; `ema_dice` is its moving average. `learning_rate` is
-    that of the last step, `seconds` the time that the epoch ran, all resumptions together."""
+    that of the last step, `seconds` the time that the epoch ran, all resumptions together. `hold_out`: whole cases of
+    the hold-out, None where they were not looked at."""
 
     epoch: int
     learning_rate: float
@@ -24,6 +27,12 @@ class EpochRecord:
     mean_dice: float
     ema_dice: float
     seconds: float
+    hold_out: CompositeScore | None = None
+
+    @property
+    def score(self) -> float | None:
+        """The composite score on the hold-out; lower is better."""
+        return None if self.hold_out is None else self.hold_out.value
 
     def as_plain(self) -> dict[str, Any]:
         """For a checkpoint; `from_plain` undoes it."""
@@ -31,7 +40,29 @@ class EpochRecord:
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> EpochRecord:
-        return cls(**{**plain, "dice_per_class": tuple(plain["dice_per_class"])})
+        whole = plain["hold_out"]
+        return cls(
+            **{
+                **plain,
+                "dice_per_class": tuple(plain["dice_per_class"]),
+                "hold_out": None if whole is None else CompositeScore(**whole),
+            }
+        )
+
+
+def best_judged(records: Sequence[EpochRecord]) -> EpochRecord | None:
+    """The first epoch with the lowest composite score on the hold-out."""
+    best: tuple[float, EpochRecord] | None = None
+    for record in records:
+        if record.score is not None and (best is None or record.score < best[0]):
+            best = record.score, record
+    return None if best is None else best[1]
+
+
+def epochs_without_gain(records: Sequence[EpochRecord]) -> int:
+    """Epochs since the best score on the hold-out; 0 where none was judged."""
+    best = best_judged(records)
+    return 0 if best is None else records[-1].epoch - best.epoch
 
 
 def averages(dice_per_class: Sequence[float | None], before: Sequence[EpochRecord]) -> tuple[float, float]:

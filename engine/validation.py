@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,16 +16,17 @@ from numpy.typing import NDArray
 from torch import nn
 
 from engine.backends import Backend
-from engine.dataset import RawDataset, read_case
-from engine.errors import DatasetInvalid
+from engine.dataset import Case, LoadedCase, RawDataset, read_case
+from engine.errors import DatasetInvalid, InputRejected
 from engine.labels import LabelManager
-from engine.logits_to_labels import NetworkLogits, segment, to_half
+from engine.logits_to_labels import HalfArray, NetworkLogits, segment, to_half
 from engine.metrics import CaseMetrics, evaluated_regions, measure_case, write_summary
-from engine.nifti import write_nifti
+from engine.nifti import read_label_map, read_orientation, write_nifti
+from engine.parallel import Progress
 from engine.plans import Configuration, Plans
-from engine.preprocessing import crop_to_nonzero, network_shape, network_spacing_mm, preprocess
+from engine.preprocessing import CroppedImage, crop_to_nonzero, network_shape, network_spacing_mm, preprocess
 from engine.sliding_window import WindowGrid, predict_logits
-from engine.volume import LabelMap, Volume
+from engine.volume import Geometry, LabelMap, Volume
 
 SUMMARY = "summary.json"
 _STEP_SIZE = 0.5
@@ -83,6 +83,10 @@ class ModelInTraining:
         Raises InputRejected where the image does not fit the plans.
         """
         cropped = crop_to_nonzero(volume, self.plans)
+        return join_outputs([self.logits(cropped)], cropped, self.plans, self.labels, volume.geometry)
+
+    def logits(self, cropped: CroppedImage) -> NetworkLogits:
+        """The mean of the networks' logits on the network's grid."""
         image = preprocess(cropped, self.plans, self.configuration)
         grid = WindowGrid(
             shape=network_shape(cropped.shape, cropped.spacing_mm, self.configuration),
@@ -93,16 +97,26 @@ class ModelInTraining:
             predict_logits(image, grid, backend, heads=self.labels.num_heads, mirror_axes=self.mirror_axes)
             for backend in self.backends
         ]
-        output = NetworkLogits(
-            logits=to_half(np.mean(logits, axis=0, dtype=np.float32)),
-            spacing_mm=network_spacing_mm(cropped.spacing_mm, self.configuration),
-            rule=self.configuration.resampling_probabilities,
-        )
-        found = segment([output], cropped.shape, cropped.spacing_mm, self.labels).labels
-        whole = np.zeros(cropped.full_shape, dtype=found.dtype)
-        whole[cropped.box] = found
-        stored = np.ascontiguousarray(whole.transpose(self.plans.transpose_backward))
-        return LabelMap(array=stored, geometry=volume.geometry)
+        return network_logits(to_half(np.mean(logits, axis=0, dtype=np.float32)), cropped, self.configuration)
+
+
+def network_logits(logits: HalfArray, cropped: CroppedImage, configuration: Configuration) -> NetworkLogits:
+    """Logits (K, Z, Y, X) of a configuration with the grid that they lie on."""
+    return NetworkLogits(
+        logits=logits,
+        spacing_mm=network_spacing_mm(cropped.spacing_mm, configuration),
+        rule=configuration.resampling_probabilities,
+    )
+
+
+def join_outputs(
+    outputs: Sequence[NetworkLogits], cropped: CroppedImage, plans: Plans, labels: LabelManager, geometry: Geometry
+) -> LabelMap:
+    """The label map on the image's whole grid: of one configuration, or by the mean of the probabilities of several."""
+    found = segment(outputs, cropped.shape, cropped.spacing_mm, labels).labels
+    whole = np.zeros(cropped.full_shape, dtype=found.dtype)
+    whole[cropped.box] = found
+    return LabelMap(array=np.ascontiguousarray(whole.transpose(plans.transpose_backward)), geometry=geometry)
 
 
 def validate(
@@ -111,37 +125,100 @@ def validate(
     names: Sequence[str],
     folder: Path,
     *,
-    progress: Callable[[int, int], None] = lambda _done, _total: None,
-) -> list[CaseMetrics]:
+    logits_folder: Path | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    progress: Progress = lambda _done, _total: None,
+) -> list[CaseMetrics] | None:
     """Predicts the named cases, measures them, and writes the label maps and nnU-Net's summary.json into `folder`.
 
-    Raises InputRejected, DatasetInvalid for a name that is no case.
+    The networks' logits go into `logits_folder`, for ensembles of configurations. A case whose files are there is
+    measured and not predicted again. None, without a summary, when `stop` says so between two cases. Raises
+    InputRejected, DatasetInvalid for a name that is no case.
     """
-    cases = {case.name: case for case in dataset.cases}
-    absent = [name for name in names if name not in cases]
-    if absent:
-        raise DatasetInvalid(f"{absent[0]} is no case of {dataset.name} ({len(absent)} such in the split)")
-    folder.mkdir(parents=True, exist_ok=True)
-    regions = evaluated_regions(model.labels)
+    for needed in (folder, logits_folder):
+        if needed is not None:
+            needed.mkdir(parents=True, exist_ok=True)
     rows: list[tuple[str, str, CaseMetrics]] = []
     progress(0, len(names))
-    for name in names:
-        loaded = read_case(cases[name], dataset.json)
-        predicted = model.predict(loaded.volume)
-        path = folder / f"{name}{dataset.json.file_ending}"
-        write_nifti(predicted, path)
-        metrics = measure_case(
-            _as_int(loaded.labels.array),
-            _as_int(predicted.array),
-            loaded.volume.geometry.spacing_mm,
-            regions,
-            ignore_label=model.labels.ignore_label,
-        )
-        rows.append((str(cases[name].label), str(path), metrics))
+    for case in cases_named(dataset, names):
+        if stop():
+            return None
+        loaded = read_case(case, dataset.json)
+        path = folder / f"{case.name}{dataset.json.file_ending}"
+        stored = None if logits_folder is None else logits_folder / f"{case.name}.npy"
+        if not path.exists() or not (stored is None or stored.exists()):
+            cropped = crop_to_nonzero(loaded.volume, model.plans)
+            output = model.logits(cropped)
+            if stored is not None:
+                write_logits(output.logits, stored)
+            predicted = join_outputs([output], cropped, model.plans, model.labels, loaded.volume.geometry)
+            write_prediction(predicted, case, path)
+        rows.append((str(case.label), str(path), measure_prediction(path, loaded, dataset, model.labels)))
         progress(len(rows), len(names))
     write_summary(folder / SUMMARY, rows)
     return [metrics for _, _, metrics in rows]
 
 
-def _as_int(labels: NDArray[Any]) -> NDArray[np.int64]:
-    return labels.astype(np.int64)
+def measure_on(
+    model: ModelInTraining, dataset: RawDataset, names: Sequence[str], *, stop: Callable[[], bool] = lambda: False
+) -> list[CaseMetrics]:
+    """Predicts and measures the named cases without writing anything; those done so far when `stop` says so."""
+    measured = []
+    for case in cases_named(dataset, names):
+        if stop():
+            break
+        loaded = read_case(case, dataset.json)
+        predicted = model.predict(loaded.volume)
+        measured.append(_measure(loaded.labels, predicted, model.labels))
+    return measured
+
+
+def cases_named(dataset: RawDataset, names: Sequence[str]) -> list[Case]:
+    """Raises DatasetInvalid for a name that is no case."""
+    cases = {case.name: case for case in dataset.cases}
+    absent = [name for name in names if name not in cases]
+    if absent:
+        raise DatasetInvalid(f"{absent[0]} is no case of {dataset.name} ({len(absent)} such in the split)")
+    return [cases[name] for name in names]
+
+
+def write_prediction(predicted: LabelMap, case: Case, path: Path) -> None:
+    """A label map in the voxel order of the case's own files; the whole file or none."""
+    partial = path.with_name(f".partial-{path.name}")
+    try:
+        write_nifti(predicted.reoriented(read_orientation(case.channels[0]))[0], partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_logits(logits: HalfArray, path: Path) -> None:
+    """float16 (K, Z, Y, X); the whole file or none."""
+    partial = path.with_name(f".partial-{path.name}")
+    try:
+        with partial.open("wb") as file:
+            np.save(file, logits, allow_pickle=False)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def measure_prediction(path: Path, loaded: LoadedCase, dataset: RawDataset, labels: LabelManager) -> CaseMetrics:
+    """A label map on disk against the reference of its case. Raises InputRejected when their grids differ."""
+    predicted = read_label_map(path).reoriented(dataset.json.orientation)[0]
+    if predicted.geometry.shape != loaded.labels.geometry.shape:
+        raise InputRejected(
+            f"{loaded.name}: the prediction has {predicted.geometry.shape} voxels, the reference "
+            f"{loaded.labels.geometry.shape}"
+        )
+    return _measure(loaded.labels, predicted, labels)
+
+
+def _measure(reference: LabelMap, predicted: LabelMap, labels: LabelManager) -> CaseMetrics:
+    return measure_case(
+        reference.array,
+        predicted.array,
+        reference.geometry.spacing_mm,
+        evaluated_regions(labels),
+        ignore_label=labels.ignore_label,
+    )
