@@ -8,26 +8,29 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from engine.allocator import freed_memory_kept
 from engine.augmentation_profile import NNUNET, AugmentationPlan
 from engine.batches import BatchStream
 from engine.dataset import open_dataset
 from engine.plans import read_plans
 from engine.preprocessed import PreprocessJob, preprocess_dataset
 from engine.schedule import Schedule
-from engine.training import Trainer, TrainingSetup
+from engine.training import Trainer, TrainingSetup, default_loader_threads
 
 
 def main() -> None:
     raw, plans_file, name, precision, folder, threads = sys.argv[1:]
     torch.set_num_threads(int(threads))
     trainer = make_trainer(Path(raw), Path(plans_file), name, precision, Path(folder))
-    with BatchStream(trainer.source("training"), threads=trainer.setup.loader_threads) as stream:
+    stream = BatchStream(trainer.source("training"), threads=trainer.setup.loader_threads)
+    with freed_memory_kept(), stream:
         batches = (batch for epoch in count() for batch in stream.epoch(epoch, trainer.setup.schedule.iterations))
         for line in sys.stdin:
             started = time.perf_counter()
@@ -69,6 +72,7 @@ def make_trainer(raw: Path, plans_file: Path, name: str, precision: Any, folder:
         precision=precision,
         deterministic=False,
     )
+    setup = replace(setup, loader_threads=default_loader_threads(setup.device))
     return Trainer(setup, folder / "fold_0")
 
 

@@ -45,7 +45,7 @@ class ConvNorm(nn.Module):
         padding = tuple((edge - 1) // 2 for edge in kernel)
         self.conv = _CONV[dimensions](channels_in, channels_out, kernel, stride, padding, bias=bias)  # type: ignore[arg-type]
         self.norm = _NORM[dimensions](channels_out, eps=architecture.norm_eps, affine=True)
-        self.nonlin = nn.LeakyReLU(architecture.negative_slope) if activate else nn.Identity()
+        self.nonlin = nn.LeakyReLU(architecture.negative_slope, inplace=True) if activate else nn.Identity()
 
     def forward(self, features: Tensor) -> Tensor:
         result: Tensor = self.nonlin(self.norm(self.conv(features)))
@@ -94,7 +94,7 @@ class ResidualBlock(nn.Module):
         bias = architecture.conv_bias
         self.conv1 = ConvNorm(architecture, channels_in, channels_out, kernel, stride, bias=bias)
         self.conv2 = ConvNorm(architecture, channels_out, channels_out, kernel, one, bias=bias, activate=False)
-        self.nonlin = nn.LeakyReLU(architecture.negative_slope)
+        self.nonlin = nn.LeakyReLU(architecture.negative_slope, inplace=True)
         skip: list[nn.Module] = []
         if any(step != 1 for step in stride):
             skip.append(_POOL[architecture.dimensions](stride, stride))  # type: ignore[arg-type]

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from engine.allocator import freed_memory_kept
 from engine.augmentation_profile import AugmentationPlan
 from engine.batches import Batch, BatchSource, BatchStream
 from engine.errors import TrainingDiverged, TrainingRefused
@@ -67,7 +68,7 @@ class TrainingSetup:
     precision: Precision
     deterministic: bool
     init_args: dict[str, Any] = field(default_factory=dict)
-    loader_threads: int = 1
+    loader_threads: int = 0
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for a training to go on; plain values. Time budget and device may change."""
@@ -100,6 +101,11 @@ def default_precision(device: torch.device) -> Precision:
     if device.type == "cuda":
         return "fp16"
     return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
+
+
+def default_loader_threads(device: torch.device) -> int:
+    """None on a processor: the network has all its cores, and a batch costs a twentieth of a step."""
+    return 2 if device.type == "cuda" else 0
 
 
 class Trainer:
@@ -171,6 +177,7 @@ class Trainer:
             return True
         self._since = self._last_saved = time.monotonic()
         with (
+            freed_memory_kept(),
             _determinism(self.setup.deterministic),
             BatchStream(self.source("training"), threads=self.setup.loader_threads) as batches,
             BatchStream(self.source("validation"), threads=self.setup.loader_threads) as held_out,
