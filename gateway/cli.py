@@ -11,6 +11,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from gateway.training_cli import train
+
 CONFIG_HELP = "Folder with gateway.toml, routes.toml, destinations.toml, logging.toml."
 Config = Annotated[Path, typer.Option("--config", envvar="SEGGATE_CONFIG", help=CONFIG_HELP, show_default=True)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table, for scripts.")]
@@ -34,6 +36,7 @@ config = typer.Typer(help="Look at the configuration.", no_args_is_help=True, ri
 app.add_typer(models, name="models")
 app.add_typer(dataset, name="dataset")
 app.add_typer(config, name="config")
+app.add_typer(train, name="train")
 
 
 @app.command()
