@@ -39,7 +39,7 @@ from engine.schedule import Schedule
 from engine.sides import Mirroring, SidesPolicy, plan_mirroring
 from engine.splits import Split, hold_out
 from engine.training import Precision, Trainer, TrainingSetup
-from engine.training_checkpoint import init_args
+from engine.training_checkpoint import LATEST, init_args
 from engine.training_lock import is_asked_to_stop, training_lock
 from engine.training_log import EpochRecord
 from engine.training_plots import draw_overlay, draw_progress
@@ -279,7 +279,7 @@ class _Fold:
         write_json(self._request_json(), request.folder / REQUEST)
         if trainer.is_finished:
             return
-        where = "goes on" if trainer.records or trainer.iteration else "begins"
+        where = "goes on" if (request.folder / LATEST).exists() else "begins"
         self.log(
             f"{request.configuration}, fold {request.fold}: {where} at epoch {trainer.epoch} of {schedule.epochs} on "
             f"{request.device.type} in {request.precision}; {len(self.split.train)} cases to train on, "
