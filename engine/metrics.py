@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,19 +165,34 @@ def summary(cases: Sequence[tuple[str, str, CaseMetrics]]) -> dict[str, Any]:
         }
         for reference, prediction, case in cases
     ]
-    tables: list[dict[str, dict[str, float]]] = [entry["metrics"] for entry in per_case]  # type: ignore[misc]
+    return summarize(per_case)
+
+
+def summarize(per_case: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The same from entries of `metric_per_case`, of one or several summaries; at least one."""
+    tables: list[dict[str, dict[str, float]]] = [entry["metrics"] for entry in per_case]
     names = list(dict.fromkeys(name for table in tables for entry in table.values() for name in entry))
     means = {
         key: {name: _nan_mean([table[key].get(name, math.nan) for table in tables]) for name in names}
         for key in tables[0]
     }
     foreground = {name: fmean(entry[name] for entry in means.values()) for name in names}
-    return {"foreground_mean": foreground, "mean": means, "metric_per_case": per_case}
+    return {"foreground_mean": foreground, "mean": means, "metric_per_case": list(per_case)}
 
 
 def write_summary(path: Path, cases: Sequence[tuple[str, str, CaseMetrics]]) -> None:
     """Writes `summary` as nnU-Net does (sorted keys; NaN is spelled NaN, as its reader wants it)."""
-    path.write_text(json.dumps(summary(cases), indent=4, sort_keys=True), encoding="utf-8")
+    write_summary_document(path, summary(cases))
+
+
+def write_summary_document(path: Path, document: Mapping[str, Any]) -> None:
+    """The whole file or the old one."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(json.dumps(document, indent=4, sort_keys=True), encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _pairs(reference: NDArray[Any], prediction: NDArray[Any], highest: int) -> NDArray[np.int64]:

@@ -1,4 +1,5 @@
-"""`seggate train …`: its options. A word that is no subcommand is the dataset, so `seggate train DIR` trains."""
+"""`seggate train …` and `seggate evaluate`: their options. A word after `train` that is no subcommand is the dataset,
+so `seggate train DIR` trains."""
 
 from __future__ import annotations
 
@@ -143,4 +144,33 @@ def train_stop(
 
     raise typer.Exit(
         command.stop(folder, results, configurations=configuration or [], folds=fold or [], as_json=as_json)
+    )
+
+
+def evaluate(
+    predictions: Annotated[Path, typer.Argument(help="Folder with label maps.", exists=True, file_okay=False)],
+    references: Annotated[
+        Path, typer.Argument(help="Folder with the references, under the same names.", exists=True, file_okay=False)
+    ],
+    dataset_json: Annotated[
+        Path | None, typer.Option(help="Names the labels. Default: the one in or above either folder.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The summary. Default: PREDICTIONS/summary.json.")] = None,
+    chill: Annotated[bool, typer.Option("--chill", help="References without a prediction are no error.")] = False,
+    processes: Processes = None,
+    as_json: Json = False,
+) -> None:
+    """Compare label maps with references: Dice, HD95 and surface Dice per label, and nnU-Net's summary.json."""
+    from gateway.commands import evaluate as command
+
+    raise typer.Exit(
+        command.evaluate(
+            predictions,
+            references,
+            dataset_json=dataset_json,
+            out=out,
+            chill=chill,
+            processes=processes,
+            as_json=as_json,
+        )
     )
