@@ -59,11 +59,11 @@ def write_raw(folder: Path, model: TrainedModel, *, shape: tuple[int, int, int] 
 
 
 def tiny_setup(
-    folder: Path, model: TrainedModel = TINY, *, schedule: Schedule = SCHEDULE, **changes: Any
+    root: Path, model: TrainedModel = TINY, *, schedule: Schedule = SCHEDULE, **changes: Any
 ) -> TrainingSetup:
-    """The dataset below `folder`, raw and preprocessed where it is not there yet, and fold 0 of the model on it: three
+    """The dataset below `root`, raw and preprocessed where it is not there yet, and fold 0 of the model on it: three
     cases to train on, one to validate on. `changes` replace fields of the setup."""
-    raw, preprocessed = folder / "raw" / "Dataset901_Tiny", folder / "preprocessed"
+    raw, preprocessed = root / "raw" / "Dataset901_Tiny", root / "preprocessed"
     if not raw.exists():
         write_raw(raw, model)
     dataset = open_dataset(raw)
