@@ -25,6 +25,10 @@ from engine.preprocessed import PreprocessJob, needed_bytes, preprocess_dataset
 from engine.splits import SPLITS_JSON, Split, read_splits
 
 PLANS_JSON = "plans.json"
+REQUEST, LOG, EPOCHS = "training.json", "training_log.txt", "training_log.jsonl"
+PROGRESS, BEST_CASE, WORST_CASE = "progress.png", "overlay_best.png", "overlay_worst.png"
+VALIDATION, LOGITS = "validation", "validation_logits"
+"""Of a fold's folder (engine/fold_training.py)."""
 ALL = "all"
 """nnU-Net's name of the fold that is trained and validated on every case."""
 
@@ -132,6 +136,11 @@ def preprocess_experiment(
     there = sum(path.stat().st_size for folder in job.folders.values() for path in folder.glob("*.npy"))
     check_disk(experiment.folder, needed - there, "the preprocessed cases")
     return preprocess_dataset(job, experiment.dataset.cases, processes=processes, progress=progress)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a fold's folder has a trained and validated network, with everything that is made of it."""
+    return (folder / REQUEST).exists() and "result" in read_json(folder / REQUEST, error=DatasetInvalid)
 
 
 def check_disk(folder: Path, needed: int, what: str) -> None:

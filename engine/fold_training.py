@@ -28,8 +28,20 @@ from torch import nn
 from engine.augmentation_profile import AugmentationPlan
 from engine.dataset import read_case
 from engine.errors import DatasetInvalid, TrainingRefused
-from engine.experiment import ALL, Experiment, check_disk
-from engine.json_reader import read_json
+from engine.experiment import (
+    ALL,
+    BEST_CASE,
+    EPOCHS,
+    LOG,
+    LOGITS,
+    PROGRESS,
+    REQUEST,
+    VALIDATION,
+    WORST_CASE,
+    Experiment,
+    check_disk,
+    is_finished,
+)
 from engine.json_writer import write_json
 from engine.metrics import CaseMetrics, CompositeScore, composite_score
 from engine.nifti import read_label_map
@@ -45,10 +57,6 @@ from engine.training_log import EpochRecord
 from engine.training_plots import draw_overlay, draw_progress
 from engine.training_profile import TrainingProfile
 from engine.validation import ModelInTraining, TorchBackend, cases_named, measure_on, validate
-
-REQUEST, LOG, EPOCHS = "training.json", "training_log.txt", "training_log.jsonl"
-PROGRESS, BEST_CASE, WORST_CASE = "progress.png", "overlay_best.png", "overlay_worst.png"
-VALIDATION, LOGITS = "validation", "validation_logits"
 
 _REDRAW_EVERY_S = 30.0
 # Of a checkpoint: the best, the latest or final one, and the next while it is written.
@@ -93,11 +101,6 @@ class FoldReport:
     line: Callable[[str], None] = lambda _text: None
     epoch: Callable[[EpochRecord, int], None] = lambda _record, _epochs: None
     case: Progress = lambda _done, _total: None
-
-
-def is_finished(folder: Path) -> bool:
-    """Whether a fold's folder has a trained and validated network, with everything that is made of it."""
-    return (folder / REQUEST).exists() and "result" in read_json(folder / REQUEST, error=DatasetInvalid)
 
 
 def train_fold(

@@ -21,9 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from engine.errors import DatasetInvalid
 from engine.labels import LabelManager
 from engine.surfaces import SurfaceRuler
 
+SUMMARY = "summary.json"
 TOLERANCE_MM = 2.0
 """Of the surface Dice."""
 
@@ -183,6 +185,17 @@ def summarize(per_case: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def write_summary(path: Path, cases: Sequence[tuple[str, str, CaseMetrics]]) -> None:
     """Writes `summary` as nnU-Net does (sorted keys; NaN is spelled NaN, as its reader wants it)."""
     write_summary_document(path, summary(cases))
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """A summary.json, ours or nnU-Net's; NaN is read as nan. Raises DatasetInvalid."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DatasetInvalid(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise DatasetInvalid(f"{path}: not readable as JSON") from error
+    return content
 
 
 def write_summary_document(path: Path, document: Mapping[str, Any]) -> None:

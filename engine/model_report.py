@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.dataset import DatasetJson
-from engine.fold_training import BEST_CASE, EPOCHS, PROGRESS, REQUEST, VALIDATION, WORST_CASE
-from engine.validation import SUMMARY
+from engine.experiment import BEST_CASE, EPOCHS, PROGRESS, REQUEST, VALIDATION, WORST_CASE
+from engine.metrics import SUMMARY, read_summary
 
 REPORT = "report.html"
 _STYLE = (
@@ -44,12 +44,6 @@ def write_report(folder: Path, dataset_json: DatasetJson) -> Path:
     partial.write_text(page + "\n".join(parts), encoding="utf-8")
     partial.replace(path)
     return path
-
-
-def read_summary(path: Path) -> dict[str, Any]:
-    """A summary.json, ours or nnU-Net's; NaN is read as nan."""
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
 
 
 def read_epochs(fold: Path) -> list[dict[str, Any]]:

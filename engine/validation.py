@@ -16,19 +16,25 @@ from numpy.typing import NDArray
 from torch import nn
 
 from engine.backends import Backend
-from engine.dataset import Case, LoadedCase, RawDataset, read_case
-from engine.errors import DatasetInvalid, InputRejected
+from engine.case_results import (
+    join_outputs,
+    measure_labels,
+    measure_prediction,
+    network_logits,
+    write_logits,
+    write_prediction,
+)
+from engine.dataset import Case, RawDataset, read_case
+from engine.errors import DatasetInvalid
 from engine.labels import LabelManager
-from engine.logits_to_labels import HalfArray, NetworkLogits, segment, to_half
-from engine.metrics import CaseMetrics, evaluated_regions, measure_case, write_summary
-from engine.nifti import read_label_map, read_orientation, write_nifti
+from engine.logits_to_labels import NetworkLogits, to_half
+from engine.metrics import SUMMARY, CaseMetrics, write_summary
 from engine.parallel import Progress
 from engine.plans import Configuration, Plans
-from engine.preprocessing import CroppedImage, crop_to_nonzero, network_shape, network_spacing_mm, preprocess
+from engine.preprocessing import CroppedImage, crop_to_nonzero, network_shape, preprocess
 from engine.sliding_window import WindowGrid, predict_logits
-from engine.volume import Geometry, LabelMap, Volume
+from engine.volume import LabelMap, Volume
 
-SUMMARY = "summary.json"
 _STEP_SIZE = 0.5
 
 FloatArray = NDArray[np.float32]
@@ -100,25 +106,6 @@ class ModelInTraining:
         return network_logits(to_half(np.mean(logits, axis=0, dtype=np.float32)), cropped, self.configuration)
 
 
-def network_logits(logits: HalfArray, cropped: CroppedImage, configuration: Configuration) -> NetworkLogits:
-    """Logits (K, Z, Y, X) of a configuration with the grid that they lie on."""
-    return NetworkLogits(
-        logits=logits,
-        spacing_mm=network_spacing_mm(cropped.spacing_mm, configuration),
-        rule=configuration.resampling_probabilities,
-    )
-
-
-def join_outputs(
-    outputs: Sequence[NetworkLogits], cropped: CroppedImage, plans: Plans, labels: LabelManager, geometry: Geometry
-) -> LabelMap:
-    """The label map on the image's whole grid: of one configuration, or by the mean of the probabilities of several."""
-    found = segment(outputs, cropped.shape, cropped.spacing_mm, labels).labels
-    whole = np.zeros(cropped.full_shape, dtype=found.dtype)
-    whole[cropped.box] = found
-    return LabelMap(array=np.ascontiguousarray(whole.transpose(plans.transpose_backward)), geometry=geometry)
-
-
 def validate(
     model: ModelInTraining,
     dataset: RawDataset,
@@ -153,7 +140,7 @@ def validate(
                 write_logits(output.logits, stored)
             predicted = join_outputs([output], cropped, model.plans, model.labels, loaded.volume.geometry)
             write_prediction(predicted, case, path)
-        rows.append((str(case.label), str(path), measure_prediction(path, loaded, dataset, model.labels)))
+        rows.append((str(case.label), str(path), measure_prediction(path, loaded, dataset.json)))
         progress(len(rows), len(names))
     write_summary(folder / SUMMARY, rows)
     return [metrics for _, _, metrics in rows]
@@ -169,7 +156,7 @@ def measure_on(
             break
         loaded = read_case(case, dataset.json)
         predicted = model.predict(loaded.volume)
-        measured.append(_measure(loaded.labels, predicted, model.labels))
+        measured.append(measure_labels(loaded.labels, predicted, model.labels))
     return measured
 
 
@@ -180,45 +167,3 @@ def cases_named(dataset: RawDataset, names: Sequence[str]) -> list[Case]:
     if absent:
         raise DatasetInvalid(f"{absent[0]} is no case of {dataset.name} ({len(absent)} such in the split)")
     return [cases[name] for name in names]
-
-
-def write_prediction(predicted: LabelMap, case: Case, path: Path) -> None:
-    """A label map in the voxel order of the case's own files; the whole file or none."""
-    partial = path.with_name(f".partial-{path.name}")
-    try:
-        write_nifti(predicted.reoriented(read_orientation(case.channels[0]))[0], partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_logits(logits: HalfArray, path: Path) -> None:
-    """float16 (K, Z, Y, X); the whole file or none."""
-    partial = path.with_name(f".partial-{path.name}")
-    try:
-        with partial.open("wb") as file:
-            np.save(file, logits, allow_pickle=False)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def measure_prediction(path: Path, loaded: LoadedCase, dataset: RawDataset, labels: LabelManager) -> CaseMetrics:
-    """A label map on disk against the reference of its case. Raises InputRejected when their grids differ."""
-    predicted = read_label_map(path).reoriented(dataset.json.orientation)[0]
-    if predicted.geometry.shape != loaded.labels.geometry.shape:
-        raise InputRejected(
-            f"{loaded.name}: the prediction has {predicted.geometry.shape} voxels, the reference "
-            f"{loaded.labels.geometry.shape}"
-        )
-    return _measure(loaded.labels, predicted, labels)
-
-
-def _measure(reference: LabelMap, predicted: LabelMap, labels: LabelManager) -> CaseMetrics:
-    return measure_case(
-        reference.array,
-        predicted.array,
-        reference.geometry.spacing_mm,
-        evaluated_regions(labels),
-        ignore_label=labels.ignore_label,
-    )

@@ -1,4 +1,4 @@
-"""`seggate train …` and `seggate evaluate`: their options. A word after `train` that is no subcommand is the dataset,
+"""`seggate train …`, `evaluate` and `select`: their options. A word after `train` that is no subcommand is the dataset,
 so `seggate train DIR` trains."""
 
 from __future__ import annotations
@@ -170,6 +170,39 @@ def evaluate(
             dataset_json=dataset_json,
             out=out,
             chill=chill,
+            processes=processes,
+            as_json=as_json,
+        )
+    )
+
+
+def select(
+    folder: Dataset,
+    profile: Profile = "nnunet",
+    configuration: Configurations = None,
+    fold: Annotated[
+        list[str] | None, typer.Option(help="Only this fold; may be repeated. Default: all of the splits.")
+    ] = None,
+    plans_name: PlansName = None,
+    dataset_name: DatasetName = None,
+    preprocessed: Preprocessed = Path("preprocessed"),
+    results: Results = Path("results"),
+    processes: Processes = None,
+    as_json: Json = False,
+) -> None:
+    """Choose by cross-validation: the best model or pair of models (article: all of them), and its post-processing."""
+    from gateway.commands import select as command
+
+    raise typer.Exit(
+        command.select(
+            folder,
+            profile=profile,
+            configurations=configuration or [],
+            folds=fold or [],
+            plans_name=plans_name,
+            dataset_name=dataset_name,
+            preprocessed=preprocessed,
+            results=results,
             processes=processes,
             as_json=as_json,
         )

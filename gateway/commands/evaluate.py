@@ -11,11 +11,10 @@ from engine.dataset import DATASET_JSON, read_dataset_json
 from engine.errors import DatasetInvalid, EngineError
 from engine.evaluation import evaluate_pairs, find_pairs
 from engine.labels import LabelManager
-from engine.metrics import evaluated_regions, summary, write_summary
+from engine.metrics import SUMMARY, evaluated_regions, summary, write_summary
 from engine.parallel import default_processes
 from gateway.commands.output import print_json, progress_bar, say, table
 
-SUMMARY = "summary.json"
 COLUMNS = {"Dice": "Dice", "HD95": "HD95 (mm)", "SurfaceDice": "surface Dice (2 mm)"}
 
 

@@ -35,7 +35,7 @@ def seggate(root: Path, *words: str) -> Result:
     where = ["--preprocessed", str(root / "preprocessed")] if words[0] in ("plan", "select", "export") else []
     if words[0] == "train" and words[1] not in ("status", "stop"):
         where = ["--preprocessed", str(root / "preprocessed"), "--processes", "1"]
-    if words[0] == "plan":
+    if words[0] in ("plan", "select"):
         where += ["--processes", "1"]
     if words[0] != "plan":
         where += ["--results", str(root / "results")]

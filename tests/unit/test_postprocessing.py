@@ -84,5 +84,5 @@ def test_the_k_largest_components_are_kept_with_those_that_are_as_large_as_the_l
     ("function", "count"), [(NAME, 2), ("keep_largest_components", 0), ("keep_largest_components", True)]
 )
 def test_a_count_that_is_none_or_not_nnunets_is_refused(function: str, count: object) -> None:
-    with pytest.raises(BundleInvalid, match="count|known arguments"):
+    with pytest.raises(BundleInvalid, match=r"count|known arguments"):
         read_postprocessing(document({"labels_or_regions": 1, "count": count}, function=function))

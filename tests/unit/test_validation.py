@@ -14,12 +14,13 @@ from tests.support.peers import require_peer
 
 require_peer("torch")
 
+from engine.case_results import join_outputs, network_logits
 from engine.dataset import RawDataset, open_dataset, read_case
 from engine.errors import DatasetInvalid, InputRejected
 from engine.nifti import read_label_map, write_nifti
 from engine.plans import Plans, read_plans
 from engine.preprocessing import crop_to_nonzero
-from engine.validation import ModelInTraining, join_outputs, measure_on, network_logits, validate
+from engine.validation import ModelInTraining, measure_on, validate
 from engine.volume import LabelMap
 from tests.support.nnunet_results import plans_json
 from tests.support.raw_datasets import write_array, write_dataset
