@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from gateway.training_cli import evaluate, select, train
+from gateway.training_cli import evaluate, export, select, train
 
 CONFIG_HELP = "Folder with gateway.toml, routes.toml, destinations.toml, logging.toml."
 Config = Annotated[Path, typer.Option("--config", envvar="SEGGATE_CONFIG", help=CONFIG_HELP, show_default=True)]
@@ -39,6 +39,7 @@ app.add_typer(config, name="config")
 app.add_typer(train, name="train")
 app.command()(evaluate)
 app.command()(select)
+app.command()(export)
 
 
 @app.command()

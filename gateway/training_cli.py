@@ -1,5 +1,7 @@
-"""`seggate train …`, `evaluate` and `select`: their options. A word after `train` that is no subcommand is the dataset,
-so `seggate train DIR` trains."""
+"""The options of `seggate train …`, `evaluate`, `select` and `export`.
+
+A word after `train` that is no subcommand is the dataset, so `seggate train DIR` trains.
+"""
 
 from __future__ import annotations
 
@@ -204,6 +206,39 @@ def select(
             preprocessed=preprocessed,
             results=results,
             processes=processes,
+            as_json=as_json,
+        )
+    )
+
+
+def export(
+    folder: Dataset,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the bundle. Default: RESULTS/NAME/bundles/SEMVER.")
+    ] = None,
+    card: Annotated[Path | None, typer.Option(help="Model card (TOML): codes, colours, contract, licence.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name: a-z, 0-9 and '-'. Default: from the dataset.")] = None,
+    semver: Annotated[str | None, typer.Option(help="MAJOR.MINOR.PATCH. Default: the card's, else 1.0.0.")] = None,
+    plans_name: PlansName = None,
+    dataset_name: DatasetName = None,
+    preprocessed: Preprocessed = Path("preprocessed"),
+    results: Results = Path("results"),
+    as_json: Json = False,
+) -> None:
+    """Make a model bundle of what `select` chose: ONNX, parity, and the cross-validation's figures in its card."""
+    from gateway.commands import export as command
+
+    raise typer.Exit(
+        command.export(
+            folder,
+            out=out,
+            card=card,
+            name=name,
+            semver=semver,
+            plans_name=plans_name,
+            dataset_name=dataset_name,
+            preprocessed=preprocessed,
+            results=results,
             as_json=as_json,
         )
     )
