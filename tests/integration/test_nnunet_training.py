@@ -114,7 +114,7 @@ def test_ours_trains_on_nnunets_preprocessed_arrays(experiment: Experiment) -> N
     assert records[-1].train_loss < records[0].train_loss - 0.15
 
 
-@pytest.mark.requirement("ART-13")
+@pytest.mark.requirement("ART-07")
 def test_nnunets_predictor_gives_the_same_labels_from_our_result_folder(experiment: Experiment) -> None:
     mine = ModelInTraining(
         plans=experiment.plans,

@@ -60,6 +60,7 @@ def predict(root, model, files, out, checkpoint="checkpoint_final.pth"):
 
 def continue_training(root, dataset, configuration, checkpoint, iterations):
     """One epoch of nnU-Net's trainer from a checkpoint; says what it loaded and what it did."""
+    os.environ["nnUNet_n_proc_DA"] = "0"  # noqa: SIM112 - nnU-Net spells it so
     import torch
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
@@ -105,7 +106,6 @@ if __name__ == "__main__":
     command, where, arguments = sys.argv[1:]
     for kind in ("raw", "preprocessed", "results"):
         os.environ[f"nnUNet_{kind}"] = os.path.join(where, kind)
-    os.environ["nnUNet_n_proc_DA"] = "0"  # noqa: SIM112 - nnU-Net spells it so
     import torch
 
     torch.set_num_threads(1)
