@@ -45,15 +45,20 @@ class Checkpoint:
 def read_checkpoint(path: Path) -> Checkpoint:
     """Raises ImportRefused: no readable torch file, objects other than tensors and plain values (the first one is
     named), a layout other than nnU-Net v2's, copies of one tensor that differ."""
+    return load_checkpoint_file(path)[1]
+
+
+def load_checkpoint_file(path: Path) -> tuple[Mapping[str, Any], Checkpoint]:
+    """Everything in the file, and what of it is checked; raises as `read_checkpoint` does."""
     _check_container(path)
     content = _load(path)
     reader = Reader(content, where=path.name, error=ImportRefused)
     weights = reader.raw("network_weights")
-    if not isinstance(weights, Mapping):
+    if not isinstance(content, Mapping) or not isinstance(weights, Mapping):
         raise reader.fail("network_weights", "a table of tensors is needed")
     arguments = reader.child("init_args", {})
     fold = arguments.raw("fold", None)
-    return Checkpoint(
+    return content, Checkpoint(
         weights=_without_copies(path.name, weights),
         trainer=reader.text("trainer_name", "unknown"),
         configuration=arguments.text_or_none("configuration"),

@@ -11,6 +11,30 @@ class InputRejected(EngineError):
     """The image is at fault: wrong number of channels, not finite, shape or spacing the model cannot take."""
 
 
+class NotFinite(InputRejected):
+    """The image or label map holds NaN or infinity."""
+
+
+class DatasetInvalid(EngineError):
+    """A training dataset, its fingerprint, plans or splits are incomplete or contradict each other."""
+
+
+class WorkerDied(EngineError):
+    """A worker process ended without a result, as a rule because memory ran out; fewer of them may succeed."""
+
+
+class DiskTooSmall(EngineError):
+    """What is to be written does not fit onto the disk; the message has both numbers, and nothing was written."""
+
+
+class TrainingRefused(EngineError):
+    """A training cannot be started or resumed as asked; nothing was changed."""
+
+
+class TrainingDiverged(EngineError):
+    """The loss of a training is no longer finite; the last checkpoint is from before."""
+
+
 class BundleInvalid(EngineError):
     """A model bundle is incomplete, inconsistent or changed; it is not loaded."""
 

@@ -19,7 +19,7 @@ from engine.bundle import Bundle, write_bundle
 from engine.checkpoint import load_network, read_checkpoint
 from engine.errors import ImportRefused, MemoryExceeded, ParityFailed
 from engine.labels import LabelManager
-from engine.manifest import BundleConfiguration, Fold, Manifest, Parity, check_identity, check_semver
+from engine.manifest import BundleConfiguration, Ensemble, Fold, Manifest, Parity, check_identity, check_semver
 from engine.memory import available_bytes
 from engine.model_card import ModelCard, describe_model, read_channels
 from engine.network import UNet
@@ -47,6 +47,7 @@ def import_model(
     card: ModelCard | None = None,
     configurations: Collection[str] | None = None,
     folds: Collection[str] | None = None,
+    ensemble: Ensemble = "probabilities",
     progress: Progress | None = None,
     notice: Notice | None = None,
 ) -> Bundle:
@@ -89,7 +90,7 @@ def import_model(
                 labels=description.labels,
                 contract=description.contract,
                 configurations=exported,
-                ensemble="probabilities",
+                ensemble=ensemble,
                 step_size=card.step_size,
                 parity=parity,
                 quality=description.quality,

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 from engine.errors import BundleInvalid
 from engine.json_reader import Reader
@@ -25,6 +25,9 @@ _ORIENTATION = re.compile(r"[LR][PA][SI]|[LR][SI][PA]|[PA][LR][SI]|[PA][SI][LR]|
 _MAX_LABELS = 4096
 
 Laterality = Literal["left", "right"]
+Ensemble = Literal["probabilities", "probabilities-of-folds"]
+"""How networks are joined. `probabilities`: the folds of a configuration by the mean of their logits, configurations by
+the mean of their probabilities (nnU-Net). `probabilities-of-folds`: all networks by the mean of their probabilities."""
 SliceAxis = Literal["axial", "sagittal", "coronal"]
 
 
@@ -130,7 +133,7 @@ class Manifest:
     labels: tuple[LabelSpec, ...]
     contract: Contract
     configurations: tuple[BundleConfiguration, ...]
-    ensemble: Literal["probabilities"]
+    ensemble: Ensemble
     step_size: float
     parity: tuple[Parity, ...]
     quality: QualityThresholds
@@ -189,8 +192,8 @@ def read_manifest(reader: Reader, root: Path) -> Manifest:
     name, semver = reader.text("name"), reader.text("semver")
     check_identity(name, semver, error=BundleInvalid)
     ensemble = reader.text("ensemble")
-    if ensemble != "probabilities":
-        raise reader.fail("ensemble", "only 'probabilities' is known")
+    if ensemble not in get_args(Ensemble):
+        raise reader.fail("ensemble", f"{ensemble[:40]!r} is not one of {', '.join(get_args(Ensemble))}")
     quality = reader.child("quality")
     components = quality.child("max_components", {})
     return Manifest(
@@ -208,7 +211,7 @@ def read_manifest(reader: Reader, root: Path) -> Manifest:
         configurations=tuple(
             _bundle_configuration(entry, root) for entry in reader.children("configurations", lengths=(1, 32))
         ),
-        ensemble="probabilities",
+        ensemble=cast(Ensemble, ensemble),
         step_size=reader.number("step_size", 0.05, 1.0),
         parity=tuple(
             Parity(

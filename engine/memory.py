@@ -109,7 +109,7 @@ def estimate_peak(
         stages.append(("preprocessing", {"preprocessing": preparing, "logits": kept}))
         stages.append(("network", {"window sums": sums, "network input": windows, "logits": kept}))
         if run.name in members:
-            kept += heads * size * _FLOAT16
+            kept += heads * size * _FLOAT16 * (len(chosen) if bundle.ensemble == "probabilities-of-folds" else 1)
         else:
             kept += voxels * label_bytes
     maps = heads if bundle.label_manager.has_regions else 1

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from engine.architecture import Architecture
+
+_NEGATIVE_SLOPE = 0.01  # nnU-Net's initialisation has it, whatever the plans' slope is
 
 _CONV: dict[int, type[nn.Conv2d] | type[nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
 _TRANSPOSED: dict[int, type[nn.ConvTranspose2d] | type[nn.ConvTranspose3d]] = {
@@ -42,7 +45,7 @@ class ConvNorm(nn.Module):
         padding = tuple((edge - 1) // 2 for edge in kernel)
         self.conv = _CONV[dimensions](channels_in, channels_out, kernel, stride, padding, bias=bias)  # type: ignore[arg-type]
         self.norm = _NORM[dimensions](channels_out, eps=architecture.norm_eps, affine=True)
-        self.nonlin = nn.LeakyReLU(architecture.negative_slope) if activate else nn.Identity()
+        self.nonlin = nn.LeakyReLU(architecture.negative_slope, inplace=True) if activate else nn.Identity()
 
     def forward(self, features: Tensor) -> Tensor:
         result: Tensor = self.nonlin(self.norm(self.conv(features)))
@@ -91,7 +94,7 @@ class ResidualBlock(nn.Module):
         bias = architecture.conv_bias
         self.conv1 = ConvNorm(architecture, channels_in, channels_out, kernel, stride, bias=bias)
         self.conv2 = ConvNorm(architecture, channels_out, channels_out, kernel, one, bias=bias, activate=False)
-        self.nonlin = nn.LeakyReLU(architecture.negative_slope)
+        self.nonlin = nn.LeakyReLU(architecture.negative_slope, inplace=True)
         skip: list[nn.Module] = []
         if any(step != 1 for step in stride):
             skip.append(_POOL[architecture.dimensions](stride, stride))  # type: ignore[arg-type]
@@ -228,6 +231,19 @@ def build_network(
     foreground label. Under `torch.device("meta")` nothing is allocated."""
     kind = PlainConvUNet if architecture.network == "plain" else ResidualEncoderUNet
     return kind(architecture, channels, heads, deep_supervision=deep_supervision)
+
+
+def initialize(network: nn.Module, rng: np.random.Generator) -> None:
+    """Draws the weights as nnU-Net does: Kaiming normal for the slope of LeakyReLU, biases 0; in a residual block the
+    second norm starts at 0, so that the block starts as its skip (facts: nnU-Net v2, §5.1)."""
+    generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+            nn.init.kaiming_normal_(module.weight, a=_NEGATIVE_SLOPE, generator=generator)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.InstanceNorm2d | nn.InstanceNorm3d) and name.endswith(".conv2.norm"):
+            nn.init.zeros_(module.weight)
 
 
 def _stages(architecture: Architecture) -> list[tuple[int, int, tuple[int, ...], tuple[int, ...]]]:

@@ -6,6 +6,7 @@ table is refused. All tuples over axes are in network order, that is after `tran
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,7 @@ _READERS = frozenset(
         "Tiff3DIO",
     }
 )
+_FOLDER = re.compile(r"[^/\\\0.][^/\\\0]{0,199}")
 _MAX_EDGE = 4096
 _MAX_PATCH_VOXELS = 2**28
 _MAX_CHANNELS = 256
@@ -83,10 +85,12 @@ class Configuration:
     """One of 2d, 3d_fullres, 3d_lowres, 3d_cascade_fullres or a user's own, with inheritance resolved.
 
     `patch_size` and `spacing_mm` have 2 entries for a 2D network and 3 otherwise. `previous_stage` names the
-    configuration whose label map is an additional input (cascade).
+    configuration whose label map is an additional input (cascade). `data_identifier` is the folder of the preprocessed
+    cases, `batch_dice` whether the loss sums a batch before it takes the Dice.
     """
 
     name: str
+    data_identifier: str
     patch_size: tuple[int, ...]
     spacing_mm: tuple[float, ...]
     normalization_schemes: tuple[NormalizationScheme, ...]
@@ -96,6 +100,7 @@ class Configuration:
     resampling_probabilities: ResamplingKwargs
     architecture: Architecture
     batch_size: int
+    batch_dice: bool
     previous_stage: str | None
     next_stage: tuple[str, ...]
 
@@ -237,8 +242,12 @@ def _configuration(name: str, listed: Reader) -> Configuration:
     next_stage = Reader({"next_stage": following}, where=entry.where, error=entry.error).texts(
         "next_stage", lengths=(0, 16)
     )
+    identifier = entry.text("data_identifier", f"nnUNetPlans_{name}")
+    if not _FOLDER.fullmatch(identifier):
+        raise entry.fail("data_identifier", f"{identifier[:80]!r} is no name for a folder")
     return Configuration(
         name=name,
+        data_identifier=identifier,
         patch_size=patch_size,
         spacing_mm=entry.numbers("spacing", 1e-6, _MAX_SPACING_MM, lengths=(dimensions, dimensions)),
         normalization_schemes=schemes,
@@ -248,6 +257,7 @@ def _configuration(name: str, listed: Reader) -> Configuration:
         resampling_probabilities=_resampling(entry, "probabilities", order=1, is_seg=False),
         architecture=architecture,
         batch_size=entry.integer("batch_size", 1, 2**20),
+        batch_dice=entry.boolean("batch_dice", False),
         previous_stage=entry.text_or_none("previous_stage"),
         next_stage=next_stage,
     )

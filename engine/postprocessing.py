@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,20 +16,30 @@ from scipy import ndimage
 
 from engine.errors import BundleInvalid
 
-_KEEP_LARGEST = "remove_all_but_largest_component_from_segmentation"
+KEEP_LARGEST = "remove_all_but_largest_component_from_segmentation"
+"""nnU-Net's function; ours, which nnU-Net does not have, keeps `count` of them."""
+KEEP_SEVERAL = "keep_largest_components"
+KNOWN_ARGUMENTS: Mapping[str, frozenset[str]] = MappingProxyType(
+    {
+        KEEP_LARGEST: frozenset({"labels_or_regions", "background_label"}),
+        KEEP_SEVERAL: frozenset({"labels_or_regions", "background_label", "count"}),
+    }
+)
+MAX_COMPONENTS = 1000
 _MAX_STEPS = 1000
 _FULL_CONNECTIVITY = np.ones((3, 3, 3), dtype=np.bool_)
 
 
 @dataclass(frozen=True, kw_only=True)
 class KeepLargest:
-    """Keeps the largest component of the union of `values`; the rest of the union becomes `background`.
+    """Keeps the `count` largest components of the union of `values`; the rest of the union becomes `background`.
 
-    Components touch by faces, edges or corners. Components that tie for the largest are all kept.
+    Components touch by faces, edges or corners. Components as large as the last one that is kept are kept too.
     """
 
     values: tuple[int, ...]
     background: int = 0
+    count: int = 1
 
     def apply(self, labels: NDArray[Any]) -> None:
         """Changes the label map (Z, Y, X) in place."""
@@ -38,11 +49,11 @@ class KeepLargest:
             return
         part, inside = labels[boxes[0]], mask[boxes[0]]
         components, count = ndimage.label(inside, structure=_FULL_CONNECTIVITY)
-        if count < 2:
+        if count <= self.count:
             return
         sizes = np.bincount(components.ravel())
         sizes[0] = 0
-        kept = sizes == sizes.max()
+        kept = sizes >= np.partition(sizes, -self.count)[-self.count]
         part[inside & ~kept[components]] = self.background
 
 
@@ -74,10 +85,14 @@ def apply_postprocessing(labels: NDArray[Any], steps: Sequence[KeepLargest]) -> 
 
 def _step(function: object, argument: object, index: int) -> KeepLargest:
     where = f"postprocessing.json: step {index + 1}"
-    if function != _KEEP_LARGEST:
-        raise BundleInvalid(f"{where}: function {str(function)[:80]!r} is unknown; known: {_KEEP_LARGEST}")
-    if not isinstance(argument, dict) or not set(argument) <= {"labels_or_regions", "background_label"}:
-        raise BundleInvalid(f"{where}: only labels_or_regions and background_label are known arguments")
+    if not isinstance(function, str) or function not in KNOWN_ARGUMENTS:
+        raise BundleInvalid(f"{where}: function {str(function)[:80]!r} is unknown; known: {', '.join(KNOWN_ARGUMENTS)}")
+    known = KNOWN_ARGUMENTS[function]
+    if not isinstance(argument, dict) or not set(argument) <= known:
+        raise BundleInvalid(f"{where}: only {', '.join(sorted(known))} are known arguments")
+    count = argument.get("count", 1)
+    if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= MAX_COMPONENTS:
+        raise BundleInvalid(f"{where}: count {str(count)[:40]!r} is no number from 1 to {MAX_COMPONENTS}")
     values: list[int] = []
     pending = [argument.get("labels_or_regions")]
     while pending:
@@ -89,7 +104,7 @@ def _step(function: object, argument: object, index: int) -> KeepLargest:
     if not values:
         raise BundleInvalid(f"{where}: labels_or_regions names no label")
     background = _label_value(argument.get("background_label", 0), where)
-    return KeepLargest(values=tuple(dict.fromkeys(values)), background=background)
+    return KeepLargest(values=tuple(dict.fromkeys(values)), background=background, count=count)
 
 
 def _label_value(value: object, where: str) -> int:

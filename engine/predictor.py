@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from engine.backends import Backend, Device, OnnxBackend
 from engine.bundle import Bundle
 from engine.errors import BundleInvalid, InputRejected
-from engine.logits_to_labels import NetworkLogits, check_rule, segment, to_half, winning_labels
+from engine.logits_to_labels import HalfArray, NetworkLogits, check_rule, segment, to_half, winning_labels
 from engine.manifest import BundleConfiguration
 from engine.memory import check_budget, estimate_peak, run_order
 from engine.postprocessing import apply_postprocessing, read_postprocessing
@@ -169,13 +169,13 @@ class Predictor:
                     previous_foreground=bundle.label_manager.foreground_labels,
                 )
             with clock.stage("network"):
-                output, folds_agree, mirrors_agree = self._run(task, image, cropped, report)
+                found, folds_agree, mirrors_agree = self._run(task, image, cropped, report)
             if task.run.name in needed:
                 with clock.stage("export"):
-                    stage = segment([output], cropped.shape, cropped.spacing_mm, bundle.label_manager)
+                    stage = segment(found, cropped.shape, cropped.spacing_mm, bundle.label_manager)
                     previous[task.run.name] = _uncropped(stage.labels, cropped)
             if task.run.name in members:
-                outputs.append(output)
+                outputs.extend(found)
                 fold_tables.extend(folds_agree)
                 mirror_tables.extend(mirrors_agree)
         with clock.stage("export"):
@@ -239,9 +239,12 @@ class Predictor:
 
     def _run(
         self, task: _Task, image: FloatArray, cropped: CroppedImage, report: _Report
-    ) -> tuple[NetworkLogits, Sequence[Agreement], Sequence[Agreement]]:
-        """The mean of the folds' logits, and how far folds and mirrored passes agree."""
+    ) -> tuple[Sequence[NetworkLogits], Sequence[Agreement], Sequence[Agreement]]:
+        """The mean of the folds' logits (or each fold's own, where their probabilities are to be joined), and how far
+        folds and mirrored passes agree."""
         labels = self._bundle.label_manager
+        apart = self._bundle.ensemble == "probabilities-of-folds"
+        halves: list[HalfArray] = []
         total: FloatArray | None = None
         fold_labels: list[NDArray[Any]] = []
         mirrors = MirrorAgreement(labels) if task.mirror_axes else None
@@ -257,20 +260,25 @@ class Predictor:
             )
             if len(task.folds) > 1:
                 fold_labels.append(winning_labels(logits, labels))
-            if total is None:
+            if apart:
+                halves.append(to_half(logits))
+            elif total is None:
                 total = logits
             else:
                 total += logits
-        if total is None:
-            raise BundleInvalid(f"{self._bundle.name}: {task.run.name} has no fold")
-        total /= np.float32(len(task.folds))
+        if total is not None:
+            total /= np.float32(len(task.folds))
+            halves.append(to_half(total))
         planned = self._bundle.plans.configurations[task.run.name]
-        output = NetworkLogits(
-            logits=to_half(total),
-            spacing_mm=network_spacing_mm(cropped.spacing_mm, planned),
-            rule=planned.resampling_probabilities,
-        )
-        return output, fold_agreements(fold_labels, labels), [mirrors.agreement] if mirrors is not None else []
+        outputs = [
+            NetworkLogits(
+                logits=half,
+                spacing_mm=network_spacing_mm(cropped.spacing_mm, planned),
+                rule=planned.resampling_probabilities,
+            )
+            for half in halves
+        ]
+        return outputs, fold_agreements(fold_labels, labels), [mirrors.agreement] if mirrors is not None else []
 
 
 @dataclass(frozen=True, kw_only=True)

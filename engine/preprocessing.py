@@ -22,7 +22,8 @@ from engine.volume import Volume
 
 FloatArray = NDArray[np.float32]
 
-_OUTSIDE = -1
+OUTSIDE = -1
+"""Label of background outside the nonzero region."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -100,18 +101,42 @@ def preprocess(
     `previous_labels` (cascade) is the label map of the previous stage over `cropped.full_shape`; one channel for each
     label of `previous_foreground` is appended. Raises InputRejected when the number of channels is not the plans'.
     """
+    image, labels = _on_network_grid(cropped, plans, configuration, previous_labels)
+    if labels is None:
+        return image
+    one_hot = np.stack([labels == label for label in previous_foreground]).astype(np.float32)
+    return np.concatenate([image, one_hot])
+
+
+def preprocess_labelled(
+    cropped: CroppedImage, plans: Plans, configuration: Configuration, labels: NDArray[np.integer[Any]]
+) -> tuple[FloatArray, NDArray[np.int16]]:
+    """A training case: the image as `preprocess` makes it, and its label map int16 (Z, Y, X) on the same grid.
+
+    `labels` is over `cropped.full_shape`, in network axes. Background outside the nonzero region becomes -1, as in
+    nnU-Net; foreground keeps its label wherever it lies. Raises InputRejected as `preprocess` does.
+    """
+    image, resampled = _on_network_grid(cropped, plans, configuration, labels)
+    if resampled is None:
+        raise ValueError("a label map went in and none came out")
+    return image, resampled.astype(np.int16, copy=False)
+
+
+def _on_network_grid(
+    cropped: CroppedImage, plans: Plans, configuration: Configuration, whole_labels: NDArray[np.integer[Any]] | None
+) -> tuple[FloatArray, NDArray[np.integer[Any]] | None]:
     channels = len(configuration.normalization_schemes)
     if cropped.image.shape[0] != channels:
         raise InputRejected(f"the image has {cropped.image.shape[0]} channel(s), the model takes {channels}")
     image = np.array(cropped.image, dtype=np.float32, order="C")
     labels: NDArray[np.integer[Any]] | None = None
     inside: NDArray[np.bool_] | None = None
-    if any(configuration.use_mask_for_norm) or previous_labels is not None:
+    if any(configuration.use_mask_for_norm) or whole_labels is not None:
         inside = _filled_nonzero(image)
-    if previous_labels is not None and inside is not None:
-        labels = previous_labels[cropped.box].astype(np.int32)
-        labels[(labels == 0) & ~inside] = _OUTSIDE
-        # As in nnU-Net, what the previous stage found outside the nonzero region counts as inside.
+    if whole_labels is not None and inside is not None:
+        labels = whole_labels[cropped.box].astype(np.int32)
+        labels[(labels == 0) & ~inside] = OUTSIDE
+        # As in nnU-Net, foreground outside the nonzero region counts as inside.
         inside = labels >= 0
     for index, (scheme, masked) in enumerate(
         zip(configuration.normalization_schemes, configuration.use_mask_for_norm, strict=True)
@@ -125,11 +150,9 @@ def preprocess(
     shape = network_shape(cropped.shape, cropped.spacing_mm, configuration)
     spacing = network_spacing_mm(cropped.spacing_mm, configuration)
     image = resample_image(image, shape, cropped.spacing_mm, spacing, configuration.resampling_data)
-    if labels is None:
-        return image
-    labels = resample_labels(labels, shape, cropped.spacing_mm, spacing, configuration.resampling_seg)
-    one_hot = np.stack([labels == label for label in previous_foreground]).astype(np.float32)
-    return np.concatenate([image, one_hot])
+    if labels is not None:
+        labels = resample_labels(labels, shape, cropped.spacing_mm, spacing, configuration.resampling_seg)
+    return image, labels
 
 
 def _filled_nonzero(image: FloatArray) -> NDArray[np.bool_]:

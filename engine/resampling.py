@@ -113,8 +113,9 @@ def resample_labels(
 ) -> NDArray[np.integer[Any]]:
     """An integer (Z, Y, X) label map on the new grid, -1 (outside the nonzero region) allowed.
 
-    `default`: each label's mask is interpolated and taken where it reaches 0.5, labels ascending, a later one wins,
-    what no label reaches is 0. `torch`: the label with the largest interpolated mask.
+    The label with the largest interpolated mask. `default`: between labels that tie, the nearest voxel's if it is one
+    of them, else the lowest; so in nnU-Net with batchgenerators 0.25.5 (earlier versions took every label that reached
+    0.5, the last one winning, and left 0 where none did). `torch`: the lowest.
     """
     if rule.function == "none" or labels.shape == new_shape:
         return labels
@@ -122,14 +123,14 @@ def resample_labels(
     if rule.function == "torch":
         return _labels_by_largest(labels, new_shape, apart)
     if apart is None:
-        return _labels_by_half(labels, new_shape, rule.order)
+        return _labels_by_share(labels, new_shape, rule.order)
     plane_shape = list(new_shape)
     plane_shape[apart] = labels.shape[apart]
     in_plane = np.empty(plane_shape, dtype=labels.dtype)
     flat = tuple(size for axis, size in enumerate(new_shape) if axis != apart)
     for index in range(labels.shape[apart]):
         where = _at(apart, index)
-        in_plane[where] = _labels_by_half(labels[where], flat, rule.order)
+        in_plane[where] = _labels_by_share(labels[where], flat, rule.order)
     size, new_size = labels.shape[apart], new_shape[apart]
     if size == new_size:
         return in_plane
@@ -198,16 +199,23 @@ def _linear(array: FloatArray, new_shape: Sequence[int], apart: int | None = Non
     return result
 
 
-def _labels_by_half(labels: NDArray[Any], new_shape: Sequence[int], order: int) -> NDArray[Any]:
+def _labels_by_share(labels: NDArray[Any], new_shape: Sequence[int], order: int) -> NDArray[Any]:
+    """Masks are float64 as in nnU-Net: which shares are a tie is decided to the last bit."""
     if labels.shape == tuple(new_shape):
         return labels
     factors = [new / old for new, old in zip(new_shape, labels.shape, strict=True)]
+    nearest: NDArray[Any] = ndimage.zoom(labels, factors, order=0, mode="nearest", grid_mode=True)
     if order == 0:
-        nearest: NDArray[Any] = ndimage.zoom(labels, factors, order=0, mode="nearest", grid_mode=True)
         return nearest
     result = np.zeros(tuple(new_shape), dtype=labels.dtype)
+    best = np.full(tuple(new_shape), -np.inf)
+    of_nearest = np.zeros(tuple(new_shape))
     for label in np.unique(labels):
-        result[_spline((labels == label).astype(np.float64), new_shape, order) >= 0.5] = label
+        share = _spline((labels == label).astype(np.float64), new_shape, order)
+        np.copyto(of_nearest, share, where=nearest == label)
+        np.copyto(result, label, where=share > best)
+        np.maximum(best, share, out=best)
+    np.copyto(result, nearest, where=of_nearest == best)
     return result
 
 

@@ -18,6 +18,7 @@ from engine.json_reader import Reader, read_json
 from engine.labels import LabelManager
 from engine.model_archive import unpack_model
 from engine.plans import Plans, read_plans
+from engine.postprocessing import KEEP_SEVERAL, KNOWN_ARGUMENTS, MAX_COMPONENTS
 
 CheckpointKind = Literal["final", "best", "given"]
 
@@ -27,7 +28,6 @@ _CHECKPOINTS: tuple[tuple[str, CheckpointKind], ...] = (
     ("checkpoint_final.pth", "final"),
     ("checkpoint_best.pth", "best"),
 )
-_KEEP_LARGEST = "remove_all_but_largest_component_from_segmentation"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,7 +322,7 @@ def _postprocessing(
         parents = []
         for child in ensembles.iterdir() if ensembles.is_dir() else ():
             parts = child.name.split("___")
-            if len(parts) == 4 and parts[0] == "ensemble" and set(parts[1:3]) == names:
+            if len(parts) >= 4 and parts[0] == "ensemble" and set(parts[1:-1]) == names:
                 parents.append(child)
         suffix = f"___{folds}"
     files = sorted(parent / "postprocessing.json" for parent in parents if (parent / "postprocessing.json").is_file())
@@ -347,9 +347,10 @@ def _checked_postprocessing(document: Reader, label_manager: LabelManager) -> di
     arguments = document.children("postprocessing_kwargs", lengths=(len(functions), len(functions)))
     steps = []
     for function, kwargs in zip(functions, arguments, strict=True):
-        if function != _KEEP_LARGEST:
-            raise document.fail("postprocessing_fns", f"{function[:80]!r} is not supported; known: {_KEEP_LARGEST}")
-        kwargs.only(frozenset({"labels_or_regions", "background_label"}))
+        if function not in KNOWN_ARGUMENTS:
+            known = ", ".join(KNOWN_ARGUMENTS)
+            raise document.fail("postprocessing_fns", f"{function[:80]!r} is not supported; known: {known}")
+        kwargs.only(KNOWN_ARGUMENTS[function])
         background = kwargs.integer("background_label", 0, 65535, 0)
         value = kwargs.raw("labels_or_regions")
         entries = value if isinstance(value, list) else [value]
@@ -357,5 +358,12 @@ def _checked_postprocessing(document: Reader, label_manager: LabelManager) -> di
             for label in entry if isinstance(entry, list) else [entry]:
                 if kwargs.check_integer("labels_or_regions", label, 0, 65535) not in label_manager.values:
                     raise kwargs.fail("labels_or_regions", f"{label} is no label of this model")
-        steps.append({"labels_or_regions": value, "background_label": background})
+        count = kwargs.integer("count", 1, MAX_COMPONENTS, 1)
+        steps.append(
+            {
+                "labels_or_regions": value,
+                "background_label": background,
+                **({"count": count} if function == KEEP_SEVERAL else {}),
+            }
+        )
     return {"postprocessing_fns": list(functions), "postprocessing_kwargs": steps}

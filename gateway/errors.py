@@ -30,6 +30,11 @@ class Rejected(GatewayError):
 _MEANING: tuple[tuple[type[BaseException], type[GatewayError]], ...] = (
     (gateway.intake.errors.IntakeRejected, Rejected),
     (engine.errors.InputRejected, Rejected),
+    (engine.errors.DatasetInvalid, Rejected),
+    (engine.errors.WorkerDied, Transient),
+    (engine.errors.DiskTooSmall, Permanent),
+    (engine.errors.TrainingRefused, Rejected),
+    (engine.errors.TrainingDiverged, Permanent),
     (engine.errors.BundleInvalid, Permanent),
     (engine.errors.ImportRefused, Rejected),
     (engine.errors.ParityFailed, Permanent),

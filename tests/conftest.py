@@ -13,7 +13,7 @@ from tests.support import peers
 from tests.support.databases import KINDS, new_database_url
 from tests.support.postgresql import postgresql
 
-_KEPT = {"SEGGATE_REQUIRE_PEERS", "SEGGATE_SHARED"}
+_KEPT = {"SEGGATE_NNUNET_PYTHON", "SEGGATE_REQUIRE_PEERS", "SEGGATE_SHARED"}
 
 
 @pytest.fixture(autouse=True)

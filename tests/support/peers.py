@@ -1,6 +1,7 @@
 """Finds the programs and data that tests need from outside, and skips with the reason where they are absent.
 
-With `SEGGATE_REQUIRE_PEERS=1` (set by `.ci/run`) an absent peer fails instead of skipping.
+With `SEGGATE_REQUIRE_PEERS=1` (set by `.ci/run`) an absent peer fails instead of skipping; but for nnU-Net, whose
+installation brings gigabytes.
 """
 
 from __future__ import annotations
@@ -52,15 +53,29 @@ def postgresql_bin() -> Path | None:
     return Path(found).resolve().parent if found else None
 
 
+def _nnunet() -> str | None:
+    """nnU-Net has requirements of its own and lives in an environment of its own."""
+    python = os.environ.get("SEGGATE_NNUNET_PYTHON")
+    if python is None:
+        return "SEGGATE_NNUNET_PYTHON does not name a Python that has nnunetv2"
+    return None if Path(python).exists() else f"SEGGATE_NNUNET_PYTHON: {python} does not exist"
+
+
 _PEERS: dict[str, Callable[[], str | None]] = {
     "orthanc": _on_path("Orthanc"),
     "dcmtk": _on_path("storescu", "echoscu", "findscu", "storescp"),
     "dciodvfy": _on_path("dciodvfy"),
     "dcmqi": _on_path("segimage2itkimage", "tid1500reader"),
     "node": _node_modules,
+    "surface-distance": _importable("surface_distance"),
     "torch": _importable("torch"),
+    "blosc2": _importable("blosc2"),
+    "nnunet": _nnunet,
     "postgresql": _postgresql,
 }
+
+
+_OPTIONAL = frozenset({"nnunet"})
 
 
 def _absent(what: str, reason: str) -> None:
@@ -74,6 +89,8 @@ def require_peer(*names: str) -> None:
     """Skip (or fail, under SEGGATE_REQUIRE_PEERS=1) unless every named peer is there."""
     for name in names:
         reason = _PEERS[name]()
+        if reason is not None and name in _OPTIONAL:
+            pytest.skip(f"{name}: {reason}", allow_module_level=True)
         if reason is not None:
             _absent(name, reason)
 

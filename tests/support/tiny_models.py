@@ -13,7 +13,17 @@ from onnx import TensorProto, helper, numpy_helper
 
 from engine.bundle import Bundle, write_bundle
 from engine.labels import LabelManager
-from engine.manifest import BundleConfiguration, Channel, Code, Contract, Fold, LabelSpec, Manifest, QualityThresholds
+from engine.manifest import (
+    BundleConfiguration,
+    Channel,
+    Code,
+    Contract,
+    Ensemble,
+    Fold,
+    LabelSpec,
+    Manifest,
+    QualityThresholds,
+)
 
 
 def write_pointwise_network(
@@ -136,6 +146,7 @@ def write_tiny_bundle(
     transpose_forward: Sequence[int] = (0, 1, 2),
     regions_class_order: Sequence[int] | None = None,
     postprocessing: Mapping[str, Any] | None = None,
+    ensemble: Ensemble = "probabilities",
 ) -> Bundle:
     """Completes a bundle around networks that lie at <configuration>/fold_<n>.onnx below `root`."""
     dataset: dict[str, Any] = {
@@ -194,7 +205,7 @@ def write_tiny_bundle(
             )
             for name, planned in configurations.items()
         ),
-        ensemble="probabilities",
+        ensemble=ensemble,
         step_size=0.5,
         parity=(),
         quality=QualityThresholds(min_confidence=0.5, min_fold_dice=0.7, min_mirror_dice=0.7, max_components={}),

@@ -28,6 +28,10 @@ WHOLE_MEANING = {
     "SpoolUnsafe": Transient,
     "DatabaseAway": Transient,
     "InputRejected": Rejected,
+    "NotFinite": Rejected,
+    "DatasetInvalid": Rejected,
+    "TrainingRefused": Rejected,
+    "WorkerDied": Transient,
     "ImportRefused": Rejected,
     "IntakeRejected": Rejected,
 }

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import SimpleITK as sitk
 from numpy.typing import NDArray
 
 from engine.errors import InputRejected
-from engine.nifti import read_label_map, read_nifti, write_nifti
+from engine.nifti import read_label_map, read_nifti, read_spacing_mm, write_nifti
 from engine.volume import Geometry, LabelMap
 from tests.unit.test_volume import oblique
 
@@ -80,3 +81,24 @@ def test_a_single_2d_image_is_one_slice(tmp_path: Path) -> None:
     volume = read_nifti([tmp_path / "a.mha"])
     assert volume.array.shape == (1, 1, 3, 4)
     assert isinstance(volume.geometry, Geometry)
+
+
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+def test_a_file_that_ends_before_its_last_voxel_is_refused(tmp_path: Path, ending: str) -> None:
+    path = write_image(tmp_path / f"short{ending}", np.ones((4, 5, 6), dtype=np.int16))
+    content = path.read_bytes()
+    path.write_bytes(
+        gzip.compress(gzip.decompress(content)[:-100]) if ending == ".nii.gz" else content[:-100],
+    )
+    with pytest.raises(InputRejected, match=r"short\.nii"):
+        read_nifti([path])
+    with pytest.raises(InputRejected, match=r"short\.nii"):
+        read_label_map(path)
+
+
+def test_spacing_comes_from_the_header_to_the_last_bit(tmp_path: Path) -> None:
+    path = write_image(tmp_path / "a.nii.gz", np.ones((4, 5, 6), dtype=np.int16), (0.9, 0.7, 3.3))
+    assert read_spacing_mm(path) == tuple(float(np.float32(v)) for v in (3.3, 0.7, 0.9))
+    (tmp_path / "b.nii.gz").write_bytes(b"nothing")
+    with pytest.raises(InputRejected, match=r"b\.nii\.gz"):
+        read_spacing_mm(tmp_path / "b.nii.gz")

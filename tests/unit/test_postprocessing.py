@@ -66,3 +66,23 @@ def test_nothing_to_do_is_no_step_and_an_empty_map_stays_empty() -> None:
 def test_what_is_not_on_the_list_is_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(BundleInvalid, match=message):
         read_postprocessing(wrong)
+
+
+@pytest.mark.requirement("ART-12", open="chosen on validation")
+def test_the_k_largest_components_are_kept_with_those_that_are_as_large_as_the_last() -> None:
+    row = [1, 1, 1, 0, 1, 1, 0, 1, 1, 0, 1, 0]
+    (step,) = read_postprocessing(document({"labels_or_regions": 1, "count": 2}, function="keep_largest_components"))
+    labels = np.array(row, dtype=np.uint8).reshape(1, 1, 12)
+    apply_postprocessing(labels, [step])
+    assert labels.ravel().tolist() == [1, 1, 1, 0, 1, 1, 0, 1, 1, 0, 0, 0]
+    few = np.array([1, 0, 1], dtype=np.uint8).reshape(1, 1, 3)
+    apply_postprocessing(few, [step])
+    assert few.ravel().tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("function", "count"), [(NAME, 2), ("keep_largest_components", 0), ("keep_largest_components", True)]
+)
+def test_a_count_that_is_none_or_not_nnunets_is_refused(function: str, count: object) -> None:
+    with pytest.raises(BundleInvalid, match=r"count|known arguments"):
+        read_postprocessing(document({"labels_or_regions": 1, "count": count}, function=function))

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from engine.bundle import Bundle
 from engine.errors import BundleInvalid, InputRejected, MemoryExceeded
+from engine.manifest import Ensemble
 from engine.predictor import Prediction, Predictor
 from engine.volume import Geometry, Volume
 from tests.support.tiny_models import configuration_json, write_pointwise_network, write_tiny_bundle
@@ -126,6 +127,27 @@ def test_the_mean_over_folds_decides_and_their_disagreement_is_told(tmp_path: Pa
     assert both.segments[1].fold_dice is None  # in neither fold
     assert predict(bundle, volume, folds=["1"]).segments[0].voxels == 64
     assert predict(bundle, volume, folds=["0"]).segments[0].fold_dice is None
+
+
+@pytest.mark.requirement("ART-11")
+@pytest.mark.parametrize(("ensemble", "voxels"), [("probabilities", 512), ("probabilities-of-folds", 0)])
+def test_folds_are_joined_by_their_logits_or_by_their_probabilities_as_the_bundle_says(
+    tmp_path: Path, ensemble: Ensemble, voxels: int
+) -> None:
+    # One fold is sure of label 1, two lean to the background: 10, -2 and -2 are 2 in the mean of the logits, and
+    # 1.00, 0.12 and 0.12 are 0.41 in the mean of the probabilities.
+    for fold, logit in enumerate((10, -2, -2)):
+        bias = np.array([0, logit, -50], dtype=np.float32)
+        write_pointwise_network(tmp_path / "3d_fullres" / f"fold_{fold}.onnx", 0 * WEIGHTS, bias, (8, 8, 8))
+    bundle = write_tiny_bundle(
+        tmp_path,
+        labels=THREE_LABELS,
+        configurations={"3d_fullres": configuration_json((8, 8, 8), (1.0, 1.0, 1.0))},
+        ensemble=ensemble,
+    )
+    array = np.full((1, 8, 8, 8), 5.0, dtype=np.float32)
+    found = predict(bundle, Volume(array=array, geometry=Geometry(shape=(8, 8, 8), affine_lps=np.eye(4))))
+    assert found.segments[0].voxels == voxels
 
 
 def test_mirroring_is_the_models_and_can_be_switched_off(tmp_path: Path) -> None:

@@ -1,0 +1,127 @@
+"""Wall time of a training step: nnU-Net's own trainer and ours, in turns, on one machine.
+
+    python -m benchmarks.train --nnunet-python PYTHON [--json] [--steps N] [--rounds N] [--cases N]
+
+Both train the 3D configuration of `shared/models` on the same hippocampus cases, each with its own loader and
+augmentation. A turn is some steps that are not counted, until what was made ahead is used up, and then N that are.
+`step_ratio` is nnU-Net's median second per step by ours in half precision, `step_ratio_float32` by ours in float32.
+The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGURATION = "3d_fullres"
+DATASET = "Dataset004_Hippocampus"
+WARM_UP = 10
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.train", description=__doc__)
+    parser.add_argument("--nnunet-python", default=os.environ.get("SEGGATE_NNUNET_PYTHON"))
+    parser.add_argument("--steps", type=int, default=20, help="counted steps of a turn")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--cases", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--json", action="store_true", help="only the JSON object")
+    options = parser.parse_args()
+    if options.nnunet_python is None:
+        parser.error("--nnunet-python or SEGGATE_NNUNET_PYTHON must name a Python that has nnunetv2")
+    with tempfile.TemporaryDirectory(prefix="seggate-train-") as scratch:
+        report = measure(options, Path(scratch))
+    print(json.dumps(report))
+    return 0
+
+
+def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    shared = Path(os.environ.get("SEGGATE_SHARED", ROOT.parent / "shared"))
+    plans = shared / "models" / DATASET / f"nnUNetTrainer__nnUNetSmallPlans__{CONFIGURATION}" / "plans.json"
+    raw = scratch / "raw" / DATASET
+    _copy_cases(shared / "data" / DATASET, raw, options.cases)
+    (scratch / "preprocessed" / DATASET).mkdir(parents=True)
+    shutil.copy(raw / "dataset.json", scratch / "preprocessed" / DATASET)
+    folders = [str(scratch / name) for name in ("raw", "preprocessed", "results")]
+    theirs = [options.nnunet_python, str(ROOT / "benchmarks" / "nnunet_steps.py"), *folders, str(plans), CONFIGURATION]
+    ours = [sys.executable, "-m", "benchmarks.own_steps", str(raw), str(plans), CONFIGURATION]
+    half = _precision_name()
+    runners = {
+        "nnunet": _start([*theirs, str(options.threads)]),
+        half: _start([*ours, half, str(scratch / "ours_half"), str(options.threads)]),
+        "float32": _start([*ours, "float32", str(scratch / "ours_float32"), str(options.threads)]),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in runners}
+    try:
+        for number in range(options.rounds):
+            for name, runner in runners.items():
+                _steps(runner, WARM_UP)
+                seconds[name].append(_steps(runner, options.steps) / options.steps)
+                if not options.json:
+                    print(f"round {number}: {name} {seconds[name][-1]:.4f} s a step", file=sys.stderr)
+    finally:
+        for runner in runners.values():
+            runner.communicate()
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    return {
+        "machine": f"{platform.processor() or platform.machine()}, {options.threads} threads",
+        "precision": half,
+        "steps": options.steps,
+        "rounds": options.rounds,
+        "step_s": {name: [round(value, 4) for value in values] for name, values in seconds.items()},
+        "step_ratio": round(median["nnunet"] / median[half], 3),
+        "step_ratio_float32": round(median["nnunet"] / median["float32"], 3),
+    }
+
+
+def _precision_name() -> str:
+    import torch
+
+    from engine.training import default_precision
+
+    found = default_precision(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return "bf16" if found == "float32" else found
+
+
+def _copy_cases(source: Path, target: Path, count: int) -> None:
+    """The first cases of the dataset, with a dataset.json that counts them."""
+    document = json.loads((source / "dataset.json").read_text())
+    for sub in ("imagesTr", "labelsTr"):
+        (target / sub).mkdir(parents=True)
+    for label in sorted((source / "labelsTr").glob(f"*{document['file_ending']}"))[:count]:
+        name = label.name.removesuffix(document["file_ending"])
+        shutil.copy(label, target / "labelsTr")
+        for image in (source / "imagesTr").glob(f"{name}_????{document['file_ending']}"):
+            shutil.copy(image, target / "imagesTr")
+    (target / "dataset.json").write_text(json.dumps({**document, "numTraining": count}))
+
+
+def _start(command: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+
+
+def _steps(runner: subprocess.Popen[str], count: int) -> float:
+    assert runner.stdin is not None
+    assert runner.stdout is not None
+    runner.stdin.write(f"{count}\n")
+    runner.stdin.flush()
+    answer = runner.stdout.readline()
+    if not answer:
+        raise SystemExit(f"{runner.args}: ended with {runner.wait()}; run it alone to see why")
+    return float(answer)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""Batches for training and online validation, made ahead by threads while the network is at work (torch).
+
+A batch depends on the seed and its place (epoch, iteration) alone: the number of threads changes nothing, and a
+training that was resumed sees what it would have seen.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engine.augmentation import UNCHANGED, augment_batch, draw_batch
+from engine.augmentation_profile import AugmentationPlan, SampleDraw
+from engine.errors import DatasetInvalid
+from engine.labels import LabelManager
+from engine.preprocessed import PreprocessedCase, open_case
+from engine.preprocessing import OUTSIDE
+from engine.sampling import PatchSampler, central_bounds, read_patch
+
+Batch = tuple[Tensor, Tensor]
+"""Images (B, C, *patch) float32 and labels (B, *patch) int16, none negative."""
+
+_OPEN_CASES = 200  # each has two files mapped, and a process may have about a thousand
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSource:
+    """What batches are made of. `samples` are this process's indices into the batch of all processes; training draws
+    augmentations, validation takes the middle of what the sampler chose."""
+
+    folder: Path
+    names: Sequence[str]
+    labels: LabelManager
+    sampler: PatchSampler
+    plan: AugmentationPlan
+    channels: int
+    samples: Sequence[int]
+    device: torch.device
+    _open: Callable[[str], PreprocessedCase] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_open", lru_cache(_OPEN_CASES)(self._open_case))
+
+    def batch(self, epoch: int, iteration: int) -> Batch:
+        """Raises DatasetInvalid when a case is not readable or has another number of channels."""
+        if self.sampler.stage == "training":
+            draws = draw_batch(
+                self.plan, self.channels, self.samples, seed=self.sampler.seed, epoch=epoch, iteration=iteration
+            )
+        else:
+            draws = [UNCHANGED] * len(self.samples)
+        images, labels = [], []
+        for sample, draw in zip(self.samples, draws, strict=True):
+            image, seg = self._read(epoch, iteration, sample, draw)
+            images.append(image)
+            labels.append(seg)
+        return augment_batch(images, labels, draws, self.plan)
+
+    def _read(self, epoch: int, iteration: int, sample: int, draw: SampleDraw) -> tuple[Tensor, Tensor]:
+        case = self._open(self.names[self.sampler.case(epoch=epoch, iteration=iteration, sample=sample)])
+        bounds = self.sampler.bounds(
+            case.labels_1ZYX.shape[1:], case.locations, epoch=epoch, iteration=iteration, sample=sample
+        )
+        if not draw.is_spatial:
+            bounds = central_bounds(bounds, self.plan.patch_size)
+        image = read_patch(case.image_CZYX, bounds, 0)
+        labels = read_patch(case.labels_1ZYX, bounds, OUTSIDE)
+        if len(self.plan.patch_size) == 2:
+            image, labels = image[:, 0], labels[:, 0]
+        return self._tensor(image), self._tensor(labels)
+
+    def _tensor(self, array: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
+
+    def _open_case(self, name: str) -> PreprocessedCase:
+        case = open_case(self.folder, name, self.labels)
+        if case.image_CZYX.shape[0] != self.channels:
+            raise DatasetInvalid(
+                f"{self.folder.name}/{name}: {case.image_CZYX.shape[0]} channel(s) where the network takes "
+                f"{self.channels}; preprocess the dataset with these plans"
+            )
+        return case
+
+
+class BatchStream:
+    """The batches of an epoch in order, `ahead` of them in the making by `threads`. To be closed, or used as a context.
+
+    With 0 threads each batch is made when it is asked for.
+    """
+
+    def __init__(self, source: BatchSource, *, threads: int = 1, ahead: int = 3) -> None:
+        self._source = source
+        self._ahead = ahead
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="batches") if threads else None
+
+    def epoch(self, epoch: int, iterations: int, *, first: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from iteration `first` on."""
+        places = iter(range(first, iterations))
+        if self._pool is None:
+            for iteration in places:
+                yield self._source.batch(epoch, iteration)
+            return
+        waiting: deque[Future[Batch]] = deque(
+            self._pool.submit(self._source.batch, epoch, iteration) for iteration in islice(places, self._ahead)
+        )
+        try:
+            while waiting:
+                batch = waiting.popleft().result()
+                for iteration in islice(places, 1):
+                    waiting.append(self._pool.submit(self._source.batch, epoch, iteration))
+                yield batch
+        finally:
+            for future in waiting:
+                future.cancel()
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def __enter__(self) -> BatchStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,170 @@
+"""Where the files of a model in the making lie, in nnU-Net's layout (facts: nnU-Net v2, §1.4 and §1.5).
+
+<preprocessed>/<dataset>/   dataset.json  dataset_fingerprint.json  <plans>.json  splits_final.json
+                            <data_identifier>/   preprocessed cases (engine/preprocessed.py)
+<results>/<dataset>/<trainer>__<plans>__<configuration>/
+                            plans.json  dataset.json  dataset_fingerprint.json  fold_0/ ... fold_all/
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.dataset import DATASET_JSON, RawDataset, open_dataset
+from engine.errors import DatasetInvalid, DiskTooSmall, ImportRefused
+from engine.fingerprint import FINGERPRINT_JSON, Fingerprint, read_fingerprint
+from engine.json_reader import read_json
+from engine.json_writer import write_json
+from engine.parallel import Progress
+from engine.plans import Configuration, Plans, read_plans
+from engine.preprocessed import PreprocessJob, needed_bytes, preprocess_dataset
+from engine.splits import SPLITS_JSON, Split, read_splits
+
+PLANS_JSON = "plans.json"
+REQUEST, LOG, EPOCHS = "training.json", "training_log.txt", "training_log.jsonl"
+PROGRESS, BEST_CASE, WORST_CASE = "progress.png", "overlay_best.png", "overlay_worst.png"
+VALIDATION, LOGITS = "validation", "validation_logits"
+"""Of a fold's folder (engine/fold_training.py)."""
+ALL = "all"
+"""nnU-Net's name of the fold that is trained and validated on every case."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """A planned dataset: `folder` is <preprocessed>/<name>; `plans_json` the content of its plans file.
+
+    `dataset` has the raw images and labels. The plans' own name is part of every result folder's name.
+    """
+
+    name: str
+    dataset: RawDataset
+    folder: Path
+    plans_json: Mapping[str, Any]
+    plans: Plans
+
+    def configuration(self, name: str) -> Configuration:
+        """Raises DatasetInvalid, naming those that there are."""
+        if name not in self.plans.configurations:
+            there = ", ".join(self.plans.configurations)
+            raise DatasetInvalid(f"{self.plans.plans_name}: no configuration {name[:80]!r}; there are {there}")
+        return self.plans.configurations[name]
+
+    def data_folder(self, configuration: str) -> Path:
+        """Where the preprocessed cases of a configuration lie."""
+        return self.folder / self.configuration(configuration).data_identifier
+
+    def fingerprint(self) -> Fingerprint:
+        return read_fingerprint(self.folder / FINGERPRINT_JSON)
+
+    def split(self, fold: str) -> Split:
+        """The cases of a fold; `all` trains and validates on every case. Raises DatasetInvalid for a fold that the
+        splits do not have, or where there are no splits."""
+        names = tuple(case.name for case in self.dataset.cases)
+        if fold == ALL:
+            return Split(train=names, val=names)
+        splits = self.splits()
+        if not fold.isdecimal() or int(fold) >= len(splits):
+            raise DatasetInvalid(f"{SPLITS_JSON}: no fold {fold[:20]!r}; there are 0 to {len(splits) - 1}, and {ALL}")
+        return splits[int(fold)]
+
+    def splits(self) -> tuple[Split, ...]:
+        path = self.folder / SPLITS_JSON
+        if not path.exists():
+            raise DatasetInvalid(f"{self.name}: there is no {SPLITS_JSON}; only the fold `{ALL}` can be trained")
+        return read_splits(path, [case.name for case in self.dataset.cases])
+
+    def job(self, configurations: Sequence[str]) -> PreprocessJob:
+        """What preprocessing these configurations needs; those that share their data are made once."""
+        by_folder = {c.data_identifier: c for c in reversed([self.configuration(name) for name in configurations])}
+        chosen = tuple(reversed(by_folder.values()))
+        return PreprocessJob(
+            plans=self.plans,
+            configurations=chosen,
+            dataset_json=self.dataset.json,
+            folders={c.name: self.folder / c.data_identifier for c in chosen},
+        )
+
+    def model_folder(self, results: Path, trainer: str, configuration: str) -> Path:
+        return results / self.name / f"{trainer}__{self.plans.plans_name}__{configuration}"
+
+    def prepare_model_folder(self, folder: Path) -> None:
+        """Puts plans.json, dataset.json and the fingerprint there, as nnU-Net wants them beside its folds.
+
+        Raises DatasetInvalid when the folder has folds of other plans or labels: they would not fit any more.
+        """
+        documents = {PLANS_JSON: dict(self.plans_json), DATASET_JSON: dict(self.dataset.json.document)}
+        for name, document in documents.items():
+            path = folder / name
+            if not path.exists():
+                write_json(document, path)
+            elif _relevant(read_json(path, error=DatasetInvalid)) != _relevant(document):
+                raise DatasetInvalid(
+                    f"{folder.name}/{name} differs from what is to be trained; move that folder away, or plan under "
+                    "another --plans-name"
+                )
+        shutil.copyfile(self.folder / FINGERPRINT_JSON, folder / FINGERPRINT_JSON)
+
+
+def open_experiment(raw: Path, preprocessed: Path, *, plans_name: str | None, name: str | None = None) -> Experiment:
+    """The dataset in `raw` with the plans that `seggate plan` or nnU-Net wrote; without `plans_name` the only ones.
+
+    Raises DatasetInvalid when there are none or several, ImportRefused when they cannot be read.
+    """
+    dataset = open_dataset(raw)
+    folder = preprocessed / (name or dataset.name)
+    path = folder / f"{plans_name}.json" if plans_name is not None else _only_plans(folder)
+    if not path.is_file():
+        raise DatasetInvalid(f"{path} is not there: run `seggate plan` first")
+    document = read_json(path, error=ImportRefused)
+    return Experiment(name=folder.name, dataset=dataset, folder=folder, plans_json=document, plans=read_plans(document))
+
+
+def preprocess_experiment(
+    experiment: Experiment, configurations: Sequence[str], *, processes: int, progress: Progress | None = None
+) -> int:
+    """Makes the preprocessed cases that are not there yet; returns how many cases something was made for.
+
+    Raises DiskTooSmall with the numbers before anything is written, and what `preprocess_dataset` raises.
+    """
+    job = experiment.job(configurations)
+    fingerprint = experiment.fingerprint()
+    needed = needed_bytes(job, fingerprint.shapes_after_crop, fingerprint.spacings)
+    there = sum(path.stat().st_size for folder in job.folders.values() for path in folder.glob("*.npy"))
+    check_disk(experiment.folder, needed - there, "the preprocessed cases")
+    return preprocess_dataset(job, experiment.dataset.cases, processes=processes, progress=progress)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a fold's folder has a trained and validated network, with everything that is made of it."""
+    return (folder / REQUEST).exists() and "result" in read_json(folder / REQUEST, error=DatasetInvalid)
+
+
+def check_disk(folder: Path, needed: int, what: str) -> None:
+    """Raises DiskTooSmall when `folder`'s disk has less than `needed` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise DiskTooSmall(
+            f"{what} need about {needed / 2**20:,.0f} MiB and {free / 2**20:,.0f} MiB are free on the disk of "
+            f"{folder}; free some, or choose another folder"
+        )
+
+
+def _only_plans(folder: Path) -> Path:
+    others = {DATASET_JSON, FINGERPRINT_JSON, SPLITS_JSON}
+    found = sorted(path for path in folder.glob("*.json") if path.name not in others)
+    if len(found) > 1:
+        names = ", ".join(path.stem for path in found)
+        raise DatasetInvalid(f"{folder.name} has several plans ({names}); choose with --plans-name")
+    return found[0] if found else folder / "nnUNetPlans.json"
+
+
+def _relevant(document: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a network that was trained depends on: of dataset.json its labels and channels, of plans all."""
+    if "configurations" in document:
+        return document
+    keys = ("labels", "regions_class_order", "channel_names", "modality", "file_ending")
+    return {key: document[key] for key in keys if key in document}

@@ -1,0 +1,354 @@
+"""One fold of one configuration, from preprocessed cases to a validated network (torch).
+
+    train ─▶ checkpoint_final.pth ─▶ validate ─▶ validation/CASE.nii.gz, summary.json ─▶ pictures
+
+    fold_X/  training.json        what was asked for, with the fold's cases
+             training_log.txt     what happened, in lines with their time
+             training_log.jsonl   one epoch a line
+             progress.png         overlay_best.png  overlay_worst.png
+             checkpoint_*.pth     validation/  validation_logits/
+
+Each part is left out when it is there already, so that a fold that was stopped or killed anywhere is finished by
+starting it again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from engine.augmentation_profile import AugmentationPlan
+from engine.dataset import read_case
+from engine.errors import DatasetInvalid, TrainingRefused
+from engine.experiment import (
+    ALL,
+    BEST_CASE,
+    EPOCHS,
+    LOG,
+    LOGITS,
+    PROGRESS,
+    REQUEST,
+    VALIDATION,
+    WORST_CASE,
+    Experiment,
+    check_disk,
+    is_finished,
+)
+from engine.json_writer import write_json
+from engine.metrics import CaseMetrics, CompositeScore, composite_score
+from engine.nifti import read_label_map
+from engine.parallel import Progress
+from engine.preprocessed import open_case
+from engine.schedule import Schedule
+from engine.sides import Mirroring, SidesPolicy, plan_mirroring
+from engine.splits import Split, hold_out
+from engine.training import Precision, Trainer, TrainingSetup
+from engine.training_checkpoint import LATEST, init_args
+from engine.training_lock import is_asked_to_stop, training_lock
+from engine.training_log import EpochRecord
+from engine.training_plots import draw_overlay, draw_progress
+from engine.training_profile import TrainingProfile
+from engine.validation import ModelInTraining, TorchBackend, cases_named, measure_on, validate
+
+_REDRAW_EVERY_S = 30.0
+# Of a checkpoint: the best, the latest or final one, and the next while it is written.
+_CHECKPOINTS = 3
+# Bytes a parameter: itself and its momentum, float32.
+_BYTES = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoldRequest:
+    """What is to be trained. The fold's own seed is `seed` plus its number, so that the members of an ensemble start
+    differently. `keeps_logits`: for ensembles of configurations (engine/selection.py)."""
+
+    experiment: Experiment
+    results: Path
+    configuration: str
+    fold: str
+    profile: TrainingProfile
+    schedule: Schedule
+    seed: int
+    device: torch.device
+    precision: Precision
+    deterministic: bool
+    sides: SidesPolicy = "keep"
+    keeps_logits: bool = True
+    loader_threads: int = 1
+
+    @property
+    def model_folder(self) -> Path:
+        return self.experiment.model_folder(self.results, self.profile.trainer, self.configuration)
+
+    @property
+    def folder(self) -> Path:
+        return self.model_folder / f"fold_{self.fold}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoldReport:
+    """Where somebody wants to know how it goes: `line` gets what also goes into the log, `epoch` the record and the
+    epochs of the schedule, `case` validated cases and how many there are."""
+
+    line: Callable[[str], None] = lambda _text: None
+    epoch: Callable[[EpochRecord, int], None] = lambda _record, _epochs: None
+    case: Progress = lambda _done, _total: None
+
+
+def train_fold(
+    request: FoldRequest, *, stop: Callable[[], bool] = lambda: False, report: FoldReport | None = None
+) -> bool:
+    """True when the fold is trained and validated, False when it was told to stop: then it goes on when called again.
+
+    Raises TrainingRefused (another process trains it, or its checkpoint is of another training), TrainingDiverged,
+    DatasetInvalid, InputRejected, DiskTooSmall, OSError; the last checkpoint stays.
+    """
+    with training_lock(request.folder):
+        request.experiment.prepare_model_folder(request.model_folder)
+        if is_finished(request.folder):
+            return True
+        fold = _Fold(request, lambda: stop() or is_asked_to_stop(request.folder), report or FoldReport())
+        try:
+            return fold.run()
+        except Exception as error:
+            fold.log(f"failed: {error}")
+            raise
+
+
+class _Fold:
+    """One run of `train_fold`; its parts share the request."""
+
+    def __init__(self, request: FoldRequest, stop: Callable[[], bool], report: FoldReport) -> None:
+        self.request, self.stop, self.report = request, stop, report
+        self.experiment = request.experiment
+        self.configuration = request.experiment.configuration(request.configuration)
+        if self.configuration.previous_stage is not None:
+            raise TrainingRefused(
+                f"{request.configuration} is a cascade: it is trained by nnU-Net, and run here when it was imported"
+            )
+        self.labels = self.experiment.dataset.json.labels
+        self.split, self.held_out = self._cases()
+        self.mirroring = plan_mirroring(
+            self.experiment.dataset, self.experiment.plans, self.configuration, request.sides
+        )
+        self._drawn = 0.0
+
+    def run(self) -> bool:
+        request = self.request
+        trainer = Trainer(self._setup(), request.folder)
+        self._check_disk(trainer.network)
+        self._begin(trainer)
+        judge = self._judge if self.held_out else None
+        if not trainer.run(stop=self.stop, report=lambda record: self._epoch(trainer, record), judge=judge):
+            self._write_epochs(trainer.records)
+            self.log(f"stopped in epoch {trainer.epoch}; a checkpoint is written")
+            return False
+        self._write_epochs(trainer.records)
+        self._draw(trainer.records)
+        self.log(f"trained for {len(trainer.records)} epochs; {len(self.split.val)} cases are validated")
+        measured = validate(
+            self._model(trainer.network, self.mirror_axes),
+            self.experiment.dataset,
+            self.split.val,
+            request.folder / VALIDATION,
+            logits_folder=request.folder / LOGITS if request.keeps_logits else None,
+            stop=self.stop,
+            progress=self.report.case,
+        )
+        if measured is None:
+            self.log("stopped while cases were validated")
+            return False
+        self._draw_cases(measured)
+        score = composite_score(measured)
+        self.log(f"validated: {describe(score)}")
+        write_json({**self._request_json(), "result": asdict(score)}, request.folder / REQUEST)
+        return True
+
+    @property
+    def mirror_axes(self) -> tuple[int, ...]:
+        return self._augmentation().inference_mirror_axes
+
+    def log(self, text: str) -> None:
+        """A line with its time in the fold's log, and to whoever listens."""
+        with (self.request.folder / LOG).open("a", encoding="utf-8") as file:
+            file.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')} {text}\n")
+        self.report.line(text)
+
+    def _cases(self) -> tuple[Split, tuple[str, ...]]:
+        """The fold without its hold-out, and the hold-out (empty without one)."""
+        split, share = self.experiment.split(self.request.fold), self.request.profile.hold_out_share
+        if share is None:
+            return split, ()
+        summaries = {case.name: case for case in self.experiment.fingerprint().cases}
+        missing = [name for name in split.train if name not in summaries]
+        if missing:
+            raise DatasetInvalid(
+                f"the fingerprint says nothing about {missing[0]} ({len(missing)} such); the hold-out needs volume and "
+                "labels of every case: run `seggate plan` again"
+            )
+        parted = hold_out(
+            [summaries[name] for name in split.train], patients=self.experiment.dataset.json.patients, share=share
+        )
+        return Split(train=parted.train, val=split.val), parted.val
+
+    def _augmentation(self) -> AugmentationPlan:
+        mirroring: Mirroring = self.mirroring
+        return AugmentationPlan(
+            profile=self.request.profile.augmentation,
+            patch_size=self.configuration.patch_size,
+            spacing_mm=self.configuration.spacing_mm,
+            mirror_axes=mirroring.axes,
+            lateral_axis=mirroring.lateral_axis,
+            paired_labels=mirroring.paired_labels,
+            masked_channels=tuple(i for i, masked in enumerate(self.configuration.use_mask_for_norm) if masked),
+        )
+
+    def _setup(self) -> TrainingSetup:
+        request, experiment = self.request, self.experiment
+        fold = int(request.fold) if request.fold != ALL else ALL
+        return TrainingSetup(
+            configuration=self.configuration,
+            batch_dice=self.configuration.batch_dice,
+            labels=self.labels,
+            channels=len(experiment.dataset.json.channel_names),
+            folder=experiment.data_folder(request.configuration),
+            training_cases=self.split.train,
+            # The fold's validation cases stay untouched where there is a hold-out.
+            validation_cases=self.held_out or self.split.val,
+            augmentation=self._augmentation(),
+            schedule=request.schedule,
+            seed=request.seed + (fold if isinstance(fold, int) else 0),
+            device=request.device,
+            precision=request.precision,
+            deterministic=request.deterministic,
+            init_args=init_args(experiment.plans_json, request.configuration, fold, experiment.dataset.json.document),
+            loader_threads=request.loader_threads,
+        )
+
+    def _model(self, network: nn.Module, mirror_axes: tuple[int, ...]) -> ModelInTraining:
+        return ModelInTraining(
+            plans=self.experiment.plans,
+            configuration=self.configuration,
+            labels=self.labels,
+            backends=(TorchBackend(network),),
+            mirror_axes=mirror_axes,
+        )
+
+    def _judge(self, network: nn.Module, epoch: int) -> CompositeScore | None:
+        """The hold-out's whole cases, without mirrored passes: eight times faster, and alike for every epoch."""
+        if epoch % self.request.profile.hold_out_every:
+            return None
+        model = self._model(network, ())
+        return composite_score(measure_on(model, self.experiment.dataset, self.held_out, stop=self.stop))
+
+    def _check_disk(self, network: nn.Module) -> None:
+        needed = _CHECKPOINTS * _BYTES * sum(p.numel() for p in network.parameters())
+        folder = self.request.folder
+        if self.request.keeps_logits:
+            data = self.experiment.data_folder(self.request.configuration)
+            for name in self.split.val:
+                shape = open_case(data, name, self.labels).image_CZYX.shape[1:]
+                needed += 2 * self.labels.num_heads * shape[0] * shape[1] * shape[2]
+        there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        check_disk(folder, needed - there, "checkpoints and validation")
+
+    def _request_json(self) -> dict[str, object]:
+        request = self.request
+        return {
+            "profile": request.profile.name,
+            "configuration": request.configuration,
+            "fold": request.fold,
+            "schedule": asdict(request.schedule),
+            "seed": request.seed,
+            "precision": request.precision,
+            "deterministic": request.deterministic,
+            "mirror_axes": list(self.mirroring.axes),
+            "inference_mirror_axes": list(self.mirror_axes),
+            "train": list(self.split.train),
+            "hold_out": list(self.held_out),
+            "val": list(self.split.val),
+        }
+
+    def _begin(self, trainer: Trainer) -> None:
+        request, schedule = self.request, self.request.schedule
+        write_json(self._request_json(), request.folder / REQUEST)
+        if trainer.is_finished:
+            return
+        where = "goes on" if (request.folder / LATEST).exists() else "begins"
+        self.log(
+            f"{request.configuration}, fold {request.fold}: {where} at epoch {trainer.epoch} of {schedule.epochs} on "
+            f"{request.device.type} in {request.precision}; {len(self.split.train)} cases to train on, "
+            f"{len(self.held_out)} held out, {len(self.split.val)} to validate on"
+        )
+        if self.mirroring.note:
+            self.log(self.mirroring.note)
+        if (schedule.epochs, schedule.iterations) != (1000, 250):
+            self.log(
+                f"nnU-Net cannot go on from these checkpoints with this schedule ({schedule.epochs} x "
+                f"{schedule.iterations}): its own trainer assumes 1000 epochs of 250 iterations"
+            )
+
+    def _epoch(self, trainer: Trainer, record: EpochRecord) -> None:
+        whole = "" if record.hold_out is None else f"; hold-out: {describe(record.hold_out)}"
+        self.log(
+            f"epoch {record.epoch}: loss {record.train_loss:.4f}, validation {record.validation_loss:.4f}, "
+            f"Dice {record.mean_dice:.4f} (moving average {record.ema_dice:.4f}), "
+            f"learning rate {record.learning_rate:.2g}, {record.seconds:.1f} s{whole}"
+        )
+        self._write_epochs(trainer.records)
+        if time.monotonic() - self._drawn >= _REDRAW_EVERY_S:
+            self._draw(trainer.records)
+        self.report.epoch(record, self.request.schedule.epochs)
+
+    def _write_epochs(self, records: Sequence[EpochRecord]) -> None:
+        """All of them each time: what was lost with a killed process is not in the file either."""
+        path = self.request.folder / EPOCHS
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        partial.write_text("".join(json.dumps(_line(record)) + "\n" for record in records), encoding="utf-8")
+        partial.replace(path)
+
+    def _draw(self, records: Sequence[EpochRecord]) -> None:
+        draw_progress(records, self.request.folder / PROGRESS, labels=[label.name for label in self.labels.foreground])
+        self._drawn = time.monotonic()
+
+    def _draw_cases(self, measured: Sequence[CaseMetrics]) -> None:
+        """The best and the worst case of the validation, by the mean Dice of their labels."""
+        means: dict[str, float] = {}
+        for name, metrics in zip(self.split.val, measured, strict=True):
+            dice = composite_score([metrics]).dice
+            if dice is not None:
+                means[name] = dice
+        if not means:
+            return
+        dataset, ending = self.experiment.dataset, self.experiment.dataset.json.file_ending
+        best, worst = max(means, key=lambda name: means[name]), min(means, key=lambda name: means[name])
+        for name, what, file in ((best, "best", BEST_CASE), (worst, "worst", WORST_CASE)):
+            loaded = read_case(cases_named(dataset, [name])[0], dataset.json)
+            predicted = read_label_map(self.request.folder / VALIDATION / f"{name}{ending}")
+            draw_overlay(
+                loaded.volume.array[0],
+                loaded.labels.array,
+                predicted.reoriented(dataset.json.orientation)[0].array,
+                loaded.volume.geometry.spacing_mm,
+                f"{what} of {len(means)} cases: {name}, mean Dice {means[name]:.3f}; line: reference",
+                self.request.folder / file,
+            )
+
+
+def describe(score: CompositeScore) -> str:
+    """The three means in words."""
+    if score.dice is None or score.hd95_mm is None or score.surface_dice is None:
+        return "no label on either side"
+    return f"Dice {score.dice:.4f}, HD95 {score.hd95_mm:.2f} mm, surface Dice {score.surface_dice:.4f}"
+
+
+def _line(record: EpochRecord) -> dict[str, object]:
+    return {**record.as_plain(), "score": record.score}

@@ -1,0 +1,92 @@
+"""What is known of a model that was trained here, for its card: figures of its validation, origin, voxel order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from engine.dataset import RawDataset
+from engine.errors import DatasetInvalid
+from engine.experiment import Experiment
+from engine.json_reader import Reader, read_json
+from engine.labels import LabelManager
+from engine.metrics import SUMMARY, read_summary
+from engine.model_card import ModelCard
+from engine.nifti import read_orientation
+from engine.postprocessing_search import POSTPROCESSED
+from engine.selection import INFORMATION_JSON
+from engine.volume import AS_STORED
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """What `seggate select` wrote down. `summary` is the cross-validation's, after post-processing."""
+
+    trainer: str
+    configurations: tuple[str, ...]
+    folds: tuple[str, ...]
+    summary: Mapping[str, Any]
+
+
+def read_choice(experiment: Experiment, results: Path) -> Chosen:
+    """Raises DatasetInvalid when nothing was selected yet, or what was selected is gone."""
+    path = results / experiment.name / INFORMATION_JSON
+    if not path.exists():
+        raise DatasetInvalid(f"{experiment.name}: nothing is selected yet; run `seggate select` first")
+    information = Reader(read_json(path, error=DatasetInvalid), where=path.name, error=DatasetInvalid)
+    best = information.child("best_model_or_ensemble")
+    models = best.children("selected_model_or_models", lengths=(1, 8))
+    folds = information.integers("folds", 0, 999, lengths=(1, 1000))
+    # Relative to this folder: it may have been moved since.
+    winner = Path(best.text("postprocessing_file")).parent
+    inside = Path(*winner.parts[-2:])
+    return Chosen(
+        trainer=models[0].text("trainer"),
+        configurations=tuple(model.text("configuration") for model in models),
+        folds=tuple(map(str, folds)),
+        summary=read_summary(results / experiment.name / inside / POSTPROCESSED / SUMMARY),
+    )
+
+
+def complete_card(card: ModelCard, experiment: Experiment, chosen: Chosen) -> ModelCard:
+    """The card with what it does not say itself: figures as description, origin, orientation."""
+    document = experiment.dataset.json.document
+    described = [str(document[key]) for key in ("name", "reference", "release") if document.get(key)]
+    origin = (
+        f"trained by seggate ({chosen.trainer}: {', '.join(chosen.configurations)}, folds {', '.join(chosen.folds)}) "
+        f"on {len(experiment.dataset.cases)} cases of {experiment.name}"
+    )
+    return replace(
+        card,
+        description=card.description or f"{experiment.name}. {figures(chosen, experiment.dataset.json.labels)}",
+        origin=card.origin or "; ".join([origin, *described])[:1000],
+        contract={"orientation": training_orientation(experiment.dataset), **card.contract},
+    )
+
+
+def figures(chosen: Chosen, labels: LabelManager) -> str:
+    """The cross-validation in a sentence for each label."""
+    mean, cases = chosen.summary["mean"], len(chosen.summary["metric_per_case"])
+    parts = []
+    for label in labels.foreground:
+        key = str(label.region[0]) if len(label.region) == 1 else str(label.region)
+        if not math.isnan(mean[key]["Dice"]):
+            parts.append(
+                f"{label.name}: Dice {mean[key]['Dice']:.4f}, HD95 {mean[key]['HD95']:.2f} mm, "
+                f"surface Dice at 2 mm {mean[key]['SurfaceDice']:.4f}"
+            )
+    return (
+        f"Cross-validation of these networks, each of {cases} cases by the fold that never saw it: "
+        f"mean foreground Dice {chosen.summary['foreground_mean']['Dice']:.4f}; {'; '.join(parts)}."
+    )
+
+
+def training_orientation(dataset: RawDataset) -> str:
+    """The voxel order of the training images; as-stored where they differ: the networks saw every one of them."""
+    if dataset.json.orientation != AS_STORED:
+        return dataset.json.orientation
+    found = {read_orientation(case.channels[0]) for case in dataset.cases}
+    return found.pop() if len(found) == 1 else AS_STORED

@@ -1,0 +1,294 @@
+"""The best of what was trained, by cross-validation, in nnU-Net's layout (facts: nnU-Net v2, §1.5 and §7; ART-11).
+
+    <results>/<dataset>/<model>/crossval_results_folds_0_1_2_3_4/   each case's prediction by the fold that never saw it
+    <results>/<dataset>/ensembles/ensemble___<model>___<model>___0_1_2_3_4/
+    <results>/<dataset>/inference_information.json                  what was chosen
+
+A candidate is one model, or two joined by the mean of their probabilities; with the profile `article` all of them
+joined. The score is the mean Dice of the foreground. The winner's folder gets postprocessing.json.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.case_results import join_outputs, measure_prediction, network_logits, write_prediction
+from engine.dataset import DATASET_JSON, Case, DatasetJson, read_case
+from engine.errors import DatasetInvalid
+from engine.evaluation import Pair, Row
+from engine.experiment import LOGITS, PLANS_JSON, VALIDATION, Experiment
+from engine.json_writer import write_json
+from engine.metrics import SUMMARY, read_summary, summarize, summary, write_summary_document
+from engine.parallel import Progress, map_cases
+from engine.plans import Configuration, Plans
+from engine.postprocessing_search import (
+    POSTPROCESSED,
+    POSTPROCESSING_JSON,
+    Postprocessing,
+    apply_to_folder,
+    find_postprocessing,
+    write_postprocessing,
+)
+from engine.preprocessing import crop_to_nonzero
+from engine.training_profile import TrainingProfile
+
+INFORMATION_JSON = "inference_information.json"
+
+Report = Callable[[str], Progress]
+"""Gets the name of what begins, and returns what is to be called with (done, total)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One model, or several joined. `folder` has the predictions of every case and their summary; `score` is the mean
+    Dice of the foreground, None where a label is nowhere."""
+
+    name: str
+    configurations: tuple[str, ...]
+    folder: Path
+    score: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """`information` is the file that names the choice; `summary` is the winner's, with surfaces, after
+    post-processing. `notes` say what could not be tried."""
+
+    candidates: tuple[Candidate, ...]
+    best: Candidate
+    postprocessing: Postprocessing
+    summary: Mapping[str, Any]
+    information: Path
+    notes: tuple[str, ...]
+
+
+def select_model(
+    experiment: Experiment,
+    results: Path,
+    profile: TrainingProfile,
+    *,
+    configurations: Sequence[str],
+    folds: Sequence[str],
+    processes: int,
+    report: Report = lambda _what: lambda _done, _total: None,
+) -> Selection:
+    """Raises DatasetInvalid naming the fold that is not validated, or the case that is in none or in two of the folds;
+    InputRejected, WorkerDied."""
+    selecting = _Selecting(experiment, results, profile, tuple(folds), processes, report)
+    return selecting.run(tuple(configurations))
+
+
+@dataclass(frozen=True)
+class _Selecting:
+    """One run of `select_model`; its parts share what was asked for."""
+
+    experiment: Experiment
+    results: Path
+    profile: TrainingProfile
+    folds: tuple[str, ...]
+    processes: int
+    report: Report
+
+    def run(self, configurations: tuple[str, ...]) -> Selection:
+        candidates = [self._single(configuration) for configuration in configurations]
+        notes: list[str] = []
+        groups: Sequence[tuple[str, ...]] = list(combinations(configurations, 2))
+        if self.profile.ensembles_everything:
+            groups = [configurations] if len(configurations) > 1 else []
+        lacking = [c for c in configurations if groups and not self._has_logits(c)]
+        if lacking and self.profile.ensembles_everything:
+            raise DatasetInvalid(
+                f"{lacking[0]} kept no logits, and the profile {self.profile.name} joins all configurations: train it "
+                "again without --no-keep-logits"
+            )
+        for configuration in lacking:
+            notes.append(f"{configuration} kept no logits: no ensemble with it was tried")
+        for group in groups:
+            if not set(group) & set(lacking):
+                candidates.append(self._ensemble(group))
+        best = max(candidates, key=lambda c: -math.inf if c.score is None else c.score)
+        if self.profile.ensembles_everything:
+            best = candidates[-1]
+        dataset = self.experiment.dataset
+        references = {case.name: case.label for case in dataset.cases}
+        pairs = [
+            Pair(name=name, reference=references[name], prediction=best.folder / f"{name}{dataset.json.file_ending}")
+            for name in sorted(self._fold_of_case())
+        ]
+        found = find_postprocessing(
+            pairs,
+            dataset.json.labels,
+            most_components=self.profile.most_components,
+            processes=self.processes,
+            progress=self.report("post-processing"),
+        )
+        after = apply_to_folder(
+            pairs, found.steps, dataset.json.labels, best.folder / POSTPROCESSED, processes=self.processes
+        )
+        write_postprocessing(found, dataset.json.labels, best.folder / POSTPROCESSING_JSON)
+        return Selection(
+            candidates=tuple(candidates),
+            best=best,
+            postprocessing=found,
+            summary=after,
+            information=self._write_information(candidates, best, found),
+            notes=tuple(notes),
+        )
+
+    def _model_folder(self, configuration: str) -> Path:
+        return self.experiment.model_folder(self.results, self.profile.trainer, configuration)
+
+    def _fold_of_case(self) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for fold in self.folds:
+            for name in self.experiment.split(fold).val:
+                if name in found:
+                    raise DatasetInvalid(
+                        f"{name} is validated in fold {found[name]} and in fold {fold}; each case may be in one"
+                    )
+                found[name] = fold
+        return found
+
+    def _single(self, configuration: str) -> Candidate:
+        """All cases together, each as the fold predicted it that was not trained on it."""
+        model = self._model_folder(configuration)
+        for fold in self.folds:
+            if not (model / f"fold_{fold}" / VALIDATION / SUMMARY).exists():
+                raise DatasetInvalid(
+                    f"{model.name}: fold {fold} is not validated; run `seggate train --configuration {configuration} "
+                    f"--fold {fold}`, or choose with --configuration and --fold"
+                )
+        folder = model / f"crossval_results_folds_{'_'.join(self.folds)}"
+        self._begin(folder)
+        entries = []
+        self._fold_of_case()
+        for fold in self.folds:
+            for entry in read_summary(model / f"fold_{fold}" / VALIDATION / SUMMARY)["metric_per_case"]:
+                name = Path(entry["prediction_file"]).name
+                # The folder may have been moved since its summary was written.
+                shutil.copy2(model / f"fold_{fold}" / VALIDATION / name, folder / name)
+                entries.append({**entry, "prediction_file": str(folder / name)})
+        entries.sort(key=lambda entry: str(entry["prediction_file"]))
+        document = summarize(entries)
+        write_summary_document(folder / SUMMARY, document)
+        return Candidate(name=model.name, configurations=(configuration,), folder=folder, score=_score(document))
+
+    def _ensemble(self, group: tuple[str, ...]) -> Candidate:
+        """The mean of the configurations' probabilities, from the logits that their folds kept."""
+        names = [self._model_folder(configuration).name for configuration in group]
+        title = "___".join(("ensemble", *names, "_".join(self.folds)))
+        folder = self.results / self.experiment.name / "ensembles" / title
+        self._begin(folder)
+        plans = self.experiment.plans
+        fold_of_case = self._fold_of_case()
+        job = _Join(
+            # A read-only view cannot travel to another process.
+            plans=replace(
+                plans,
+                configurations={},
+                foreground_intensity_properties=dict(plans.foreground_intensity_properties),
+            ),
+            dataset_json=self.experiment.dataset.json,
+            configurations=tuple(self.experiment.configuration(configuration) for configuration in group),
+            logits={
+                name: tuple(self._model_folder(c) / f"fold_{fold}" / LOGITS / f"{name}.npy" for c in group)
+                for name, fold in fold_of_case.items()
+            },
+            folder=folder,
+        )
+        cases = [case for case in self.experiment.dataset.cases if case.name in fold_of_case]
+        rows = map_cases(
+            partial(_join, job), cases, processes=self.processes, progress=self.report(" and ".join(group))
+        )
+        document = summary(rows)
+        write_summary_document(folder / SUMMARY, document)
+        return Candidate(name=title, configurations=group, folder=folder, score=_score(document))
+
+    def _has_logits(self, configuration: str) -> bool:
+        model = self._model_folder(configuration)
+        return all(
+            (model / f"fold_{fold}" / LOGITS / f"{name}.npy").exists() for name, fold in self._fold_of_case().items()
+        )
+
+    def _begin(self, folder: Path) -> None:
+        write_json(dict(self.experiment.plans_json), folder / PLANS_JSON)
+        write_json(dict(self.experiment.dataset.json.document), folder / DATASET_JSON)
+
+    def _write_information(self, candidates: Sequence[Candidate], best: Candidate, found: Postprocessing) -> Path:
+        """nnU-Net's file; importing a dataset's results follows it."""
+        selected = [
+            {
+                "configuration": configuration,
+                "trainer": self.profile.trainer,
+                "plans_identifier": self.experiment.plans.plans_name,
+            }
+            for configuration in best.configurations
+        ]
+        considered = [c for c in candidates if len(c.configurations) == 1]
+        path = self.results / self.experiment.name / INFORMATION_JSON
+        write_json(
+            {
+                "folds": [int(fold) for fold in self.folds],
+                "dataset_name_or_id": self.experiment.name,
+                "considered_models": [
+                    {
+                        "plans": self.experiment.plans.plans_name,
+                        "configuration": c.configurations[0],
+                        "trainer": self.profile.trainer,
+                    }
+                    for c in considered
+                ],
+                "ensembling_allowed": True,
+                "all_results": {c.name: c.score for c in candidates},
+                "best_model_or_ensemble": {
+                    "result_on_crossval_pre_pp": _score(found.before),
+                    "result_on_crossval_post_pp": _score(found.after),
+                    "postprocessing_file": str(best.folder / POSTPROCESSING_JSON),
+                    "some_plans_file": str(best.folder / PLANS_JSON),
+                    "selected_model_or_models": selected,
+                },
+            },
+            path,
+        )
+        return path
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Join:
+    """What a worker needs to join the logits of a case. `logits`: by case, one file per configuration."""
+
+    plans: Plans
+    dataset_json: DatasetJson
+    configurations: tuple[Configuration, ...]
+    logits: Mapping[str, tuple[Path, ...]]
+    folder: Path
+
+
+def _join(job: _Join, case: Case) -> Row:
+    """A label map that is newer than the logits it is made from is not made again."""
+    path = job.folder / f"{case.name}{job.dataset_json.file_ending}"
+    files = job.logits[case.name]
+    loaded = read_case(case, job.dataset_json)
+    if not path.exists() or path.stat().st_mtime_ns < max(file.stat().st_mtime_ns for file in files):
+        cropped = crop_to_nonzero(loaded.volume, job.plans)
+        outputs = [
+            network_logits(np.load(file, allow_pickle=False), cropped, configuration)
+            for file, configuration in zip(files, job.configurations, strict=True)
+        ]
+        joined = join_outputs(outputs, cropped, job.plans, job.dataset_json.labels, loaded.volume.geometry)
+        write_prediction(joined, case, path)
+    return str(case.label), str(path), dict(measure_prediction(path, loaded, job.dataset_json))
+
+
+def _score(document: Mapping[str, Any]) -> float | None:
+    score = float(document["foreground_mean"]["Dice"])
+    return None if math.isnan(score) else score

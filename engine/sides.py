@@ -1,0 +1,119 @@
+"""Left and right: which labels are each other's other side, and along which axis the images run from side to side.
+
+nnU-Net mirrors along every axis, and so learns a left kidney as a right one. Here the lateral axis is found from the
+images' geometry; where labels come in pairs it is not mirrored, or it is and the labels of a pair change places.
+
+Labels are paired by their names ("kidney_left", "kidney_right"), or by the key `pairs` of dataset.json:
+[["first name", "second name"], ...], which is ours and ignored by nnU-Net; with it names do not count.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from engine import anatomy
+from engine.dataset import DatasetJson, RawDataset
+from engine.errors import DatasetInvalid
+from engine.json_reader import Reader
+from engine.nifti import read_orientation
+from engine.plans import Configuration, Plans
+from engine.volume import AS_STORED
+
+SidesPolicy = Literal["keep", "swap", "ignore"]
+"""keep: the lateral axis is not mirrored where labels are paired. swap: it is, and paired labels change places.
+ignore: nnU-Net's way, every axis is mirrored."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mirroring:
+    """Axes that are mirrored in training, of a configuration's patch. `lateral_axis` and `paired_labels` (values) are
+    given where labels change places with it; that axis is not mirrored when the model predicts. `note` says what was
+    found where sides matter."""
+
+    axes: tuple[int, ...]
+    lateral_axis: int | None = None
+    paired_labels: tuple[tuple[int, int], ...] = ()
+    note: str | None = None
+
+
+def paired_labels(dataset_json: DatasetJson) -> tuple[tuple[str, str], ...]:
+    """Names of labels that are left and right of one thing. Raises DatasetInvalid for a stated pair that is none."""
+    names = [label.name for label in dataset_json.labels.foreground]
+    if "pairs" not in dataset_json.document:
+        return tuple(
+            (one, other) for one, other in anatomy.pairs(names).items() if names.index(one) < names.index(other)
+        )
+    reader = Reader(dataset_json.document, where="dataset.json", error=DatasetInvalid)
+    pairs = []
+    for index, entry in enumerate(reader.array("pairs", lengths=(0, len(names)))):
+        place = f"pairs[{index}]"
+        one, other = Reader({place: entry}, where=reader.where, error=DatasetInvalid).texts(place, lengths=(2, 2))
+        for name in (one, other):
+            if name not in names:
+                raise reader.fail(place, f"{name[:80]!r} is no label")
+        pairs.append((one, other))
+    repeated = [name for name, count in Counter(name for pair in pairs for name in pair).items() if count > 1]
+    if repeated:
+        raise reader.fail("pairs", f"{repeated[0]!r} is named twice")
+    return tuple(pairs)
+
+
+def lateral_axes(dataset: RawDataset) -> frozenset[int]:
+    """The axes (of Z, Y, X as the cases are read) that run from one side of the patient to the other, over all cases.
+
+    One axis as a rule; several where cases are stored differently. Reads headers only; raises InputRejected.
+    """
+    code = dataset.json.orientation
+    codes = {code} if code != AS_STORED else {read_orientation(case.channels[0]) for case in dataset.cases}
+    return frozenset(2 - _lateral_index(found) for found in codes)
+
+
+def plan_mirroring(
+    dataset: RawDataset, plans: Plans, configuration: Configuration, policy: SidesPolicy = "keep"
+) -> Mirroring:
+    """Raises DatasetInvalid when labels cannot change places: regions of several values, or cases that are stored with
+    different lateral axes."""
+    dimensions = len(configuration.patch_size)
+    every = tuple(range(dimensions))
+    pairs = paired_labels(dataset.json)
+    if not pairs or policy == "ignore":
+        return Mirroring(axes=every)
+    names = ", ".join(f"{one} and {other}" for one, other in pairs[:3]) + (" and more" if len(pairs) > 3 else "")
+    # A 2D network's patch has the last two of the three network axes.
+    found = {plans.transpose_forward.index(axis) - (3 - dimensions) for axis in lateral_axes(dataset)}
+    lateral = sorted(axis for axis in found if axis >= 0)
+    if not lateral:
+        return Mirroring(axes=every, note=f"{names} are sides; no axis of the patch runs from side to side")
+    if policy == "keep":
+        kept = tuple(axis for axis in every if axis not in lateral)
+        return Mirroring(axes=kept, note=f"{names} are sides: axis {_list(lateral)} of the patch is not mirrored")
+    if len(found) > 1:
+        raise DatasetInvalid(
+            f"the cases run from side to side along different axes ({_list(sorted(found))} of the network's): labels "
+            "cannot change places with one of them; store the cases alike, or do not mirror (--sides keep)"
+        )
+    regions = {label.name: label.region for label in dataset.json.labels.foreground}
+    for name in (name for pair in pairs for name in pair):
+        if len(regions[name]) > 1:
+            raise DatasetInvalid(
+                f"{name!r} is a region of several labels, which cannot change places as one; state the pairs of its "
+                "labels, or do not mirror (--sides keep)"
+            )
+    return Mirroring(
+        axes=every,
+        lateral_axis=lateral[0],
+        paired_labels=tuple((regions[one][0], regions[other][0]) for one, other in pairs),
+        note=f"{names} are sides: they change places when axis {lateral[0]} of the patch is mirrored",
+    )
+
+
+def _lateral_index(code: str) -> int:
+    """Which index axis (x, y, z) of an orientation code runs between left and right."""
+    return next(index for index, letter in enumerate(code) if letter in "LR")
+
+
+def _list(axes: Sequence[int]) -> str:
+    return " and ".join(map(str, axes))

@@ -1,0 +1,393 @@
+"""nnU-Net's training of one fold (facts: nnU-Net v2, §5): epochs of batches, online validation, checkpoints (torch).
+
+    setup ─▶ Trainer.run ─▶ per epoch: batches ▸ steps ▸ online validation ▸ record ▸ checkpoint
+
+Batches depend on their place alone (engine/batches.py), so a training that was stopped anywhere goes on as if it had
+not been: a checkpoint says at which iteration of which epoch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from engine.allocator import freed_memory_kept
+from engine.augmentation_profile import AugmentationPlan
+from engine.batches import Batch, BatchSource, BatchStream
+from engine.errors import TrainingDiverged, TrainingRefused
+from engine.labels import LabelManager
+from engine.loss import SegmentationLoss, deep_supervision_weights
+from engine.metrics import CompositeScore
+from engine.network import build_network, initialize
+from engine.online_validation import OnlineDice
+from engine.plans import Configuration
+from engine.random_state import Purpose, random_generator
+from engine.sampling import PatchSampler
+from engine.schedule import Schedule
+from engine.training_checkpoint import BEST, FINAL, LATEST, TrainingState, read_state, write_state
+from engine.training_log import EpochRecord, averages, best_judged, epochs_without_gain, nnunet_logging
+
+Precision = Literal["float32", "bf16", "fp16"]
+Judge = Callable[[nn.Module, int], CompositeScore | None]
+"""Validates a network on whole cases after an epoch; None where it is not that epoch's turn. It may return early, with
+anything, when the training was told to stop."""
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_MOST_TIME_FOR_SAVING = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSetup:
+    """One fold of one configuration.
+
+    `folder` has the preprocessed cases, ours or nnU-Net's (engine/preprocessed.py). `deterministic`: bit-identical on
+    the same kind of processor with the same number of threads. `init_args` go into the checkpoints, for nnU-Net
+    (`training_checkpoint.init_args`). `loader_threads`: see BatchStream.
+    """
+
+    configuration: Configuration
+    batch_dice: bool
+    labels: LabelManager
+    channels: int
+    folder: Path
+    training_cases: tuple[str, ...]
+    validation_cases: tuple[str, ...]
+    augmentation: AugmentationPlan
+    schedule: Schedule
+    seed: int
+    device: torch.device
+    precision: Precision
+    deterministic: bool
+    init_args: dict[str, Any] = field(default_factory=dict)
+    loader_threads: int = 0
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a training to go on; plain values. Time budget and device may change."""
+        schedule = self.schedule
+        return {
+            "configuration": self.configuration.name,
+            "plans": _digest(self.configuration, self.batch_dice, self.channels),
+            "labels": _digest(self.labels),
+            "augmentation": _digest(self.augmentation),
+            "training cases": _digest(self.training_cases),
+            "validation cases": _digest(self.validation_cases),
+            "seed": self.seed,
+            "epochs": schedule.epochs,
+            "iterations": schedule.iterations,
+            "validation iterations": schedule.validation_iterations,
+            "learning rate": schedule.learning_rate,
+            "optimiser": [
+                schedule.decay_exponent,
+                schedule.momentum,
+                schedule.weight_decay,
+                schedule.gradient_norm,
+            ],
+            "precision": self.precision,
+            "deterministic": self.deterministic,
+        }
+
+
+def default_precision(device: torch.device) -> Precision:
+    """fp16 on a GPU, as nnU-Net; bf16 on a processor that has it in hardware; else float32."""
+    if device.type == "cuda":
+        return "fp16"
+    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
+
+
+def default_loader_threads(device: torch.device) -> int:
+    """None on a processor: the network has all its cores, and a batch costs a twentieth of a step."""
+    return 2 if device.type == "cuda" else 0
+
+
+class Trainer:
+    """Trains one fold in `folder`; goes on from the checkpoint that it finds there, the final one before the latest.
+
+    A checkpoint is written at least every `save_every_s` seconds of training (but never for more than a twentieth of
+    the time), within epochs too. Raises TrainingRefused when the checkpoint belongs to another training, or in
+    deterministic mode to another number of threads; ImportRefused when it is damaged.
+    """
+
+    def __init__(self, setup: TrainingSetup, folder: Path, *, save_every_s: float = 60.0) -> None:
+        self.setup = setup
+        self.folder = folder
+        self.records: list[EpochRecord] = []
+        self.epoch, self.iteration = 0, 0
+        self._losses: list[float] = []
+        self._best_ema: float | None = None
+        self._spent_s = 0.0  # in this epoch, before `_since`
+        self._since = time.monotonic()
+        self._validation_s: float | None = None
+        self._save_every_s, self._last_saved, self._saving_s = save_every_s, self._since, 0.0
+        architecture, schedule = setup.configuration.architecture, setup.schedule
+        network = build_network(
+            architecture, channels=setup.channels, heads=setup.labels.num_heads, deep_supervision=True
+        )
+        initialize(network, random_generator(setup.seed, Purpose.WEIGHTS, epoch=0, iteration=0))
+        self._format = torch.channels_last if setup.configuration.is_2d else torch.channels_last_3d
+        self.network: nn.Module = network.to(setup.device)
+        self.network.to(memory_format=self._format)  # type: ignore[call-overload]
+        self.optimizer = torch.optim.SGD(
+            self.network.parameters(),
+            schedule.learning_rate,
+            momentum=schedule.momentum,
+            weight_decay=schedule.weight_decay,
+            nesterov=True,
+        )
+        self.loss = SegmentationLoss(
+            setup.labels,
+            batch_dice=setup.batch_dice,
+            weights=deep_supervision_weights(architecture.n_stages - 1),
+        ).to(setup.device)
+        self._scaler = torch.amp.GradScaler("cuda") if setup.precision == "fp16" else None
+        folder.mkdir(parents=True, exist_ok=True)
+        found = next((name for name in (FINAL, LATEST) if (folder / name).exists()), None)
+        if found is not None:
+            self._resume(found)
+
+    @property
+    def is_finished(self) -> bool:
+        return (self.folder / FINAL).exists()
+
+    def run(
+        self,
+        *,
+        stop: Callable[[], bool] = lambda: False,
+        report: Callable[[EpochRecord], None] = lambda _record: None,
+        judge: Judge | None = None,
+    ) -> bool:
+        """Trains until the schedule ends (True) or `stop` says so (False), with a checkpoint either way; `report` gets
+        each epoch's record.
+
+        With `judge` the best checkpoint is that of the lowest composite score, the training ends after the schedule's
+        `patience` epochs without a lower one, and the final checkpoint has the best one's weights.
+
+        Raises TrainingDiverged, DatasetInvalid, and OSError when a checkpoint cannot be written; the last checkpoint
+        stays in each case.
+        """
+        if self.is_finished:
+            return True
+        self._since = self._last_saved = time.monotonic()
+        with (
+            freed_memory_kept(),
+            _determinism(self.setup.deterministic),
+            BatchStream(self.source("training"), threads=self.setup.loader_threads) as batches,
+            BatchStream(self.source("validation"), threads=self.setup.loader_threads) as held_out,
+        ):
+            while self.progress() < 1:
+                found = self._validate(held_out, stop) if self._train_epoch(batches, stop) else None
+                whole = judge(self.network, self.epoch) if judge is not None and found is not None else None
+                if found is None or (judge is not None and stop()):
+                    self._save(LATEST)
+                    return False
+                report(self._close_epoch(*found, whole, judged=judge is not None))
+        if judge is not None and (self.folder / BEST).exists():
+            best = read_state(self.folder / BEST)
+            self.network.load_state_dict(best.weights, strict=True)
+            self.optimizer.load_state_dict(dict(best.optimizer))
+        self._save(FINAL)
+        (self.folder / LATEST).unlink(missing_ok=True)
+        return True
+
+    def progress(self) -> float:
+        """The part of the schedule that is over, from 0 to 1; 1 when its patience is."""
+        patience = self.setup.schedule.patience
+        if patience is not None and epochs_without_gain(self.records) >= patience:
+            return 1.0
+        steps_s = self._epoch_s() / max(1, self.iteration)
+        # Until a validation was measured: a batch of it costs less than half a step, which goes backward as well.
+        validation_s = self._validation_s or self.setup.schedule.validation_iterations * steps_s / 2
+        spent_s = sum(record.seconds for record in self.records) + self._epoch_s()
+        return self.setup.schedule.progress(self.epoch, spent_s, validation_s + 2 * self._saving_s)
+
+    def step(self, batch: Batch) -> float:
+        """One optimiser step; the loss before it. Raises TrainingDiverged when loss or gradient is not finite: the
+        weights are still those from before."""
+        images, labels = batch
+        self.network.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.loss(self._logits(images), labels)
+        if self._scaler is None:
+            loss.backward()
+        else:
+            self._scaler.scale(loss).backward()
+            self._scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.setup.schedule.gradient_norm)
+        value = float(loss.detach())
+        # In fp16 a gradient may overflow: the scaler then leaves this step out and scales less.
+        if not math.isfinite(value) or (self._scaler is None and not math.isfinite(float(norm))):
+            raise TrainingDiverged(
+                f"epoch {self.epoch}, iteration {self.iteration}: the loss is {value}, the norm of its gradient "
+                f"{float(norm)}; try a lower learning rate, or float32 instead of half precision"
+            )
+        if self._scaler is None:
+            self.optimizer.step()
+        else:
+            self._scaler.step(self.optimizer)
+            self._scaler.update()
+        return value
+
+    def _train_epoch(self, batches: BatchStream, stop: Callable[[], bool]) -> bool:
+        """The steps that the epoch still lacks, or as many as the budget has time for; False when stopped."""
+        for batch in batches.epoch(self.epoch, self.setup.schedule.iterations, first=self.iteration):
+            if stop():
+                return False
+            progress = self.progress()
+            if progress >= 1 and self._losses:
+                break
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.setup.schedule.rate(progress)
+            self._losses.append(self.step(batch))
+            self.iteration += 1
+            wait_s = max(self._save_every_s, self._saving_s / _MOST_TIME_FOR_SAVING)
+            if time.monotonic() - self._last_saved >= wait_s:
+                self._save(LATEST)
+        return True
+
+    def _validate(
+        self, batches: BatchStream, stop: Callable[[], bool]
+    ) -> tuple[float, tuple[float | None, ...]] | None:
+        """Mean loss and the online Dice per class; None when stopped."""
+        started = time.monotonic()
+        dice, losses = OnlineDice(self.setup.labels), []
+        self.network.eval()
+        with torch.no_grad():
+            for images, target in batches.epoch(self.epoch, self.setup.schedule.validation_iterations):
+                if stop():
+                    return None
+                outputs = self._logits(images)
+                losses.append(float(self.loss(outputs, target)))
+                dice.add(outputs[0], target)
+        self._validation_s = time.monotonic() - started
+        return math.fsum(losses) / len(losses), dice.per_class
+
+    def _close_epoch(
+        self, validation_loss: float, dice: tuple[float | None, ...], whole: CompositeScore | None, *, judged: bool
+    ) -> EpochRecord:
+        mean, ema = averages(dice, self.records)
+        record = EpochRecord(
+            epoch=self.epoch,
+            learning_rate=self.optimizer.param_groups[0]["lr"],
+            train_loss=math.fsum(self._losses) / len(self._losses),
+            validation_loss=validation_loss,
+            dice_per_class=dice,
+            mean_dice=mean,
+            ema_dice=ema,
+            seconds=self._epoch_s(),
+            hold_out=whole,
+        )
+        self.records.append(record)
+        self.epoch, self.iteration, self._losses = self.epoch + 1, 0, []
+        self._spent_s, self._since = 0.0, time.monotonic()
+        is_best = best_judged(self.records) is record if judged else self._best_ema is None or ema > self._best_ema
+        self._best_ema = ema if self._best_ema is None else max(ema, self._best_ema)
+        if is_best:
+            self._save(BEST)
+        return record
+
+    def _epoch_s(self) -> float:
+        return self._spent_s + time.monotonic() - self._since
+
+    def _logits(self, images: Tensor) -> list[Tensor]:
+        kind = _AUTOCAST.get(self.setup.precision)
+        autocast: AbstractContextManager[Any] = (
+            nullcontext() if kind is None else torch.autocast(self.setup.device.type, kind)
+        )
+        with autocast:
+            outputs: list[Tensor] = self.network(images.contiguous(memory_format=self._format))
+        return outputs
+
+    def source(self, stage: Literal["training", "validation"]) -> BatchSource:
+        setup, configuration = self.setup, self.setup.configuration
+        names = setup.training_cases if stage == "training" else setup.validation_cases
+        initial = setup.augmentation.initial_patch_size if stage == "training" else configuration.patch_size
+        return BatchSource(
+            folder=setup.folder,
+            names=names,
+            labels=setup.labels,
+            sampler=PatchSampler(
+                seed=setup.seed,
+                stage=stage,
+                cases=len(names),
+                batch_size=configuration.batch_size,
+                patch_size=configuration.patch_size,
+                initial_patch_size=initial,
+                has_ignore_label=setup.labels.ignore_label is not None,
+            ),
+            plan=setup.augmentation,
+            channels=setup.channels,
+            samples=range(configuration.batch_size),
+            device=setup.device,
+        )
+
+    def _save(self, name: str) -> None:
+        started = time.monotonic()
+        state = TrainingState(
+            weights=self.network.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            scaler=None if self._scaler is None else self._scaler.state_dict(),
+            epoch=self.epoch,
+            best_ema=self._best_ema,
+            logging=nnunet_logging(self.records),
+            init_args=self.setup.init_args,
+            mirror_axes=self.setup.augmentation.inference_mirror_axes,
+            own={
+                "identity": self.setup.identity(),
+                "threads": torch.get_num_threads(),
+                "iteration": self.iteration,
+                "losses": list(self._losses),
+                "spent_s": self._epoch_s(),
+                "records": [record.as_plain() for record in self.records],
+            },
+        )
+        write_state(state, self.folder / name)
+        self._last_saved = time.monotonic()
+        self._saving_s = self._last_saved - started
+
+    def _resume(self, name: str) -> None:
+        state = read_state(self.folder / name)
+        own, where = state.own, f"{self.folder.name}/{name}"
+        for key, value in self.setup.identity().items():
+            before = own["identity"].get(key)
+            if before != value:
+                raise TrainingRefused(
+                    f"{where} is of another training ({key}: {before!r} then, {value!r} now); train into another "
+                    "folder, or remove this one"
+                )
+        if self.setup.deterministic and own["threads"] != torch.get_num_threads():
+            raise TrainingRefused(
+                f"{where} was trained with {own['threads']} thread(s); deterministic mode needs as many again, not "
+                f"{torch.get_num_threads()}"
+            )
+        self.network.load_state_dict(state.weights, strict=True)
+        self.optimizer.load_state_dict(dict(state.optimizer))
+        if self._scaler is not None and state.scaler is not None:
+            self._scaler.load_state_dict(dict(state.scaler))
+        self.epoch, self.iteration = state.epoch, own["iteration"]
+        self._best_ema, self._losses, self._spent_s = state.best_ema, list(own["losses"]), own["spent_s"]
+        self.records = [EpochRecord.from_plain(record) for record in own["records"]]
+
+
+def _digest(*parts: object) -> str:
+    """Of data classes and tuples, whose text has all that is in them."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+
+
+@contextmanager
+def _determinism(wanted: bool) -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(wanted or before[0])
+    torch.backends.cudnn.benchmark = not wanted
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]

@@ -1,0 +1,169 @@
+"""Whole cases through trained networks, and what comes out against the reference: a fold's validation (torch).
+
+The way of an image is that of inference (engine/predictor.py): crop, normalise, resample, windows, labels on the
+image's own grid. The networks are torch's own, before they are exported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from engine.backends import Backend
+from engine.case_results import (
+    join_outputs,
+    measure_labels,
+    measure_prediction,
+    network_logits,
+    write_logits,
+    write_prediction,
+)
+from engine.dataset import Case, RawDataset, read_case
+from engine.errors import DatasetInvalid
+from engine.labels import LabelManager
+from engine.logits_to_labels import NetworkLogits, to_half
+from engine.metrics import SUMMARY, CaseMetrics, write_summary
+from engine.parallel import Progress
+from engine.plans import Configuration, Plans
+from engine.preprocessing import CroppedImage, crop_to_nonzero, network_shape, preprocess
+from engine.sliding_window import WindowGrid, predict_logits
+from engine.volume import LabelMap, Volume
+
+_STEP_SIZE = 0.5
+
+FloatArray = NDArray[np.float32]
+
+
+class TorchBackend:
+    """A network as a backend, float32, on the device it is on; of several outputs the full resolution is taken."""
+
+    name = "torch"
+    precision = "float32"
+
+    def __init__(self, network: nn.Module) -> None:
+        self._network = network
+        self._device = next(network.parameters()).device
+
+    @property
+    def version(self) -> str:
+        return str(torch.__version__)
+
+    @property
+    def provider(self) -> str:
+        return self._device.type
+
+    @property
+    def threads(self) -> int:
+        return torch.get_num_threads()
+
+    def run(self, batch: FloatArray) -> FloatArray:
+        self._network.eval()
+        with torch.inference_mode():
+            answer = self._network(torch.from_numpy(batch).to(self._device))
+        logits: FloatArray = (answer[0] if isinstance(answer, list) else answer).float().cpu().numpy()
+        return logits
+
+    def close(self) -> None:
+        """Nothing to free: the network belongs to its trainer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInTraining:
+    """One configuration of a model before export: its folds' networks (or one of them) and how they are asked."""
+
+    plans: Plans
+    configuration: Configuration
+    labels: LabelManager
+    backends: Sequence[Backend]
+    mirror_axes: tuple[int, ...]
+
+    def predict(self, volume: Volume) -> LabelMap:
+        """The labels on the grid of `volume`, by the mean of the networks' logits; no post-processing.
+
+        Raises InputRejected where the image does not fit the plans.
+        """
+        cropped = crop_to_nonzero(volume, self.plans)
+        return join_outputs([self.logits(cropped)], cropped, self.plans, self.labels, volume.geometry)
+
+    def logits(self, cropped: CroppedImage) -> NetworkLogits:
+        """The mean of the networks' logits on the network's grid."""
+        image = preprocess(cropped, self.plans, self.configuration)
+        grid = WindowGrid(
+            shape=network_shape(cropped.shape, cropped.spacing_mm, self.configuration),
+            patch_size=self.configuration.patch_size,
+            step_size=_STEP_SIZE,
+        )
+        logits = [
+            predict_logits(image, grid, backend, heads=self.labels.num_heads, mirror_axes=self.mirror_axes)
+            for backend in self.backends
+        ]
+        return network_logits(to_half(np.mean(logits, axis=0, dtype=np.float32)), cropped, self.configuration)
+
+
+def validate(
+    model: ModelInTraining,
+    dataset: RawDataset,
+    names: Sequence[str],
+    folder: Path,
+    *,
+    logits_folder: Path | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    progress: Progress = lambda _done, _total: None,
+) -> list[CaseMetrics] | None:
+    """Predicts the named cases, measures them, and writes the label maps and nnU-Net's summary.json into `folder`.
+
+    The networks' logits go into `logits_folder`, for ensembles of configurations. A case whose files are there is
+    measured and not predicted again. None, without a summary, when `stop` says so between two cases. Raises
+    InputRejected, DatasetInvalid for a name that is no case.
+    """
+    for needed in (folder, logits_folder):
+        if needed is not None:
+            needed.mkdir(parents=True, exist_ok=True)
+    rows: list[tuple[str, str, CaseMetrics]] = []
+    progress(0, len(names))
+    for case in cases_named(dataset, names):
+        if stop():
+            return None
+        loaded = read_case(case, dataset.json)
+        path = folder / f"{case.name}{dataset.json.file_ending}"
+        stored = None if logits_folder is None else logits_folder / f"{case.name}.npy"
+        if not path.exists() or not (stored is None or stored.exists()):
+            cropped = crop_to_nonzero(loaded.volume, model.plans)
+            output = model.logits(cropped)
+            if stored is not None:
+                write_logits(output.logits, stored)
+            predicted = join_outputs([output], cropped, model.plans, model.labels, loaded.volume.geometry)
+            write_prediction(predicted, case, path)
+        rows.append((str(case.label), str(path), measure_prediction(path, loaded, dataset.json)))
+        progress(len(rows), len(names))
+    write_summary(folder / SUMMARY, rows)
+    return [metrics for _, _, metrics in rows]
+
+
+def measure_on(
+    model: ModelInTraining, dataset: RawDataset, names: Sequence[str], *, stop: Callable[[], bool] = lambda: False
+) -> list[CaseMetrics]:
+    """Predicts and measures the named cases without writing anything; those done so far when `stop` says so."""
+    measured = []
+    for case in cases_named(dataset, names):
+        if stop():
+            break
+        loaded = read_case(case, dataset.json)
+        predicted = model.predict(loaded.volume)
+        measured.append(measure_labels(loaded.labels, predicted, model.labels))
+    return measured
+
+
+def cases_named(dataset: RawDataset, names: Sequence[str]) -> list[Case]:
+    """Raises DatasetInvalid for a name that is no case."""
+    cases = {case.name: case for case in dataset.cases}
+    absent = [name for name in names if name not in cases]
+    if absent:
+        raise DatasetInvalid(f"{absent[0]} is no case of {dataset.name} ({len(absent)} such in the split)")
+    return [cases[name] for name in names]

@@ -1,0 +1,93 @@
+"""`seggate evaluate`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from engine.dataset import DATASET_JSON, read_dataset_json
+from engine.errors import DatasetInvalid, EngineError
+from engine.evaluation import evaluate_pairs, find_pairs
+from engine.labels import LabelManager
+from engine.metrics import SUMMARY, evaluated_regions, summary, write_summary
+from engine.parallel import default_processes
+from gateway.commands.output import print_json, progress_bar, say, table
+
+COLUMNS = {"Dice": "Dice", "HD95": "HD95 (mm)", "SurfaceDice": "surface Dice (2 mm)"}
+
+
+def evaluate(
+    predictions: Path,
+    references: Path,
+    *,
+    dataset_json: Path | None,
+    out: Path | None,
+    chill: bool,
+    processes: int | None,
+    as_json: bool,
+) -> int:
+    """0 when every case was measured and the summary was written, 1 when not (the message names the case)."""
+    try:
+        described = read_dataset_json(_dataset_json(dataset_json, predictions, references))
+        pairs = find_pairs(predictions, references, described.file_ending, chill=chill)
+        with progress_bar("evaluating", hidden=as_json) as advance:
+            rows = evaluate_pairs(pairs, described.labels, processes=processes or default_processes(), progress=advance)
+        path = out or predictions / SUMMARY
+        write_summary(path, rows)
+    except (EngineError, OSError) as error:
+        if as_json:
+            print_json({"ok": False, "error": str(error)})
+        say(f"seggate: not evaluated: {error}")
+        return 1
+    found = summary(rows)
+    if as_json:
+        print_json({"ok": True, "cases": len(rows), "summary": str(path), **plain_means(found, described.labels)})
+    else:
+        present_means(found, described.labels, f"{len(rows)} cases")
+        say(f"summary: {path}")
+    return 0
+
+
+def plain_means(found: Mapping[str, Any], labels: LabelManager) -> dict[str, Any]:
+    """`foreground_mean` and `labels` (by name) of a summary; null for what has no value."""
+    return {
+        "foreground_mean": {key: _plain(value) for key, value in found["foreground_mean"].items()},
+        "labels": {
+            name: {key: _plain(value) for key, value in found["mean"][region].items()}
+            for name, region in region_keys(labels).items()
+        },
+    }
+
+
+def present_means(found: Mapping[str, Any], labels: LabelManager, title: str) -> None:
+    means = [(name, found["mean"][key]) for name, key in region_keys(labels).items()]
+    rows: Sequence[tuple[str, ...]] = [
+        (name, *(_figure(mean.get(key, math.nan)) for key in COLUMNS))
+        for name, mean in [*means, ("all", found["foreground_mean"])]
+    ]
+    table(title, ("label", *COLUMNS.values()), rows)
+
+
+def region_keys(labels: LabelManager) -> dict[str, str]:
+    """The key in a summary of each label or region, by name."""
+    known = {region: str(region[0]) if len(region) == 1 else str(region) for region in evaluated_regions(labels)}
+    return {label.name: known[label.region] for label in labels.foreground}
+
+
+def _dataset_json(given: Path | None, predictions: Path, references: Path) -> Path:
+    if given is not None:
+        return given
+    for folder in (predictions, references, references.resolve().parent):
+        if (folder / DATASET_JSON).is_file():
+            return folder / DATASET_JSON
+    raise DatasetInvalid(f"no {DATASET_JSON} lies with predictions or references; name it with --dataset-json")
+
+
+def _plain(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _figure(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.4f}"

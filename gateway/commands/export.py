@@ -1,0 +1,119 @@
+"""`seggate export`: from what `seggate select` chose to a model bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from engine.errors import EngineError, ImportRefused
+from engine.experiment import Experiment, open_experiment
+from engine.manifest import Ensemble
+from engine.model_card import ModelCard, read_card
+from engine.model_figures import complete_card, read_choice
+from engine.training_profile import TRAINING_PROFILES
+from gateway.commands.output import print_json, say
+
+_JOINED_APART = frozenset(p.trainer for p in TRAINING_PROFILES.values() if p.ensembles_everything)
+
+
+def export(
+    folder: Path,
+    *,
+    out: Path | None,
+    card: Path | None,
+    name: str | None,
+    semver: str | None,
+    plans_name: str | None,
+    dataset_name: str | None,
+    preprocessed: Path,
+    results: Path,
+    as_json: bool,
+) -> int:
+    """0 when the bundle was written and its networks proven to compute the same, 1 when not."""
+    notes: list[str] = []
+    try:
+        experiment = open_experiment(folder, preprocessed, plans_name=plans_name, name=dataset_name)
+        described = read_card(card) if card is not None else ModelCard()
+        bundle = export_chosen(
+            experiment,
+            results,
+            out or default_folder(experiment, results, semver or described.semver),
+            described,
+            name=name,
+            semver=semver,
+            notes=notes,
+            hide_bar=as_json,
+        )
+    except (EngineError, OSError) as error:
+        if as_json:
+            print_json({"ok": False, "error": str(error)})
+        say(f"seggate: not exported: {error}")
+        return 1
+    if as_json:
+        print_json({"ok": True, **document(bundle), "notes": notes})
+        return 0
+    for note in notes:
+        say(f"note: {note}")
+    say(bundle.description)
+    say(f"{bundle.name} {bundle.semver}: {bundle.root}")
+    say(f"to serve it: seggate models import {bundle.root}")
+    return 0
+
+
+def export_chosen(
+    experiment: Experiment,
+    results: Path,
+    out: Path,
+    card: ModelCard,
+    *,
+    name: str | None,
+    semver: str | None,
+    notes: list[str],
+    hide_bar: bool,
+) -> Any:
+    """The bundle (engine.bundle.Bundle). Raises what `engine.export.import_model` does, DatasetInvalid when nothing is
+    selected."""
+    try:
+        from engine.export import import_model
+    except ModuleNotFoundError as error:
+        if error.name in {"torch", "onnx"}:
+            raise ImportRefused(
+                f"exporting a model needs the Python package {error.name}: install seggate with the extra `train` "
+                "(make install EXTRAS=train)"
+            ) from error
+        raise
+    chosen = read_choice(experiment, results)
+    ensemble: Ensemble = "probabilities-of-folds" if chosen.trainer in _JOINED_APART else "probabilities"
+    with Progress(console=Console(stderr=True), disable=hide_bar, transient=True) as bar:
+        task = bar.add_task("exporting", total=1.0)
+        return import_model(
+            results / experiment.name,
+            out,
+            name=name,
+            semver=semver,
+            card=complete_card(card, experiment, chosen),
+            folds=chosen.folds,
+            ensemble=ensemble,
+            progress=lambda share, what: bar.update(task, completed=share, description=what),
+            notice=notes.append,
+        )
+
+
+def default_folder(experiment: Experiment, results: Path, semver: str | None) -> Path:
+    return results / experiment.name / "bundles" / (semver or "1.0.0")
+
+
+def document(bundle: Any) -> dict[str, Any]:
+    return {
+        "bundle": str(bundle.root),
+        "name": bundle.name,
+        "semver": bundle.semver,
+        "description": bundle.description,
+        "weights_digest": bundle.weights_digest,
+        "configurations": {c.name: [fold.fold for fold in c.folds] for c in bundle.configurations},
+        "ensemble": bundle.ensemble,
+        "parity": [vars(parity) for parity in bundle.parity],
+    }

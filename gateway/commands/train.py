@@ -1,0 +1,372 @@
+"""`seggate train`, `seggate train status`, `seggate train stop`."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from engine.errors import EngineError, TrainingRefused
+from engine.experiment import Experiment, open_experiment, preprocess_experiment
+from engine.parallel import default_processes
+from engine.planners import ProfileName
+from engine.sides import SidesPolicy
+from engine.training_lock import ask_to_stop, holder
+from engine.training_profile import TRAINING_PROFILES
+from gateway.commands.output import print_json, progress_bar, say, table
+
+if TYPE_CHECKING:
+    from engine.fold_training import FoldReport, FoldRequest
+
+ALL_FOLDS = "all-folds"
+Device = Literal["auto", "cpu", "cuda"]
+PrecisionName = Literal["auto", "float32", "bf16", "fp16"]
+
+_BUDGET = re.compile(r"(?:(?P<h>\d+)h)?(?:(?P<m>\d+)m)?(?:(?P<s>\d+)s)?")
+_EXTRA = frozenset({"torch", "onnx", "matplotlib"})
+
+
+class _Stopped(Exception):
+    """Leaves preprocessing between two cases."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """What the command line says; None or nothing where it says nothing."""
+
+    folder: Path
+    configurations: tuple[str, ...]
+    folds: tuple[str, ...]
+    profile: ProfileName
+    epochs: int | None
+    iterations: int | None
+    budget: str | None
+    precision: PrecisionName
+    deterministic: bool
+    seed: int
+    device: Device
+    threads: int | None
+    sides: SidesPolicy
+    keeps_logits: bool
+    plans_name: str | None
+    dataset_name: str | None
+    preprocessed: Path
+    results: Path
+    processes: int | None
+
+
+def train(options: TrainOptions, *, as_json: bool) -> int:
+    """0 when all was trained and validated, and when it was told to stop (`state` says which); 1 when something failed;
+    2 for options that do not go together."""
+    try:
+        budget_s = parse_budget(options.budget)
+    except ValueError as error:
+        say(f"seggate: {error}")
+        return 2
+    try:
+        experiment = open_experiment(
+            options.folder, options.preprocessed, plans_name=options.plans_name, name=options.dataset_name
+        )
+        requests = fold_requests(options, experiment, budget_s)
+        with stop_requests() as stop:
+            state, folders = run_folds(requests, options, experiment, stop, as_json=as_json)
+    except (EngineError, OSError) as error:
+        return failed("not trained", error, as_json=as_json)
+    rows = [_row(folder) for folder in folders]
+    if as_json:
+        print_json({"ok": True, "state": state, "folds": rows})
+    else:
+        _present(rows)
+        if state == "stopped":
+            say("stopped; the same command goes on")
+    return 0
+
+
+def run_folds(
+    requests: Sequence[FoldRequest],
+    options: TrainOptions,
+    experiment: Experiment,
+    stop: threading.Event,
+    *,
+    as_json: bool,
+) -> tuple[Literal["finished", "stopped"], list[Path]]:
+    """Preprocesses what is missing, then trains fold after fold, with a report after each; those that are finished are
+    left as they are."""
+    from engine.fold_training import train_fold
+    from engine.model_report import write_report
+
+    folders: list[Path] = []
+    configurations = [request.configuration for request in requests]
+    if not preprocess_missing(experiment, configurations, options, stop, hide_bar=as_json):
+        return "stopped", folders
+    for request in requests:
+        if stop.is_set():
+            return "stopped", folders
+        folders.append(request.folder)
+        with _reporting(request, hidden=as_json) as report:
+            finished = train_fold(request, stop=stop.is_set, report=report)
+        write_report(request.model_folder, experiment.dataset.json)
+        if not finished:
+            return "stopped", folders
+    return "finished", folders
+
+
+def preprocess_missing(
+    experiment: Experiment,
+    configurations: Sequence[str],
+    options: TrainOptions,
+    stop: threading.Event,
+    *,
+    hide_bar: bool,
+) -> bool:
+    """False when it was told to stop. What nnU-Net preprocessed is taken as it is."""
+    own = [c for c in dict.fromkeys(configurations) if not any(experiment.data_folder(c).glob("*.b2nd"))]
+    if not own:
+        return True
+    with progress_bar("preprocessing", hidden=hide_bar) as advance:
+
+        def advance_or_stop(done: int, total: int) -> None:
+            advance(done, total)
+            if stop.is_set() and done < total:
+                raise _Stopped
+
+        try:
+            preprocess_experiment(
+                experiment, own, processes=options.processes or default_processes(), progress=advance_or_stop
+            )
+        except _Stopped:
+            return False
+    return True
+
+
+def fold_requests(options: TrainOptions, experiment: Experiment, budget_s: float | None) -> list[FoldRequest]:
+    """Each fold of each configuration. Raises DatasetInvalid for one that is not there, TrainingRefused for a device
+    that is not there or a package that is missing."""
+    try:
+        import torch
+
+        from engine.fold_training import FoldRequest
+        from engine.schedule import Schedule
+        from engine.training import default_precision
+    except ModuleNotFoundError as error:
+        if error.name in _EXTRA:
+            raise TrainingRefused(
+                f"training needs the Python package {error.name}: install seggate with the extra `train` (make install "
+                "EXTRAS=train)"
+            ) from error
+        raise
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    profile = TRAINING_PROFILES[options.profile]
+    cuda = torch.cuda.is_available()
+    if options.device == "cuda" and not cuda:
+        raise TrainingRefused("--device cuda: torch finds no GPU here")
+    device = torch.device("cuda" if cuda and options.device != "cpu" else "cpu")
+    schedule = Schedule(
+        **{k: v for k, v in (("epochs", options.epochs), ("iterations", options.iterations)) if v is not None},
+        budget_s=budget_s,
+        patience=profile.patience,
+    )
+    configurations = options.configurations or (default_configuration(experiment),)
+    return [
+        FoldRequest(
+            experiment=experiment,
+            results=options.results,
+            configuration=experiment.configuration(configuration).name,
+            fold=fold,
+            profile=profile,
+            schedule=schedule,
+            seed=options.seed,
+            device=device,
+            precision=default_precision(device) if options.precision == "auto" else options.precision,
+            deterministic=options.deterministic,
+            sides=options.sides,
+            keeps_logits=options.keeps_logits,
+        )
+        for configuration in dict.fromkeys(configurations)
+        for fold in chosen_folds(experiment, options.folds)
+    ]
+
+
+def default_configuration(experiment: Experiment) -> str:
+    planned = experiment.plans.configurations
+    return "3d_fullres" if "3d_fullres" in planned else next(iter(planned))
+
+
+def chosen_folds(experiment: Experiment, folds: Sequence[str]) -> list[str]:
+    """`all-folds` (the default) is every fold of the splits. Raises DatasetInvalid."""
+    named: list[str] = []
+    for fold in folds or (ALL_FOLDS,):
+        named += [str(index) for index in range(len(experiment.splits()))] if fold == ALL_FOLDS else [fold]
+    for fold in named:
+        experiment.split(fold)
+    return list(dict.fromkeys(named))
+
+
+def parse_budget(text: str | None) -> float | None:
+    """Seconds of "90s", "30m", "2h" or "1h30m". Raises ValueError for anything else."""
+    if text is None:
+        return None
+    match = _BUDGET.fullmatch(text)
+    seconds = sum(int(match[unit] or 0) * size for unit, size in (("h", 3600), ("m", 60), ("s", 1))) if match else 0
+    if not seconds:
+        raise ValueError(f"--budget {text!r}: a time like 90s, 30m, 2h or 1h30m is needed")
+    return float(seconds)
+
+
+@contextmanager
+def stop_requests() -> Iterator[threading.Event]:
+    """Set by SIGTERM and Ctrl-C: a training then writes its checkpoint and ends. A second one ends the process."""
+    asked = threading.Event()
+    before: dict[int, Any] = {}
+
+    def ask(number: int, _frame: FrameType | None) -> None:
+        asked.set()
+        signal.signal(number, before[number])
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before[number] = signal.signal(number, ask)
+    try:
+        yield asked
+    finally:
+        for known, handler in before.items():
+            signal.signal(known, handler)
+
+
+def failed(what: str, error: Exception, *, as_json: bool) -> int:
+    if as_json:
+        print_json({"ok": False, "error": str(error)})
+    say(f"seggate: {what}: {error}")
+    return 1
+
+
+def status(folder: Path, results: Path, *, as_json: bool) -> int:
+    """0 with a row for each fold that was ever begun; 1 when there is none."""
+    folders = _fold_folders(results, folder)
+    rows = [_row(path) for path in folders]
+    if as_json:
+        print_json({"ok": bool(rows), "folds": rows})
+    elif rows:
+        _present(rows)
+    if not rows:
+        say(f"seggate: nothing was trained in {results / _dataset_name(folder)}")
+    return 0 if rows else 1
+
+
+def stop(folder: Path, results: Path, *, configurations: Sequence[str], folds: Sequence[str], as_json: bool) -> int:
+    """0 when something was running and has been asked; 1 when nothing was."""
+    asked = []
+    for path in _fold_folders(results, folder):
+        configuration = path.parent.name.rpartition("__")[2]
+        wanted = configuration in (configurations or [configuration])
+        if wanted and path.name.removeprefix("fold_") in (folds or [path.name.removeprefix("fold_")]) and holder(path):
+            ask_to_stop(path)
+            asked.append(str(path))
+    if as_json:
+        print_json({"ok": bool(asked), "asked": asked})
+    for text in asked:
+        say(f"asked to stop: {text}")
+    if not asked:
+        say("seggate: nothing is being trained there")
+    return 0 if asked else 1
+
+
+def _dataset_name(folder: Path) -> str:
+    """DATASET of status and stop may be gone, or be the name alone."""
+    return folder.resolve().name if folder.exists() else folder.name
+
+
+def _fold_folders(results: Path, folder: Path) -> list[Path]:
+    return sorted(path for path in (results / _dataset_name(folder)).glob("*__*__*/fold_*") if path.is_dir())
+
+
+def _row(folder: Path) -> dict[str, Any]:
+    """What a fold's folder says about itself; needs no torch."""
+    lines = (folder / "training_log.jsonl").read_text().splitlines() if (folder / "training_log.jsonl").exists() else []
+    last = json.loads(lines[-1]) if lines else {}
+    request = json.loads((folder / "training.json").read_text()) if (folder / "training.json").exists() else {}
+    summary = folder / "validation" / "summary.json"
+    metrics = {k: v for k, v in _foreground_mean(summary).items() if not math.isnan(v)}
+    who = holder(folder)
+    if who is not None:
+        state = "running"
+    elif "result" in request:
+        state = "finished"
+    elif (folder / "checkpoint_final.pth").exists():
+        state = "trained, not validated"
+    else:
+        state = "stopped"
+    return {
+        "folder": str(folder),
+        "model": folder.parent.name,
+        "fold": folder.name.removeprefix("fold_"),
+        "state": state,
+        "process": who,
+        "epochs": len(lines),
+        "of_epochs": request.get("schedule", {}).get("epochs"),
+        "minutes": sum(json.loads(line)["seconds"] for line in lines) / 60,
+        "train_loss": last.get("train_loss"),
+        "ema_dice": last.get("ema_dice"),
+        "score": last.get("score"),
+        "dice": metrics.get("Dice"),
+        "hd95_mm": metrics.get("HD95"),
+        "surface_dice": metrics.get("SurfaceDice"),
+    }
+
+
+def _foreground_mean(summary: Path) -> dict[str, float]:
+    if not summary.exists():
+        return {}
+    found: dict[str, float] = json.loads(summary.read_text())["foreground_mean"]
+    return found
+
+
+def _present(rows: Sequence[dict[str, Any]]) -> None:
+    columns = ("model", "fold", "state", "epochs", "minutes", "loss", "Dice (patches)", "Dice (cases)", "HD95 (mm)")
+    table(
+        "",
+        columns,
+        [
+            (
+                row["model"],
+                row["fold"],
+                row["state"],
+                f"{row['epochs']} of {row['of_epochs'] or '?'}",
+                f"{row['minutes']:.1f}",
+                *(_figure(row[key]) for key in ("train_loss", "ema_dice", "dice", "hd95_mm")),
+            )
+            for row in rows
+        ],
+    )
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+@contextmanager
+def _reporting(request: FoldRequest, *, hidden: bool) -> Iterator[FoldReport]:
+    """A bar for the epochs and then for the cases; lines of the log above it, all on standard error."""
+    from engine.fold_training import FoldReport
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"))
+    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), disable=hidden) as bar:
+        name = f"{request.configuration} fold {request.fold}"
+        epochs = bar.add_task(name, total=request.schedule.epochs)
+        cases = bar.add_task(f"{name}: validation", total=len(request.experiment.split(request.fold).val))
+        yield FoldReport(
+            line=lambda text: None if hidden else bar.console.print(text, markup=False, highlight=False),
+            epoch=lambda record, total: bar.update(epochs, completed=record.epoch + 1, total=total),
+            case=lambda done, total: bar.update(cases, completed=done, total=total),
+        )

@@ -1,0 +1,244 @@
+"""The options of `seggate train …`, `evaluate`, `select` and `export`.
+
+A word after `train` that is no subcommand is the dataset, so `seggate train DIR` trains.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from typer.core import TyperGroup
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table, for scripts.")]
+Dataset = Annotated[Path, typer.Argument(metavar="DATASET", help="A dataset in nnU-Net's format: DatasetNNN_Name.")]
+Results = Annotated[
+    Path, typer.Option(envvar="nnUNet_results", help="Folder that gets a folder for the dataset, with its models.")
+]
+Preprocessed = Annotated[
+    Path, typer.Option(envvar="nnUNet_preprocessed", help="Folder with the dataset's plans and preprocessed cases.")
+]
+PlansName = Annotated[
+    str | None, typer.Option(help="Which plans, e.g. nnUNetResEncUNetMPlans. Default: the only ones.")
+]
+DatasetName = Annotated[str | None, typer.Option(help="The name given to `seggate plan`. Default: the folder's.")]
+Configurations = Annotated[list[str] | None, typer.Option("--configuration", help="E.g. 3d_fullres; may be repeated.")]
+Profile = Annotated[
+    Literal["nnunet", "article"],
+    typer.Option(help="nnU-Net's way, or the article's: hold-out, early stopping, ensemble of everything."),
+]
+Processes = Annotated[
+    int | None,
+    typer.Option(min=1, help="Worker processes, each with a case in memory. Default: the cores, at most 8."),
+]
+
+
+class _TrainGroup(TyperGroup):
+    """`seggate train WORD` is `seggate train run WORD` unless WORD is a subcommand."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, "--help"):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+train = typer.Typer(
+    cls=_TrainGroup,
+    help="Train a model: `seggate train DATASET`, `seggate train status DATASET`, `seggate train stop DATASET`.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+
+@train.command("run")
+def train_run(
+    folder: Dataset,
+    configuration: Configurations = None,
+    fold: Annotated[
+        list[str] | None,
+        typer.Option(help="0, 1, ... of the splits; `all`: on every case; `all-folds` (default). May be repeated."),
+    ] = None,
+    profile: Profile = "nnunet",
+    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of a fold. Default: 1000.")] = None,
+    iterations: Annotated[int | None, typer.Option(min=1, help="Steps of an epoch. Default: 250.")] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Time for each fold, e.g. 30m or 1h30m; the learning rate falls to 0 within it."),
+    ] = None,
+    precision: Annotated[
+        Literal["auto", "float32", "bf16", "fp16"],
+        typer.Option(help="auto: fp16 on a GPU, bf16 on a processor that computes in it, else float32."),
+    ] = "auto",
+    deterministic: Annotated[
+        bool,
+        typer.Option("--deterministic", help="Bit-identical on the same kind of processor, with as many threads."),
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Decides weights, patches and augmentation.")] = 0,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to train.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch. Default: its own choice.")] = None,
+    sides: Annotated[
+        Literal["keep", "swap", "ignore"],
+        typer.Option(
+            help="Where labels are left and right: do not mirror the lateral axis, mirror it and swap the labels, or "
+            "mirror everything as nnU-Net does."
+        ),
+    ] = "keep",
+    keep_logits: Annotated[
+        bool,
+        typer.Option(
+            "--keep-logits/--no-keep-logits",
+            help="Keep the validation's logits: `seggate select` needs them for ensembles of configurations.",
+        ),
+    ] = True,
+    plans_name: PlansName = None,
+    dataset_name: DatasetName = None,
+    preprocessed: Preprocessed = Path("preprocessed"),
+    results: Results = Path("results"),
+    processes: Processes = None,
+    as_json: Json = False,
+) -> None:
+    """Train and validate folds; goes on where it was stopped. Ctrl-C and SIGTERM write a checkpoint first."""
+    from gateway.commands import train as command
+
+    options = command.TrainOptions(
+        folder=folder,
+        configurations=tuple(configuration or ()),
+        folds=tuple(fold or ()),
+        profile=profile,
+        epochs=epochs,
+        iterations=iterations,
+        budget=budget,
+        precision=precision,
+        deterministic=deterministic,
+        seed=seed,
+        device=device,
+        threads=threads,
+        sides=sides,
+        keeps_logits=keep_logits,
+        plans_name=plans_name,
+        dataset_name=dataset_name,
+        preprocessed=preprocessed,
+        results=results,
+        processes=processes,
+    )
+    raise typer.Exit(command.train(options, as_json=as_json))
+
+
+@train.command("status")
+def train_status(folder: Dataset, results: Results = Path("results"), as_json: Json = False) -> None:
+    """Which folds are running, stopped or finished, and how far they are."""
+    from gateway.commands import train as command
+
+    raise typer.Exit(command.status(folder, results, as_json=as_json))
+
+
+@train.command("stop")
+def train_stop(
+    folder: Dataset,
+    configuration: Configurations = None,
+    fold: Annotated[list[str] | None, typer.Option(help="Only this fold; may be repeated. Default: all.")] = None,
+    results: Results = Path("results"),
+    as_json: Json = False,
+) -> None:
+    """Ask what is being trained to write a checkpoint and end; `seggate train DATASET` goes on from there."""
+    from gateway.commands import train as command
+
+    raise typer.Exit(
+        command.stop(folder, results, configurations=configuration or [], folds=fold or [], as_json=as_json)
+    )
+
+
+def evaluate(
+    predictions: Annotated[Path, typer.Argument(help="Folder with label maps.", exists=True, file_okay=False)],
+    references: Annotated[
+        Path, typer.Argument(help="Folder with the references, under the same names.", exists=True, file_okay=False)
+    ],
+    dataset_json: Annotated[
+        Path | None, typer.Option(help="Names the labels. Default: the one in or above either folder.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The summary. Default: PREDICTIONS/summary.json.")] = None,
+    chill: Annotated[bool, typer.Option("--chill", help="References without a prediction are no error.")] = False,
+    processes: Processes = None,
+    as_json: Json = False,
+) -> None:
+    """Compare label maps with references: Dice, HD95 and surface Dice per label, and nnU-Net's summary.json."""
+    from gateway.commands import evaluate as command
+
+    raise typer.Exit(
+        command.evaluate(
+            predictions,
+            references,
+            dataset_json=dataset_json,
+            out=out,
+            chill=chill,
+            processes=processes,
+            as_json=as_json,
+        )
+    )
+
+
+def select(
+    folder: Dataset,
+    profile: Profile = "nnunet",
+    configuration: Configurations = None,
+    fold: Annotated[
+        list[str] | None, typer.Option(help="Only this fold; may be repeated. Default: all of the splits.")
+    ] = None,
+    plans_name: PlansName = None,
+    dataset_name: DatasetName = None,
+    preprocessed: Preprocessed = Path("preprocessed"),
+    results: Results = Path("results"),
+    processes: Processes = None,
+    as_json: Json = False,
+) -> None:
+    """Choose by cross-validation: the best model or pair of models (article: all of them), and its post-processing."""
+    from gateway.commands import select as command
+
+    raise typer.Exit(
+        command.select(
+            folder,
+            profile=profile,
+            configurations=configuration or [],
+            folds=fold or [],
+            plans_name=plans_name,
+            dataset_name=dataset_name,
+            preprocessed=preprocessed,
+            results=results,
+            processes=processes,
+            as_json=as_json,
+        )
+    )
+
+
+def export(
+    folder: Dataset,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the bundle. Default: RESULTS/NAME/bundles/SEMVER.")
+    ] = None,
+    card: Annotated[Path | None, typer.Option(help="Model card (TOML): codes, colours, contract, licence.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name: a-z, 0-9 and '-'. Default: from the dataset.")] = None,
+    semver: Annotated[str | None, typer.Option(help="MAJOR.MINOR.PATCH. Default: the card's, else 1.0.0.")] = None,
+    plans_name: PlansName = None,
+    dataset_name: DatasetName = None,
+    preprocessed: Preprocessed = Path("preprocessed"),
+    results: Results = Path("results"),
+    as_json: Json = False,
+) -> None:
+    """Make a model bundle of what `select` chose: ONNX, parity, and the cross-validation's figures in its card."""
+    from gateway.commands import export as command
+
+    raise typer.Exit(
+        command.export(
+            folder,
+            out=out,
+            card=card,
+            name=name,
+            semver=semver,
+            plans_name=plans_name,
+            dataset_name=dataset_name,
+            preprocessed=preprocessed,
+            results=results,
+            as_json=as_json,
+        )
+    )

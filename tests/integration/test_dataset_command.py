@@ -1,0 +1,57 @@
+"""`seggate dataset check`: exit codes, the table for people, the document for scripts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from gateway.cli import app
+from tests.support.raw_datasets import write_dataset
+
+
+def _check(*words: str) -> Result:
+    return CliRunner().invoke(app, ["dataset", "check", *words])
+
+
+@pytest.mark.requirement("ART-01", open="conversion from DICOM")
+def test_a_clean_dataset_ends_with_0(tmp_path: Path) -> None:
+    ran = _check(str(write_dataset(tmp_path / "Dataset001_Clean")), "--processes", "2")
+    assert ran.exit_code == 0, ran.output
+    assert "6 cases, 0 errors, 0 warnings" in ran.stdout
+
+
+@pytest.mark.requirement("ART-01", open="conversion from DICOM")
+def test_an_error_ends_with_1_and_names_case_file_cause_and_remedy(tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path / "Dataset001_Bad")
+    (folder / "labelsTr" / "case_03.nii.gz").unlink()
+    shown = _check(str(folder), "--processes", "1")
+    assert shown.exit_code == 1
+    assert "case_03.nii.gz" in shown.stdout
+    ran = _check(str(folder), "--processes", "1", "--json")
+    assert ran.exit_code == 1
+    document = json.loads(ran.stdout)
+    assert document["ok"] is False
+    assert document["cases"] == 6
+    (finding,) = document["findings"]
+    assert finding["severity"] == "error"
+    assert finding["kind"] == "missing-label"
+    assert finding["case"] == "case_03"
+    assert finding["file"] == "case_03.nii.gz"
+    assert finding["cause"] == "is not there"
+    assert "add the label map" in finding["remedy"]
+
+
+def test_a_warning_ends_with_0(tmp_path: Path) -> None:
+    ran = _check(str(write_dataset(tmp_path / "odd name")), "--processes", "1", "--json")
+    assert ran.exit_code == 0
+    assert [f["kind"] for f in json.loads(ran.stdout)["findings"]] == ["dataset-name"]
+
+
+def test_a_folder_that_is_no_dataset_is_said_without_a_traceback(tmp_path: Path) -> None:
+    ran = _check(str(tmp_path))
+    assert ran.exit_code == 1
+    assert "dataset.json" in ran.stdout
+    assert "Traceback" not in ran.output

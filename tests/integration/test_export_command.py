@@ -1,0 +1,108 @@
+"""`seggate export`: a bundle that gives the labels of the validated networks, with their figures in its card."""
+# ruff: noqa: E402
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.peers import require_peer
+
+require_peer("torch")
+
+import torch
+from typer.testing import CliRunner
+
+from engine.bundle import load_bundle
+from engine.nifti import read_label_map, read_nifti
+from engine.predictor import Predictor
+from gateway.cli import app
+from tests.support.config_folder import write_config
+from tests.support.tiny_experiment import NAME, planned, seggate, shown
+
+LEARNS = ("--epochs", "4", "--iterations", "10", "--precision", "float32", "--threads", "1", "--deterministic")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def same_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def selected(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("selected")
+    raw = planned(root, licence="CC-BY-SA 4.0", reference="made by a test")
+    for words in (["train", str(raw), *LEARNS], ["select", str(raw)]):
+        ran = seggate(root, *words)
+        assert ran.exit_code == 0, ran.output
+    return root
+
+
+@pytest.fixture(scope="module")
+def exported(selected: Path) -> Any:
+    ran = seggate(selected, "export", str(selected / NAME), "--json")
+    assert ran.exit_code == 0, ran.output
+    return shown(ran)
+
+
+@pytest.mark.requirement("ART-13", open="a GPU")
+def test_the_bundle_has_every_fold_and_says_how_good_it_is(selected: Path, exported: Any) -> None:
+    bundle = load_bundle(Path(exported["bundle"]))
+    assert Path(exported["bundle"]) == (selected / "results" / NAME / "bundles" / "1.0.0").resolve()
+    assert (bundle.name, bundle.semver, bundle.licence) == ("tiny", "1.0.0", "CC-BY-SA 4.0")
+    assert [fold.fold for fold in bundle.configurations[0].folds] == ["0", "1"]
+    assert len(bundle.parity) == 2
+    folder = next((selected / "results" / NAME).glob("nnUNet*/crossval_results_folds_0_1/postprocessed"))
+    means = json.loads((folder / "summary.json").read_text())
+    assert f"mean foreground Dice {means['foreground_mean']['Dice']:.4f}" in bundle.description
+    assert f"first: Dice {means['mean']['1']['Dice']:.4f}" in bundle.description
+    assert "of 6 cases by the fold that never saw it" in bundle.description
+    assert "6 cases of Dataset901_Tiny; made by a test" in bundle.origin
+    assert bundle.contract.orientation == "LPS"
+    assert bundle.ensemble == "probabilities"
+
+
+def test_a_fold_of_the_bundle_gives_the_labels_of_its_validation(selected: Path, exported: Any) -> None:
+    bundle = load_bundle(Path(exported["bundle"]))
+    volume = read_nifti([selected / NAME / "imagesTr" / "case_00_0000.nii.gz"])
+    with Predictor(bundle, device="cpu", threads=1) as predictor:
+        found = predictor.predict(volume, folds=["0"]).labels.array
+    folder = next((selected / "results" / NAME).glob("nnUNet*/crossval_results_folds_0_1/postprocessed"))
+    validated = read_label_map(folder / "case_00.nii.gz").array
+    assert (found == validated).mean() >= 0.9999
+
+
+def test_the_bundle_can_be_imported_and_serves(tmp_path: Path, exported: Any) -> None:
+    config = write_config(tmp_path)
+    ran = CliRunner().invoke(app, ["models", "import", exported["bundle"], "--config", str(config), "--json"])
+    assert ran.exit_code == 0, ran.output
+    assert json.loads(ran.stdout)["state"] == "champion"
+
+
+def test_a_card_goes_before_what_is_known(tmp_path: Path, selected: Path) -> None:
+    card = tmp_path / "card.toml"
+    card.write_text('name = "mine"\nsemver = "2.1.0"\ndescription = "Ours."\n[contract]\norientation = "RAS"\n')
+    words = ["export", str(selected / NAME), "--card", str(card), "--out", str(tmp_path / "bundle"), "--json"]
+    ran = seggate(selected, *words)
+    assert ran.exit_code == 0, ran.output
+    bundle = load_bundle(tmp_path / "bundle")
+    assert (bundle.name, bundle.semver, bundle.description) == ("mine", "2.1.0", "Ours.")
+    assert bundle.contract.orientation == "RAS"
+
+
+def test_what_was_exported_is_not_overwritten(selected: Path, exported: Any) -> None:
+    ran = seggate(selected, "export", str(selected / NAME), "--json")
+    assert ran.exit_code == 1
+    assert "exists already" in shown(ran)["error"]
+
+
+def test_nothing_selected_is_said(tmp_path: Path) -> None:
+    ran = seggate(tmp_path, "export", str(planned(tmp_path)))
+    assert ran.exit_code == 1
+    assert "run `seggate select` first" in ran.stderr

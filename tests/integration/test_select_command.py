@@ -1,0 +1,156 @@
+"""`seggate select`: what cross-validation says of models and of models joined, and what is written of it."""
+# ruff: noqa: E402
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.support.peers import require_peer
+
+require_peer("torch")
+
+import torch
+
+from engine.nifti import read_label_map
+from engine.result_folder import open_result
+from tests.support.tiny_experiment import NAME, planned, seggate, shown
+
+PREFIX = "nnUNetTrainer__nnUNetPlans__"
+PAIR = f"ensemble___{PREFIX}2d___{PREFIX}3d_fullres___0_1"
+CASES = {f"case_{index:02}.nii.gz" for index in range(6)}
+LEARNS = ("--epochs", "4", "--iterations", "10", "--precision", "float32", "--threads", "1", "--deterministic")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def same_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two configurations, two folds each."""
+    root = tmp_path_factory.mktemp("trained")
+    words = ["train", str(planned(root)), "--configuration", "2d", "--configuration", "3d_fullres", *LEARNS]
+    ran = seggate(root, *words)
+    assert ran.exit_code == 0, ran.output
+    return root
+
+
+@pytest.fixture(scope="module")
+def selected(trained: Path) -> Any:
+    ran = seggate(trained, "select", str(trained / NAME), "--json")
+    assert ran.exit_code == 0, ran.output
+    return shown(ran)
+
+
+def _models(trained: Path) -> Path:
+    return trained / "results" / NAME
+
+
+def _dice(folder: Path) -> float:
+    value: float = json.loads((folder / "summary.json").read_text())["foreground_mean"]["Dice"]
+    return value
+
+
+@pytest.mark.requirement("ART-11", open="profile article")
+def test_the_folds_of_a_model_are_put_together_case_by_case(trained: Path, selected: Any) -> None:
+    folder = _models(trained) / f"{PREFIX}3d_fullres" / "crossval_results_folds_0_1"
+    assert {path.name for path in folder.glob("*.nii.gz")} == CASES
+    assert {"plans.json", "dataset.json", "summary.json"} <= {path.name for path in folder.iterdir()}
+    summary = json.loads((folder / "summary.json").read_text())
+    per_case = [entry["metrics"]["1"]["Dice"] for entry in summary["metric_per_case"]]
+    assert len(per_case) == 6
+    assert summary["mean"]["1"]["Dice"] == pytest.approx(np.mean(per_case))
+    fold = _models(trained) / f"{PREFIX}3d_fullres" / "fold_1" / "validation"
+    assert (folder / "case_01.nii.gz").read_bytes() == (fold / "case_01.nii.gz").read_bytes()
+    assert selected["candidates"][f"{PREFIX}3d_fullres"] == _dice(folder)
+
+
+@pytest.mark.requirement("ART-11", open="profile article")
+def test_two_models_are_joined_by_the_mean_of_their_probabilities(trained: Path, selected: Any) -> None:
+    folder = _models(trained) / "ensembles" / PAIR
+    assert {path.name for path in folder.glob("*.nii.gz")} == CASES
+    logits = [
+        np.load(_models(trained) / f"{PREFIX}{c}" / "fold_0" / "validation_logits" / "case_00.npy").astype(np.float32)
+        for c in ("2d", "3d_fullres")
+    ]
+    both = sum(np.exp(x) / np.exp(x).sum(axis=0) for x in logits)
+    # Every case has one spacing, so the networks' grid is the image's own.
+    assert np.array_equal(read_label_map(folder / "case_00.nii.gz").array, np.argmax(both, axis=0))
+    assert selected["candidates"][PAIR] == _dice(folder)
+
+
+def test_the_highest_score_wins_and_is_written_as_nnunet_does(trained: Path, selected: Any) -> None:
+    scores = selected["candidates"]
+    assert len(scores) == 3
+    information = json.loads((_models(trained) / "inference_information.json").read_text())
+    assert information["all_results"] == scores
+    assert information["folds"] == [0, 1]
+    best = information["best_model_or_ensemble"]
+    assert best["result_on_crossval_pre_pp"] == max(scores.values())
+    assert best["result_on_crossval_post_pp"] >= best["result_on_crossval_pre_pp"]
+    assert [m["configuration"] for m in best["selected_model_or_models"]] == selected["selected"]
+    assert Path(best["postprocessing_file"]).exists()
+    assert not math.isnan(_dice(Path(selected["folder"]) / "postprocessed"))
+    assert selected["foreground_mean"]["Dice"] == _dice(Path(selected["folder"]) / "postprocessed")
+
+
+def test_the_choice_is_what_an_import_of_the_datasets_folder_takes(trained: Path, selected: Any) -> None:
+    with open_result(_models(trained)) as result:
+        assert sorted(c.name for c in result.configurations) == sorted(selected["selected"])
+        document = json.loads((Path(selected["folder"]) / "postprocessing.json").read_text())
+        assert result.postprocessing is not None
+        assert result.postprocessing["postprocessing_fns"] == document["postprocessing_fns"]
+
+
+def test_predictions_that_are_there_are_not_joined_again(trained: Path, selected: Any) -> None:
+    folder = _models(trained) / "ensembles" / PAIR
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.nii.gz")}
+    again = shown(seggate(trained, "select", str(trained / NAME), "--json"))
+    assert again == selected
+    assert {path.name: path.stat().st_mtime_ns for path in folder.glob("*.nii.gz")} == before
+
+
+def test_without_logits_no_ensemble_is_tried_and_that_is_said(tmp_path: Path, trained: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(trained, copy)
+    shutil.rmtree(copy / "results" / NAME / f"{PREFIX}2d" / "fold_1" / "validation_logits")
+    found = shown(seggate(copy, "select", str(copy / NAME), "--json"))
+    assert set(found["candidates"]) == {f"{PREFIX}2d", f"{PREFIX}3d_fullres"}
+    assert found["notes"] == ["2d kept no logits: no ensemble with it was tried"]
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--fold", "all"], "nothing can be chosen by it"),
+        (["--profile", "article"], "no configuration has all of the folds 0, 1"),
+        (["--configuration", "4d"], "no configuration '4d'"),
+    ],
+)
+def test_what_cannot_be_chosen_is_said(trained: Path, words: list[str], named: str) -> None:
+    ran = seggate(trained, "select", str(trained / NAME), *words)
+    assert ran.exit_code == 1
+    assert named in ran.stderr
+
+
+def test_a_fold_that_is_not_validated_is_named(tmp_path: Path, trained: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(trained, copy)
+    shutil.rmtree(copy / "results" / NAME / f"{PREFIX}2d" / "fold_1")
+    ran = seggate(copy, "select", str(copy / NAME), "--configuration", "2d")
+    assert ran.exit_code == 1
+    assert "fold 1 is not validated" in ran.stderr
+    ran = seggate(copy, "select", str(copy / NAME))
+    assert ran.exit_code == 0, ran.output
+    assert "3d_fullres" in ran.stdout

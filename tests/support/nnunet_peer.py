@@ -1,0 +1,25 @@
+"""Runs tests/support/nnunet_side.py with nnU-Net's own Python; `require_peer("nnunet")` comes first."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+SCRIPT = Path(__file__).with_name("nnunet_side.py")
+
+
+def nnunet(command: str, root: Path, **arguments: Any) -> Any:
+    """What the command answers. AssertionError with the end of its output when it fails."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "nnUNet_"))}
+    done = subprocess.run(
+        [os.environ["SEGGATE_NNUNET_PYTHON"], str(SCRIPT), command, str(root), json.dumps(arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])

@@ -1,0 +1,114 @@
+"""nnU-Net's half of the tests beside it: runs in nnU-Net's environment (SEGGATE_NNUNET_PYTHON), imports none of ours.
+
+    python nnunet_side.py COMMAND ROOT JSON
+
+ROOT holds nnU-Net's three folders raw, preprocessed and results; JSON is an object with the command's arguments. The
+last line on the standard output is a JSON object.
+"""
+
+import json
+import os
+import shutil
+import sys
+
+
+def plan_and_preprocess(root, dataset, configurations, plans=None):
+    """Fingerprint, plans (unless `plans`, a file, is given) and preprocessing, in one process each."""
+    from nnunetv2.experiment_planning import plan_and_preprocess_api as api
+    from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+
+    number = int(dataset[7:10])
+    folder = os.path.join(root, "preprocessed", dataset)
+    os.makedirs(folder, exist_ok=True)
+    if plans is None:
+        api.extract_fingerprints([number], num_processes=1, check_dataset_integrity=False)
+        api.plan_experiments([number])
+    else:
+        shutil.copy(plans, os.path.join(folder, "nnUNetPlans.json"))
+        shutil.copy(os.path.join(root, "raw", dataset, "dataset.json"), folder)
+    for configuration in configurations:
+        DefaultPreprocessor(verbose=False).run(dataset, configuration, "nnUNetPlans", num_processes=1)
+    return {}
+
+
+def dump(root, folder, out):
+    """The arrays of a preprocessed folder as .npy."""
+    import blosc2
+    import numpy as np
+
+    os.makedirs(out, exist_ok=True)
+    names = [name for name in sorted(os.listdir(folder)) if name.endswith(".b2nd")]
+    for name in names:
+        np.save(os.path.join(out, name[:-5] + ".npy"), blosc2.open(os.path.join(folder, name), mode="r")[:])
+    return {"files": len(names)}
+
+
+def predict(root, model, files, out, checkpoint="checkpoint_final.pth"):
+    """Fold 0 of a model folder on lists of files, with mirroring."""
+    import torch
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    predictor = nnUNetPredictor(
+        device=torch.device("cpu"), perform_everything_on_device=False, allow_tqdm=False, verbose=False
+    )
+    predictor.initialize_from_trained_model_folder(model, (0,), checkpoint)
+    os.makedirs(out, exist_ok=True)
+    names = [os.path.join(out, os.path.basename(first).replace("_0000.nii.gz", "")) for first, *_ in files]
+    predictor.predict_from_files_sequential(files, names, save_probabilities=False, overwrite=True)
+    return {"mirror_axes": predictor.allowed_mirroring_axes}
+
+
+def continue_training(root, dataset, configuration, checkpoint, iterations):
+    """One epoch of nnU-Net's trainer from a checkpoint; says what it loaded and what it did."""
+    os.environ["nnUNet_n_proc_DA"] = "0"  # noqa: SIM112 - nnU-Net spells it so
+    import torch
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+    folder = os.path.join(root, "preprocessed", dataset)
+    with open(os.path.join(folder, "nnUNetPlans.json")) as file:
+        plans = json.load(file)
+    with open(os.path.join(folder, "dataset.json")) as file:
+        dataset_json = json.load(file)
+    trainer = nnUNetTrainer({**plans, "continue_training": True}, configuration, 0, dataset_json, torch.device("cpu"))
+    trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = iterations, 2
+    trainer.initialize()
+    trainer.load_checkpoint(checkpoint)
+    began = trainer.current_epoch
+    trainer.num_epochs = began + 1
+    network = trainer.network
+    saved = torch.load(checkpoint, map_location="cpu", weights_only=False)
+    momenta = saved["optimizer_state"]["state"]
+    parameters = dict(network.named_parameters())
+    loaded = {
+        "epoch": began,
+        "parameters": list(parameters),
+        "without_momentum": [name for index, name in enumerate(parameters) if index not in momenta],
+        "momenta_loaded": all(
+            torch.equal(trainer.optimizer.state[parameter]["momentum_buffer"], momenta[index]["momentum_buffer"])
+            for index, parameter in enumerate(parameters.values())
+            if index in momenta
+        ),
+    }
+    trainer.run_training()
+    log = trainer.logger.get_checkpoint()
+    final = os.path.join(trainer.output_folder, "checkpoint_final.pth")
+    return {
+        **loaded,
+        "epoch_after": torch.load(final, map_location="cpu", weights_only=False)["current_epoch"],
+        "train_losses": [float(value) for value in log["train_losses"]],
+        "final": final,
+    }
+
+
+COMMANDS = {f.__name__: f for f in (plan_and_preprocess, dump, predict, continue_training)}
+
+if __name__ == "__main__":
+    command, where, arguments = sys.argv[1:]
+    for kind in ("raw", "preprocessed", "results"):
+        os.environ[f"nnUNet_{kind}"] = os.path.join(where, kind)
+    import torch
+
+    torch.set_num_threads(1)
+    answer = COMMANDS[command](where, **json.loads(arguments))
+    print()
+    print(json.dumps(answer))
