@@ -1,0 +1,124 @@
+"""engine.batches: a batch is decided by seed and place, and what is wrong with a case reaches the trainer."""
+# ruff: noqa: E402
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from threading import Event
+
+import pytest
+
+from tests.support.peers import require_peer
+
+require_peer("torch")
+
+import torch
+
+from engine.batches import Batch, BatchSource, BatchStream
+from engine.errors import DatasetInvalid
+from engine.training import Trainer
+from tests.support.tiny_training import TINY, tiny_setup
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    root = tmp_path_factory.mktemp("tiny")
+    return Trainer(tiny_setup(root), root / "fold_0")
+
+
+@pytest.fixture
+def source(trainer: Trainer) -> BatchSource:
+    return trainer.source("training")
+
+
+def same(one: Batch, other: Batch) -> bool:
+    return torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
+
+
+def test_a_batch_has_the_patch_of_the_plans_and_no_negative_label(source: BatchSource) -> None:
+    images, labels = source.batch(0, 0)
+    assert (images.shape, images.dtype) == ((2, 1, *TINY.patch_size), torch.float32)
+    assert (labels.shape, labels.dtype) == ((2, *TINY.patch_size), torch.int16)
+    assert labels.min() >= 0
+    assert bool(torch.isfinite(images).all())
+
+
+@pytest.mark.parametrize("threads", [0, 1, 3])
+def test_batches_come_in_order_and_are_the_same_on_any_number_of_threads(source: BatchSource, threads: int) -> None:
+    expected = [source.batch(2, iteration) for iteration in range(6)]
+    with BatchStream(source, threads=threads) as stream:
+        assert all(same(*pair) for pair in zip(stream.epoch(2, 6), expected, strict=True))
+        # Resumed within the epoch.
+        assert all(same(*pair) for pair in zip(stream.epoch(2, 6, first=4), expected[4:], strict=True))
+    assert not same(expected[0], expected[1])
+    assert not same(expected[0], source.batch(3, 0))
+
+
+def test_each_process_of_several_makes_its_part_of_the_batch(source: BatchSource) -> None:
+    whole = source.batch(0, 5)
+    parts = [replace(source, samples=(sample,)).batch(0, 5) for sample in (0, 1)]
+    assert same(whole, (torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])))
+
+
+def test_validation_is_not_augmented(trainer: Trainer) -> None:
+    source = trainer.source("validation")
+    images, labels = source.batch(0, 0)
+    # Values of the case itself, and the label where they belong.
+    case = torch.from_numpy(source._open("case_00").image_CZYX[:, :, :, :].copy())
+    assert bool(torch.isin(images[images != 0], case).all())
+    assert images[0, 0][labels[0] > 0].mean() > images[0, 0][labels[0] == 0].mean()
+
+
+def test_batches_are_made_ahead_but_only_so_many(source: BatchSource) -> None:
+    made: list[int] = []
+    third = Event()
+
+    class Counting(BatchSource):
+        def batch(self, epoch: int, iteration: int) -> Batch:
+            made.append(iteration)
+            if len(made) == 3:
+                third.set()
+            return super().batch(epoch, iteration)
+
+    fields = {name: getattr(source, name) for name in BatchSource.__dataclass_fields__ if not name.startswith("_")}
+    stream = BatchStream(Counting(**fields), threads=1, ahead=2)
+    batches = stream.epoch(0, 100)
+    next(batches)
+    assert third.wait(timeout=30)
+    batches.close()  # type: ignore[attr-defined]
+    stream.close()
+    assert made == [0, 1, 2]
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_a_case_that_cannot_be_read_ends_the_training_with_its_name(source: BatchSource, threads: int) -> None:
+    broken = replace(source, names=("case_09",) * 3)
+    with BatchStream(broken, threads=threads) as stream, pytest.raises(DatasetInvalid, match="case_09"):
+        list(stream.epoch(0, 3))
+
+
+def test_another_number_of_channels_is_refused(source: BatchSource) -> None:
+    with pytest.raises(DatasetInvalid, match=r"1 channel\(s\) where the network takes 2; preprocess the dataset"):
+        replace(source, channels=2).batch(0, 0)
+
+
+def test_a_dataset_of_many_cases_does_not_use_up_the_open_files(
+    source: BatchSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.batches._OPEN_CASES", 1)
+    narrow = replace(source)
+    before = _files_open_in(narrow.folder)
+    for iteration in range(12):
+        narrow.batch(0, iteration)
+        assert _files_open_in(narrow.folder) <= before + 2
+
+
+def _files_open_in(folder: Path) -> int:
+    found = 0
+    for descriptor in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):
+            found += os.readlink(f"/proc/self/fd/{descriptor}").startswith(str(folder))
+    return found
