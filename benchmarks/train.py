@@ -119,7 +119,7 @@ def _steps(runner: subprocess.Popen[str], count: int) -> float:
     runner.stdin.flush()
     answer = runner.stdout.readline()
     if not answer:
-        raise SystemExit(f"{runner.args}: ended with {runner.wait()}; run it alone to see why")
+        raise SystemExit(f"{runner.args!r}: ended with {runner.wait()}; run it alone to see why")
     return float(answer)
 
 

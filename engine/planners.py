@@ -122,3 +122,9 @@ PROFILES: Mapping[ProfileName, Profile] = MappingProxyType(
         ),
     }
 )
+
+
+def plans_name(planner: PlannerName, profile: ProfileName) -> str:
+    """nnU-Net's name of the planner's plans; those of another profile have it in their name."""
+    name, part = PLANNERS[planner].plans_name, PROFILES[profile].plans_name_part
+    return name.removesuffix("Plans") + part + "Plans" if part else name

@@ -21,7 +21,7 @@ from engine.errors import DatasetInvalid
 from engine.fingerprint import Fingerprint
 from engine.json_reader import read_json
 from engine.json_writer import write_json
-from engine.planners import PLANNERS, PROFILES, PlannerName, ProfileName
+from engine.planners import PLANNERS, PROFILES, PlannerName, ProfileName, plans_name
 from engine.topology import Topology, feature_map_voxels, topology
 
 FloatArray = NDArray[np.float64]
@@ -109,9 +109,7 @@ class _Planning:
     def __post_init__(self) -> None:
         self.planner = PLANNERS[self.request.planner]
         self.profile = PROFILES[self.request.profile]
-        part = self.profile.plans_name_part
-        made = self.planner.plans_name.removesuffix("Plans") + part + "Plans" if part else self.planner.plans_name
-        self.plans_name = self.request.plans_name or made
+        self.plans_name = self.request.plans_name or plans_name(self.request.planner, self.request.profile)
 
     def run(self) -> Planned:
         request, fingerprint = self.request, self.request.fingerprint

@@ -54,6 +54,10 @@ train = typer.Typer(
 @train.command("run")
 def train_run(
     folder: Dataset,
+    everything: Annotated[
+        bool,
+        typer.Option("--all", help="Plan, preprocess, train every configuration and fold, select and export."),
+    ] = False,
     configuration: Configurations = None,
     fold: Annotated[
         list[str] | None,
@@ -65,6 +69,10 @@ def train_run(
     budget: Annotated[
         str | None,
         typer.Option(help="Time for each fold, e.g. 30m or 1h30m; the learning rate falls to 0 within it."),
+    ] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(min=1, help="Profile article: epochs without a better score before a fold ends. Default: 30."),
     ] = None,
     precision: Annotated[
         Literal["auto", "float32", "bf16", "fp16"],
@@ -98,7 +106,7 @@ def train_run(
     processes: Processes = None,
     as_json: Json = False,
 ) -> None:
-    """Train and validate folds; goes on where it was stopped. Ctrl-C and SIGTERM write a checkpoint first."""
+    """Train and validate folds; go on where it was stopped. Ctrl-C and SIGTERM write a checkpoint first."""
     from gateway.commands import train as command
 
     options = command.TrainOptions(
@@ -109,6 +117,7 @@ def train_run(
         epochs=epochs,
         iterations=iterations,
         budget=budget,
+        patience=patience,
         precision=precision,
         deterministic=deterministic,
         seed=seed,
@@ -122,6 +131,10 @@ def train_run(
         results=results,
         processes=processes,
     )
+    if everything:
+        from gateway.commands import train_all
+
+        raise typer.Exit(train_all.train_all(options, as_json=as_json))
     raise typer.Exit(command.train(options, as_json=as_json))
 
 

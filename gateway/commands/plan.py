@@ -60,7 +60,7 @@ def plan(options: PlanOptions, *, as_json: bool) -> int:
         if options.folder is None:
             document = _plan_files(options)
         else:
-            document = _plan_folder(options, options.folder, hide_bar=as_json)
+            document = plan_folder(options, options.folder, hide_bar=as_json)
     except (EngineError, OSError) as error:
         if as_json:
             print_json({"ok": False, "error": str(error)})
@@ -104,8 +104,12 @@ def _plan_files(options: PlanOptions) -> dict[str, Any]:
     return _document(planned, {"plans": _write_plans(options, name, planned)}, list(planned.notes))
 
 
-def _plan_folder(options: PlanOptions, folder: Path, *, hide_bar: bool) -> dict[str, Any]:
-    """Fingerprint, plans and splits of a dataset, all written into its folder of preprocessed data."""
+def plan_folder(options: PlanOptions, folder: Path, *, hide_bar: bool) -> dict[str, Any]:
+    """Fingerprint, plans and splits of a dataset, all written into its folder of preprocessed data, the plans last,
+    and the preprocessed cases after them. Returns what `--json` prints.
+
+    Raises DatasetInvalid, InputRejected, ImportRefused, DiskTooSmall, WorkerDied, OSError.
+    """
     dataset = open_dataset(folder)
     name = options.dataset_name or dataset.name
     with progress_bar("fingerprint", hidden=hide_bar) as advance:

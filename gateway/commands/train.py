@@ -52,6 +52,7 @@ class TrainOptions:
     epochs: int | None
     iterations: int | None
     budget: str | None
+    patience: int | None
     precision: PrecisionName
     deterministic: bool
     seed: int
@@ -69,11 +70,11 @@ class TrainOptions:
 def train(options: TrainOptions, *, as_json: bool) -> int:
     """0 when all was trained and validated, and when it was told to stop (`state` says which); 1 when something failed;
     2 for options that do not go together."""
-    try:
-        budget_s = parse_budget(options.budget)
-    except ValueError as error:
-        say(f"seggate: {error}")
+    wrong = wrong_usage(options)
+    if wrong:
+        say(f"seggate: {wrong}")
         return 2
+    budget_s = parse_budget(options.budget)
     try:
         experiment = open_experiment(
             options.folder, options.preprocessed, plans_name=options.plans_name, name=options.dataset_name
@@ -83,11 +84,11 @@ def train(options: TrainOptions, *, as_json: bool) -> int:
             state, folders = run_folds(requests, options, experiment, stop, as_json=as_json)
     except (EngineError, OSError) as error:
         return failed("not trained", error, as_json=as_json)
-    rows = [_row(folder) for folder in folders]
+    rows = fold_rows(folders)
     if as_json:
         print_json({"ok": True, "state": state, "folds": rows})
     else:
-        _present(rows)
+        present_folds(rows)
         if state == "stopped":
             say("stopped; the same command goes on")
     return 0
@@ -176,7 +177,7 @@ def fold_requests(options: TrainOptions, experiment: Experiment, budget_s: float
     schedule = Schedule(
         **{k: v for k, v in (("epochs", options.epochs), ("iterations", options.iterations)) if v is not None},
         budget_s=budget_s,
-        patience=profile.patience,
+        patience=options.patience or profile.patience,
     )
     configurations = options.configurations or (default_configuration(experiment),)
     return [
@@ -212,6 +213,16 @@ def chosen_folds(experiment: Experiment, folds: Sequence[str]) -> list[str]:
     for fold in named:
         experiment.split(fold)
     return list(dict.fromkeys(named))
+
+
+def wrong_usage(options: TrainOptions) -> str | None:
+    try:
+        parse_budget(options.budget)
+    except ValueError as error:
+        return str(error)
+    if options.patience is not None and TRAINING_PROFILES[options.profile].hold_out_share is None:
+        return f"--patience needs a hold-out, which the profile {options.profile} does not have"
+    return None
 
 
 def parse_budget(text: str | None) -> float | None:
@@ -254,11 +265,11 @@ def failed(what: str, error: Exception, *, as_json: bool) -> int:
 def status(folder: Path, results: Path, *, as_json: bool) -> int:
     """0 with a row for each fold that was ever begun; 1 when there is none."""
     folders = _fold_folders(results, folder)
-    rows = [_row(path) for path in folders]
+    rows = fold_rows(folders)
     if as_json:
         print_json({"ok": bool(rows), "folds": rows})
     elif rows:
-        _present(rows)
+        present_folds(rows)
     if not rows:
         say(f"seggate: nothing was trained in {results / _dataset_name(folder)}")
     return 0 if rows else 1
@@ -289,6 +300,10 @@ def _dataset_name(folder: Path) -> str:
 
 def _fold_folders(results: Path, folder: Path) -> list[Path]:
     return sorted(path for path in (results / _dataset_name(folder)).glob("*__*__*/fold_*") if path.is_dir())
+
+
+def fold_rows(folders: Sequence[Path]) -> list[dict[str, Any]]:
+    return [_row(folder) for folder in folders]
 
 
 def _row(folder: Path) -> dict[str, Any]:
@@ -332,7 +347,7 @@ def _foreground_mean(summary: Path) -> dict[str, float]:
     return found
 
 
-def _present(rows: Sequence[dict[str, Any]]) -> None:
+def present_folds(rows: Sequence[dict[str, Any]]) -> None:
     columns = ("model", "fold", "state", "epochs", "minutes", "loss", "Dice (patches)", "Dice (cases)", "HD95 (mm)")
     table(
         "",

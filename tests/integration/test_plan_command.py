@@ -126,7 +126,7 @@ def test_a_fingerprint_made_elsewhere_is_planned_alone(tmp_path: Path, shared_ro
     assert not (tmp_path / "preprocessed").exists()
 
 
-@pytest.mark.requirement("ART-10", open="metrics and early stopping")
+@pytest.mark.requirement("ART-10")
 def test_patients_of_the_dataset_are_kept_together(tmp_path: Path, made: Path) -> None:
     patients = {f"case_{index:02}": f"p{index // 2}" for index in range(12)}
     folder = write_dataset(tmp_path / NAME, cases=12, shape=SHAPE, patients=patients)

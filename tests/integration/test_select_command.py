@@ -62,7 +62,7 @@ def _dice(folder: Path) -> float:
     return value
 
 
-@pytest.mark.requirement("ART-11", open="profile article")
+@pytest.mark.requirement("ART-11")
 def test_the_folds_of_a_model_are_put_together_case_by_case(trained: Path, selected: Any) -> None:
     folder = _models(trained) / f"{PREFIX}3d_fullres" / "crossval_results_folds_0_1"
     assert {path.name for path in folder.glob("*.nii.gz")} == CASES
@@ -76,7 +76,7 @@ def test_the_folds_of_a_model_are_put_together_case_by_case(trained: Path, selec
     assert selected["candidates"][f"{PREFIX}3d_fullres"] == _dice(folder)
 
 
-@pytest.mark.requirement("ART-11", open="profile article")
+@pytest.mark.requirement("ART-11")
 def test_two_models_are_joined_by_the_mean_of_their_probabilities(trained: Path, selected: Any) -> None:
     folder = _models(trained) / "ensembles" / PAIR
     assert {path.name for path in folder.glob("*.nii.gz")} == CASES

@@ -6,13 +6,16 @@ ROOT holds nnU-Net's three folders raw, preprocessed and results; JSON is an obj
 last line on the standard output is a JSON object.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import shutil
 import sys
+from typing import Any
 
 
-def plan_and_preprocess(root, dataset, configurations, plans=None):
+def plan_and_preprocess(root: str, dataset: str, configurations: list[str], plans: str | None = None) -> Any:
     """Fingerprint, plans (unless `plans`, a file, is given) and preprocessing, in one process each."""
     from nnunetv2.experiment_planning import plan_and_preprocess_api as api
     from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
@@ -31,7 +34,7 @@ def plan_and_preprocess(root, dataset, configurations, plans=None):
     return {}
 
 
-def dump(root, folder, out):
+def dump(root: str, folder: str, out: str) -> Any:
     """The arrays of a preprocessed folder as .npy."""
     import blosc2
     import numpy as np
@@ -43,7 +46,7 @@ def dump(root, folder, out):
     return {"files": len(names)}
 
 
-def predict(root, model, files, out, checkpoint="checkpoint_final.pth"):
+def predict(root: str, model: str, files: list[list[str]], out: str, checkpoint: str = "checkpoint_final.pth") -> Any:
     """Fold 0 of a model folder on lists of files, with mirroring."""
     import torch
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -58,7 +61,7 @@ def predict(root, model, files, out, checkpoint="checkpoint_final.pth"):
     return {"mirror_axes": predictor.allowed_mirroring_axes}
 
 
-def continue_training(root, dataset, configuration, checkpoint, iterations):
+def continue_training(root: str, dataset: str, configuration: str, checkpoint: str, iterations: int) -> Any:
     """One epoch of nnU-Net's trainer from a checkpoint; says what it loaded and what it did."""
     os.environ["nnUNet_n_proc_DA"] = "0"  # noqa: SIM112 - nnU-Net spells it so
     import torch
@@ -100,7 +103,7 @@ def continue_training(root, dataset, configuration, checkpoint, iterations):
     }
 
 
-COMMANDS = {f.__name__: f for f in (plan_and_preprocess, dump, predict, continue_training)}
+COMMANDS: dict[str, Any] = {f.__name__: f for f in (plan_and_preprocess, dump, predict, continue_training)}
 
 if __name__ == "__main__":
     command, where, arguments = sys.argv[1:]

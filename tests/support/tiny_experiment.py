@@ -42,16 +42,16 @@ def seggate(root: Path, *words: str) -> Result:
     return CliRunner().invoke(app, [*words, *where])
 
 
-def planned(root: Path, *, folds: int = 2, **dataset: Any) -> Path:
-    """The raw dataset below `root`, planned and preprocessed: 2d and 3d_fullres, with networks of `FEATURES`."""
+def planned(root: Path, *, folds: int = 2, profile: str = "nnunet", **dataset: Any) -> Path:
+    """The raw dataset below `root`, planned: 2d and 3d_fullres, with networks of `FEATURES`."""
     raw = root / NAME
     write_bright(raw, **dataset)
     names = sorted(path.name.removesuffix(".nii.gz") for path in (raw / "labelsTr").iterdir())
     splits = [{"train": [n for n in names if n not in names[i::folds]], "val": names[i::folds]} for i in range(folds)]
     (raw / "splits_final.json").write_text(json.dumps(splits))
-    ran = seggate(root, "plan", str(raw), "--plans-only")
+    ran = seggate(root, "plan", str(raw), "--plans-only", "--profile", profile)
     assert ran.exit_code == 0, ran.output
-    shrink(root / "preprocessed" / NAME / "nnUNetPlans.json")
+    shrink(next((root / "preprocessed" / NAME).glob("nnUNet*Plans.json")))
     return raw
 
 

@@ -44,7 +44,7 @@ def write_raw(folder: Path, model: TrainedModel, *, shape: tuple[int, int, int] 
     """A raw dataset of `CASES` for the model. An ignore label takes a slab of each label map."""
     document = dataset_json(model)
     random = np.random.default_rng(3)
-    changes = {key: document.get(key) for key in ("channel_names", "labels", "regions_class_order")}
+    changes: dict[str, Any] = {key: document.get(key) for key in ("channel_names", "labels", "regions_class_order")}
     write_dataset(folder, cases=len(CASES), channels=len(model.channels), **changes)
     for index, case in enumerate(CASES):
         labels = np.zeros(shape, dtype=np.uint8)

@@ -62,7 +62,7 @@ def record(epoch: int, dice: float | None) -> EpochRecord:
     )
 
 
-@pytest.mark.requirement("ART-10", open="end to end")
+@pytest.mark.requirement("ART-10")
 def test_a_training_ends_when_its_patience_does_and_its_final_weights_are_the_best(
     tmp_path: Path, setup: TrainingSetup
 ) -> None:

@@ -68,7 +68,7 @@ def test_what_is_not_on_the_list_is_refused(wrong: dict[str, Any], message: str)
         read_postprocessing(wrong)
 
 
-@pytest.mark.requirement("ART-12", open="chosen on validation")
+@pytest.mark.requirement("ART-12")
 def test_the_k_largest_components_are_kept_with_those_that_are_as_large_as_the_last() -> None:
     row = [1, 1, 1, 0, 1, 1, 0, 1, 1, 0, 1, 0]
     (step,) = read_postprocessing(document({"labels_or_regions": 1, "count": 2}, function="keep_largest_components"))

@@ -42,7 +42,7 @@ def _is_partition(splits: tuple[Split, ...], cases: list[CaseSummary]) -> None:
         assert sorted((*split.train, *split.val)) == names
 
 
-@pytest.mark.requirement("ART-11", open="training and averaging")
+@pytest.mark.requirement("ART-11")
 @pytest.mark.parametrize(
     ("count", "folds"),
     [
@@ -58,7 +58,7 @@ def test_folds_are_nnunets(count: int, folds: list[list[int]]) -> None:
         assert sorted((*split.train, *split.val)) == names
 
 
-@pytest.mark.requirement("ART-11", open="training and averaging")
+@pytest.mark.requirement("ART-11")
 @pytest.mark.peer("shared-data")
 def test_the_file_of_the_hippocampus_set_is_nnunets(tmp_path: Path, shared_root: Path) -> None:
     reference = shared_root / "reference/plans/hippocampus_004/splits_final.json"
@@ -67,7 +67,7 @@ def test_the_file_of_the_hippocampus_set_is_nnunets(tmp_path: Path, shared_root:
     assert json.loads((tmp_path / "splits_final.json").read_text()) == wanted
 
 
-@pytest.mark.requirement("ART-10", open="metrics and early stopping")
+@pytest.mark.requirement("ART-10")
 def test_patients_are_never_on_both_sides() -> None:
     splits = stratified_splits(CASES, patients=PATIENTS)
     _is_partition(splits, CASES)
@@ -76,7 +76,7 @@ def test_patients_are_never_on_both_sides() -> None:
     assert any(patients_in_both(split, PATIENTS) for split in nnunet_splits([case.name for case in CASES]))
 
 
-@pytest.mark.requirement("ART-10", open="metrics and early stopping")
+@pytest.mark.requirement("ART-10")
 def test_folds_are_alike_in_volume_and_labels() -> None:
     of_name = {case.name: case for case in CASES}
     for split in stratified_splits(CASES):
@@ -111,7 +111,7 @@ def test_too_few_patients_are_an_error_with_the_numbers() -> None:
         nnunet_splits(["a", "b", "c", "d"])
 
 
-@pytest.mark.requirement("ART-10", open="metrics and early stopping")
+@pytest.mark.requirement("ART-10")
 def test_the_hold_out_is_a_tenth_of_whole_patients_alike_to_the_rest() -> None:
     out = hold_out(CASES)
     assert 5 <= len(out.val) <= 8

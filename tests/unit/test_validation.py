@@ -1,4 +1,4 @@
-"""engine.validation: whole cases through networks, measured against their labels."""
+"""Whole cases through a network: what is written, what is done again, and what ensembles are made from."""
 # ruff: noqa: E402
 
 from __future__ import annotations
@@ -16,29 +16,35 @@ require_peer("torch")
 
 import torch
 
+from engine.case_results import join_outputs, network_logits
 from engine.dataset import RawDataset, open_dataset, read_case
-from engine.errors import DatasetInvalid
-from engine.nifti import read_label_map
-from engine.plans import read_plans
+from engine.errors import DatasetInvalid, InputRejected
+from engine.nifti import read_label_map, write_nifti
+from engine.plans import Plans, read_plans
+from engine.preprocessing import crop_to_nonzero
 from engine.training import Trainer
-from engine.validation import SUMMARY, ModelInTraining, TorchBackend, validate
+from engine.validation import ModelInTraining, TorchBackend, measure_on, validate
+from engine.volume import LabelMap
 from tests.support.nnunet_results import plans_json
+from tests.support.raw_datasets import write_array, write_dataset
 from tests.support.tiny_training import CASES, TINY, tiny_setup, write_raw
 
 
-class ByBrightness:
-    """A backend that knows: labels 1 and 2 of `write_raw` are bright and brighter. Values are normalised."""
+class Threshold:
+    """Not trained: knows the normalised brightness of each label of the tiny dataset."""
 
-    name, precision, version, provider, threads = "rule", "float32", "1", "cpu", 1
+    name = precision = version = provider = "threshold"
+    threads = 1
 
-    def __init__(self, thresholds: tuple[float, float]) -> None:
-        self._low, self._high = thresholds
+    def __init__(self) -> None:
+        self.runs = 0
 
     def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        logits = [np.zeros_like(batch), (batch > self._low) * 5.0, (batch > self._high) * 9.0]
-        return np.concatenate(logits, axis=1).astype(np.float32)
+        self.runs += 1
+        return np.stack([-abs(batch[:, 0] - place) for place in (-0.35, 1.85, 3.35)], axis=1).astype(np.float32)
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        pass
 
 
 @pytest.fixture
@@ -47,74 +53,137 @@ def dataset(tmp_path: Path) -> RawDataset:
     return open_dataset(tmp_path / "Dataset901_Tiny")
 
 
-def model(dataset: RawDataset, *backends: ByBrightness | TorchBackend) -> ModelInTraining:
-    plans = read_plans(plans_json(TINY))
+def _plans() -> Plans:
+    return read_plans(plans_json(TINY))
+
+
+def _model(dataset: RawDataset, backend: Threshold) -> ModelInTraining:
+    plans = _plans()
     return ModelInTraining(
         plans=plans,
         configuration=plans.configurations[TINY.name],
         labels=dataset.json.labels,
-        backends=backends,
-        mirror_axes=(0, 1, 2),
+        backends=(backend,),
+        mirror_axes=(),
     )
 
 
-# Noise of 10 on 50, 110 and 150, as z-scores of the cases: the gap between the classes.
-PERFECT = (0.69, 2.44)
-
-
-def test_a_network_that_knows_the_answer_is_measured_as_such(tmp_path: Path, dataset: RawDataset) -> None:
-    steps: list[tuple[int, int]] = []
-    metrics = validate(
-        model(dataset, ByBrightness(PERFECT)),
-        dataset,
-        CASES[:2],
-        tmp_path / "validation",
-        progress=lambda done, total: steps.append((done, total)),
-    )
-    assert steps == [(0, 2), (1, 2), (2, 2)]
-    assert len(metrics) == 2
-    summary = json.loads((tmp_path / "validation" / SUMMARY).read_text())
-    assert summary["foreground_mean"]["Dice"] > 0.95
-    assert [Path(row["prediction_file"]).name for row in summary["metric_per_case"]] == [
+def test_a_fold_is_validated_with_predictions_and_nnunets_summary(tmp_path: Path, dataset: RawDataset) -> None:
+    measured = validate(_model(dataset, Threshold()), dataset, CASES[:2], tmp_path / "validation")
+    assert measured is not None
+    dice = measured[0][1,].dice
+    assert dice is not None
+    assert dice > 0.8
+    summary = json.loads((tmp_path / "validation" / "summary.json").read_text())
+    assert [Path(entry["prediction_file"]).name for entry in summary["metric_per_case"]] == [
         "case_00.nii.gz",
         "case_01.nii.gz",
     ]
+    assert summary["metric_per_case"][0]["metrics"]["1"]["Dice"] == dice
+    assert {path.name for path in (tmp_path / "validation").iterdir()} == {
+        "case_00.nii.gz",
+        "case_01.nii.gz",
+        "summary.json",
+    }
 
 
-def test_label_maps_lie_on_the_grid_of_their_case(tmp_path: Path, dataset: RawDataset) -> None:
-    validate(model(dataset, ByBrightness(PERFECT)), dataset, CASES[:1], tmp_path / "validation")
-    written = read_label_map(tmp_path / "validation" / "case_00.nii.gz")
-    case = read_case(dataset.cases[0], dataset.json)
-    assert written.geometry.same_grid(case.labels.geometry)
-    assert (written.array == case.labels.array).mean() > 0.99
+def test_a_validation_that_was_stopped_goes_on_and_predicts_nothing_twice(tmp_path: Path, dataset: RawDataset) -> None:
+    backend = Threshold()
+    folder = tmp_path / "validation"
+    model = _model(dataset, backend)
+    assert validate(model, dataset, CASES[:2], folder, stop=lambda: backend.runs > 0) is None
+    assert not (folder / "summary.json").exists()
+    once = backend.runs
+    assert validate(model, dataset, CASES[:2], folder) is not None
+    assert backend.runs == 2 * once
+    whole = validate(_model(dataset, Threshold()), dataset, CASES[:2], tmp_path / "again")
+    assert validate(model, dataset, CASES[:2], folder) == whole
+    assert backend.runs == 2 * once
+
+
+def test_stored_logits_give_the_same_labels_again(tmp_path: Path, dataset: RawDataset) -> None:
+    model = _model(dataset, Threshold())
+    validate(model, dataset, CASES[:1], tmp_path / "validation", logits_folder=tmp_path / "logits")
+    cropped = crop_to_nonzero(read_case(dataset.cases[0], dataset.json).volume, model.plans)
+    stored = np.load(tmp_path / "logits" / "case_00.npy", allow_pickle=False)
+    output = network_logits(stored, cropped, model.configuration)
+    predicted = read_label_map(tmp_path / "validation" / "case_00.nii.gz")
+    joined = join_outputs([output], cropped, model.plans, model.labels, predicted.geometry)
+    assert np.array_equal(joined.array, predicted.array)
+
+
+def test_cases_are_measured_without_anything_written(tmp_path: Path, dataset: RawDataset) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    measured = measure_on(_model(dataset, Threshold()), dataset, CASES[:3])
+    assert len(measured) == 3
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_predictions_lie_in_the_voxel_order_of_the_files_where_the_reader_reorients(tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path / "d", cases=1, overwrite_image_reader_writer="SimpleITKIOWithReorient")
+    direction = (0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, -1.0)
+    image = np.random.default_rng(0).normal(5, 1, (10, 16, 18)).astype(np.float32)
+    label = np.zeros((10, 16, 18), dtype=np.uint8)
+    label[2:6, 3:9, 4:8] = 1
+    image[label == 1] += 5
+    write_array(folder / "imagesTr" / "case_00_0000.nii.gz", image, (1.0, 1.0, 1.0), direction=direction)
+    write_array(folder / "labelsTr" / "case_00.nii.gz", label, (1.0, 1.0, 1.0), direction=direction)
+    dataset = open_dataset(folder)
+    validate(_model(dataset, Threshold()), dataset, ["case_00"], tmp_path / "validation")
+    predicted = read_label_map(tmp_path / "validation" / "case_00.nii.gz")
+    reference = read_label_map(folder / "labelsTr" / "case_00.nii.gz")
+    assert predicted.geometry.same_grid(reference.geometry)
+    assert np.count_nonzero((predicted.array > 0) & (label == 1)) > 0.9 * np.count_nonzero(label)
+
+
+def test_a_prediction_on_another_grid_is_named(tmp_path: Path, dataset: RawDataset) -> None:
+    model, folder = _model(dataset, Threshold()), tmp_path / "validation"
+    validate(model, dataset, CASES[:1], folder)
+    predicted = read_label_map(folder / "case_00.nii.gz")
+    cut = LabelMap(array=predicted.array[1:], geometry=read_label_map(_cut(tmp_path, predicted)).geometry)
+    write_nifti(cut, folder / "case_00.nii.gz")
+    with pytest.raises(InputRejected, match="case_00: the prediction has"):
+        validate(model, dataset, CASES[:1], folder)
+
+
+def _cut(tmp_path: Path, predicted: LabelMap) -> Path:
+    return write_array(tmp_path / "cut.nii.gz", predicted.array[1:], (1.0, 1.0, 1.0))
+
+
+def test_a_name_that_is_no_case_is_refused(tmp_path: Path, dataset: RawDataset) -> None:
+    with pytest.raises(DatasetInvalid, match="case_99 is no case"):
+        validate(_model(dataset, Threshold()), dataset, ["case_99"], tmp_path / "validation")
+
+
+class Everywhere(Threshold):
+    """Finds label 2 everywhere, and label 1 a little less."""
+
+    def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
+        return np.stack([np.full_like(batch[:, 0], logit) for logit in (-100.0, 0.0, 0.5)], axis=1)
 
 
 def test_folds_are_averaged_before_the_labels_are_taken(dataset: RawDataset) -> None:
-    """One fold finds label 2 everywhere (logits 0, 5, 9), one is right (0, 0, 0 in the background; 0, 5, 0 in label 1):
-    their means are greatest for label 2, but in label 1 for that."""
+    """Against a fold that is always for label 2, label 1 stands only where the other is for it by more than that."""
     volume = read_case(dataset.cases[0], dataset.json).volume
-    sure, right = ByBrightness((-100.0, -100.0)), ByBrightness(PERFECT)
-    alone = [model(dataset, backend).predict(volume).array for backend in (sure, right)]
-    both = model(dataset, sure, right).predict(volume).array
-    assert (alone[0] == 2).all()
-    assert {0, 1, 2} == set(np.unique(alone[1]))
-    np.testing.assert_array_equal(both, np.where(alone[1] == 1, 1, 2))
+    plans = _plans()
+    both = ModelInTraining(
+        plans=plans,
+        configuration=plans.configurations[TINY.name],
+        labels=dataset.json.labels,
+        backends=(Threshold(), Everywhere()),
+        mirror_axes=(),
+    ).predict(volume)
+    alone = _model(dataset, Threshold()).predict(volume)
+    assert {0, 1, 2} == set(np.unique(alone.array))
+    assert set(np.unique(both.array)) == {1, 2}
+    assert (alone.array[both.array == 1] <= 1).all()
+    assert (both.array[alone.array == 2] == 2).all()
 
 
-def test_a_trained_network_is_asked_without_its_lower_heads_and_gradients(tmp_path: Path, dataset: RawDataset) -> None:
+def test_a_network_in_training_answers_with_its_full_resolution(tmp_path: Path) -> None:
     trainer = Trainer(tiny_setup(tmp_path), tmp_path / "fold_0")
     backend = TorchBackend(trainer.network)
     logits = backend.run(np.zeros((1, 1, *TINY.patch_size), dtype=np.float32))
     assert logits.shape == (1, 3, *TINY.patch_size)
     assert logits.dtype == np.float32
     assert (backend.provider, backend.threads) == ("cpu", torch.get_num_threads())
-    found = model(dataset, backend).predict(read_case(dataset.cases[0], dataset.json).volume)
-    assert found.array.shape == (10, 16, 18)
-
-
-def test_a_split_of_another_dataset_is_refused_before_anything_is_predicted(
-    tmp_path: Path, dataset: RawDataset
-) -> None:
-    with pytest.raises(DatasetInvalid, match="other_1 is no case of Dataset901_Tiny"):
-        validate(model(dataset, ByBrightness(PERFECT)), dataset, ("case_00", "other_1"), tmp_path / "validation")
-    assert not list((tmp_path / "validation").glob("*"))

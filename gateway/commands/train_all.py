@@ -1,0 +1,134 @@
+"""`seggate train --all`: from a folder of images to a model bundle. Each step leaves what is done already as it is."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from typing import Any
+
+from engine.bundle import load_bundle
+from engine.errors import DatasetInvalid, EngineError
+from engine.experiment import Experiment, open_experiment
+from engine.manifest import MANIFEST
+from engine.model_card import ModelCard
+from engine.planners import plans_name
+from engine.training_profile import TRAINING_PROFILES
+from gateway.commands import export, select
+from gateway.commands.output import print_json, say
+from gateway.commands.plan import PlanOptions, plan_folder
+from gateway.commands.train import (
+    TrainOptions,
+    failed,
+    fold_requests,
+    fold_rows,
+    parse_budget,
+    present_folds,
+    run_folds,
+    stop_requests,
+    wrong_usage,
+)
+
+
+def train_all(options: TrainOptions, *, as_json: bool) -> int:
+    """0 when the bundle is there, and when it was told to stop; 1 when something failed; 2 for options that do not go
+    together. Started again after anything, it goes on."""
+    wrong = wrong_usage(options) or _wrong_usage(options)
+    if wrong:
+        say(f"seggate: {wrong}")
+        return 2
+    try:
+        with stop_requests() as stop:
+            document = _run(options, stop, as_json=as_json)
+    except (EngineError, OSError) as error:
+        return failed("not finished", error, as_json=as_json)
+    if as_json:
+        print_json({"ok": True, **document})
+    elif document["state"] == "stopped":
+        say("stopped; the same command goes on")
+    else:
+        say(document["description"])
+        say(f"bundle: {document['bundle']}")
+    return 0
+
+
+def _wrong_usage(options: TrainOptions) -> str | None:
+    if options.folds:
+        return "--all trains every fold: it needs no --fold"
+    if not options.keeps_logits and TRAINING_PROFILES[options.profile].ensembles_everything:
+        return f"the profile {options.profile} joins all configurations: it needs their logits"
+    return None
+
+
+def _run(options: TrainOptions, stop: threading.Event, *, as_json: bool) -> dict[str, Any]:
+    experiment = _planned(options, hide_bar=as_json)
+    # A cascade cannot be trained here (engine/fold_training.py).
+    every = [name for name, planned in experiment.plans.configurations.items() if planned.previous_stage is None]
+    configurations = options.configurations or tuple(every)
+    requests = fold_requests(replace(options, configurations=configurations), experiment, parse_budget(options.budget))
+    state, folders = run_folds(requests, options, experiment, stop, as_json=as_json)
+    rows = fold_rows(folders)
+    if not as_json:
+        present_folds(rows)
+    if state == "stopped":
+        return {"state": state, "folds": rows}
+    selection = select.select_trained(
+        experiment,
+        options.results,
+        TRAINING_PROFILES[options.profile],
+        configurations,
+        (),
+        processes=options.processes,
+        hide_bar=as_json,
+    )
+    labels = experiment.dataset.json.labels
+    if not as_json:
+        select.present(selection, labels)
+    notes: list[str] = []
+    out = export.default_folder(experiment, options.results, None)
+    if (out / MANIFEST).exists():
+        bundle = load_bundle(out)
+        notes.append(f"{out} was there already; `seggate export --semver` makes another")
+    else:
+        bundle = export.export_chosen(
+            experiment, options.results, out, ModelCard(), name=None, semver=None, notes=notes, hide_bar=as_json
+        )
+    if not as_json:
+        for note in notes:
+            say(f"note: {note}")
+    return {
+        "state": state,
+        "folds": rows,
+        "selection": select.document(selection, labels),
+        **export.document(bundle),
+        "notes": notes,
+    }
+
+
+def _planned(options: TrainOptions, *, hide_bar: bool) -> Experiment:
+    """The plans that are there, or new ones by the profile. Raises DatasetInvalid when there are too few cases."""
+    name = options.plans_name or plans_name("ExperimentPlanner", options.profile)
+    folder = options.preprocessed / (options.dataset_name or options.folder.resolve().name)
+    if not (folder / f"{name}.json").exists():
+        if options.plans_name is not None:
+            raise DatasetInvalid(f"{folder / name}.json is not there; without --plans-name it is made")
+        plan_folder(
+            PlanOptions(
+                folder=options.folder,
+                fingerprint=None,
+                dataset_json=None,
+                dataset_name=options.dataset_name,
+                planner="ExperimentPlanner",
+                profile=options.profile,
+                gpu_memory_gb=None,
+                overwrite_target_spacing=None,
+                plans_name=None,
+                splits=None,
+                preprocessed=options.preprocessed,
+                out=None,
+                processes=options.processes,
+                plans_only=True,
+            ),
+            options.folder,
+            hide_bar=hide_bar,
+        )
+    return open_experiment(options.folder, options.preprocessed, plans_name=name, name=options.dataset_name)
