@@ -195,7 +195,9 @@ class ModelRegistry:
 
         try:
             yield self._mlflow()
-        except (MlflowException, SQLAlchemyError, OSError) as error:
+        except OSError as error:
+            raise DatabaseAway(f"{error.filename}: {error.strerror}") from error
+        except (MlflowException, SQLAlchemyError) as error:
             raise DatabaseAway(f"the model registry did not answer: {type(error).__name__}") from error
 
     def _mlflow(self) -> MlflowClient:
