@@ -1,6 +1,6 @@
 """What augmentation does, as data: two profiles, the geometry of a configuration, and the draws for one sample.
 
-Order and ranges of `NNUNET` are nnU-Net 2.8's (facts: nnU-Net v2, §5.4 and §5.5); `ARTICLE` has the ranges of ART-09.
+Order and ranges of `NNUNET` are nnU-Net 2.8's (nnU-Net v2); `ARTICLE` has the ranges of ART-09.
 Axes are in network order; C image channels. Nothing here touches an image or needs torch.
 """
 

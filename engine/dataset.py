@@ -1,4 +1,4 @@
-"""nnU-Net's raw datasets: dataset.json, imagesTr, labelsTr (facts: nnU-Net v2, §1.2). Cases are listed, then read one
+"""nnU-Net's raw datasets: dataset.json, imagesTr, labelsTr (nnU-Net v2). Cases are listed, then read one
 at a time.
 
     DatasetXXX_Name/

@@ -1,4 +1,4 @@
-"""Where the files of a model in the making lie, in nnU-Net's layout (facts: nnU-Net v2, §1.4 and §1.5).
+"""Where the files of a model in the making lie, in nnU-Net's layout (nnU-Net v2).
 
 <preprocessed>/<dataset>/   dataset.json  dataset_fingerprint.json  <plans>.json  splits_final.json
                             <data_identifier>/   preprocessed cases (engine/preprocessed.py)

@@ -1,4 +1,4 @@
-"""nnU-Net's dataset fingerprint (facts: nnU-Net v2, §2): what the planner needs to know of the images.
+"""nnU-Net's dataset fingerprint (nnU-Net v2): what the planner needs to know of the images.
 
 Axes are (z, y, x) as stored. The numbers are nnU-Net's own: the same draws from the same random state. Where nnU-Net
 keeps 100 million values a channel, here a case is reduced to how often each of its values was drawn; mean, deviation

@@ -1,7 +1,7 @@
 """Logits on the network's grid → labels on the image's grid, a slab of rows at a time.
 
 Gives the labels that nnU-Net gives: its array of resampled logits is half precision, so values are rounded to half
-precision before they are compared (facts: inference speed, §3). Never holds all classes of the whole volume.
+precision before they are compared. Never holds all classes of the whole volume.
 """
 
 from __future__ import annotations

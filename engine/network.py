@@ -235,7 +235,7 @@ def build_network(
 
 def initialize(network: nn.Module, rng: np.random.Generator) -> None:
     """Draws the weights as nnU-Net does: Kaiming normal for the slope of LeakyReLU, biases 0; in a residual block the
-    second norm starts at 0, so that the block starts as its skip (facts: nnU-Net v2, §5.1)."""
+    second norm starts at 0, so that the block starts as its skip (nnU-Net v2)."""
     generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
     for name, module in network.named_modules():
         if isinstance(module, nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.ConvTranspose3d):

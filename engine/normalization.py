@@ -1,4 +1,4 @@
-"""nnU-Net's intensity normalisation, one channel at a time, before resampling (facts: nnU-Net v2, §4.2)."""
+"""nnU-Net's intensity normalisation, one channel at a time, before resampling (nnU-Net v2)."""
 
 from __future__ import annotations
 

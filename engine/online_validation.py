@@ -1,4 +1,4 @@
-"""Validation on patches after each epoch: nnU-Net's "pseudo Dice" (facts: nnU-Net v2, §5.6; torch).
+"""Validation on patches after each epoch: nnU-Net's "pseudo Dice" (torch).
 
 Hard counts are summed over all patches before the Dice is taken, so a class that is rare weighs as much as others, and
 the value is not that of whole cases (engine/validation.py).

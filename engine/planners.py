@@ -1,4 +1,4 @@
-"""What can be planned for, as data: nnU-Net's planners (facts: nnU-Net v2, §3.1) and the profiles `nnunet` and
+"""What can be planned for, as data: nnU-Net's planners (nnU-Net v2) and the profiles `nnunet` and
 `article`, which differ in when 3D configurations are made."""
 
 from __future__ import annotations

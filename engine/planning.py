@@ -1,4 +1,4 @@
-"""nnU-Net's experiment planner (facts: nnU-Net v2, §3): from a fingerprint and dataset.json to plans.json.
+"""nnU-Net's experiment planner (nnU-Net v2): from a fingerprint and dataset.json to plans.json.
 
 With the profile `nnunet` the plans are nnU-Net's, key by key. Sizes and spacings are (z, y, x); those of a
 configuration are in network order, after `transpose_forward`.

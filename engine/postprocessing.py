@@ -1,4 +1,4 @@
-"""nnU-Net's post-processing, from its JSON form (facts: nnU-Net v2, §7). Its pickle is never read.
+"""nnU-Net's post-processing, from its JSON form (nnU-Net v2). Its pickle is never read.
 
 The function names of the file are looked up in a list here; nothing is imported by name.
 """

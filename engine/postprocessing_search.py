@@ -1,4 +1,4 @@
-"""Which components to remove from a model's label maps, chosen on its cross-validation (facts: nnU-Net v2, §7; ART-12).
+"""Which components to remove from a model's label maps, chosen on its cross-validation (ART-12).
 
 nnU-Net's rule: keep the largest component of all foreground together where the mean Dice gets better and no label's
 gets worse; then, label by label, keep its largest component where its own mean Dice gets better. With `most_components`

@@ -7,7 +7,7 @@
       CASE.json           written last: shapes, spacing, box, and the stamp of what the case was made from
 
 Arrays are mapped into memory, so that a patch costs the pages it lies on. A case whose stamp is right is not made
-again. nnU-Net's rules: facts of nnU-Net v2, §1.4 and §4.1.
+again. Names and rules are nnU-Net v2's.
 
 nnU-Net's own folders (CASE.b2nd, CASE_seg.b2nd) are read too, with the package blosc2. Its CASE.pkl are never opened,
 since a pickle runs what it holds: the locations are taken from the label map, anew whenever a case is opened.

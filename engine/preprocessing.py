@@ -1,4 +1,4 @@
-"""nnU-Net's way from an image to what the network sees (facts: nnU-Net v2, §4.1).
+"""nnU-Net's way from an image to what the network sees (nnU-Net v2).
 
 Order: transpose, crop to the nonzero region, normalise, resample; for a cascade the previous stage's label map follows
 the same way and is stacked as one-hot channels. "Network axes" are the image's axes after `transpose_forward`.

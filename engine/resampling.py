@@ -1,4 +1,4 @@
-"""nnU-Net's resampling of images, label maps and logits (facts: nnU-Net v2, §4.3).
+"""nnU-Net's resampling of images, label maps and logits (nnU-Net v2).
 
 Arrays are (C, Z, Y, X) or (Z, Y, X), spacings and shapes in the same axis order. Half-pixel centres, edges repeated,
 no anti-aliasing. An axis that is much coarser than the others is resampled apart from the plane.

@@ -1,4 +1,4 @@
-"""Which case and which patch of it a training sample is, by nnU-Net's rules (facts: nnU-Net v2, §5.4).
+"""Which case and which patch of it a training sample is, by nnU-Net's rules (nnU-Net v2).
 
 Shapes and bounds are (z, y, x) of the preprocessed array; 2D patches are one voxel long in z.
 """

@@ -1,4 +1,4 @@
-"""How long a training lasts and how its learning rate falls (facts: nnU-Net v2, §5.3).
+"""How long a training lasts and how its learning rate falls (nnU-Net v2).
 
 By epochs, as in nnU-Net, the rate changes once an epoch. With a budget of time the rate follows the time as well and
 reaches 0 when the budget ends, however many epochs fit into it.

@@ -1,4 +1,4 @@
-"""The best of what was trained, by cross-validation, in nnU-Net's layout (facts: nnU-Net v2, §1.5 and §7; ART-11).
+"""The best of what was trained, by cross-validation, in nnU-Net's layout (ART-11).
 
     <results>/<dataset>/<model>/crossval_results_folds_0_1_2_3_4/   each case's prediction by the fold that never saw it
     <results>/<dataset>/ensembles/ensemble___<model>___<model>___0_1_2_3_4/

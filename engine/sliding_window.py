@@ -1,4 +1,4 @@
-"""nnU-Net's sliding window: window positions, Gaussian weights, mirrored passes (facts: nnU-Net v2, §6.2-6.5).
+"""nnU-Net's sliding window: window positions, Gaussian weights, mirrored passes (nnU-Net v2).
 
 Images are (C, Z, Y, X) on the network's grid; a 2D network sees one slice of the first axis at a time. Logits are
 summed in float32 (nnU-Net sums in half precision, which can overflow).

@@ -1,6 +1,6 @@
 """Splits of a dataset into folds, as nnU-Net's splits_final.json: [{"train": [cases], "val": [cases]}, ...].
 
-nnU-Net's own split is random over cases (facts: nnU-Net v2, §1.3). The stratified one keeps the cases of a patient
+nnU-Net's own split is random over cases (nnU-Net v2). The stratified one keeps the cases of a patient
 together and gives every fold small and large, complete and incomplete cases alike.
 """
 

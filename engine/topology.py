@@ -1,5 +1,5 @@
-"""The shape of a U-Net as nnU-Net derives it from spacing and patch, and what it costs in memory (facts: nnU-Net v2,
-§3.4 and §3.5). Tuples run over the axes in network order."""
+"""The shape of a U-Net as nnU-Net derives it from spacing and patch, and what it costs in memory (nnU-Net v2).
+Tuples run over the axes in network order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""nnU-Net's training of one fold (facts: nnU-Net v2, §5): epochs of batches, online validation, checkpoints (torch).
+"""nnU-Net's training of one fold (nnU-Net v2): epochs of batches, online validation, checkpoints (torch).
 
     setup ─▶ Trainer.run ─▶ per epoch: batches ▸ steps ▸ online validation ▸ record ▸ checkpoint
 

@@ -1,6 +1,6 @@
 """Checkpoints of a training: nnU-Net's own layout, so that nnU-Net predicts with them and goes on training from them.
 
-nnU-Net registers its tensors several times (facts: nnU-Net v2, §1.6) and loads strictly, so every copy is written. What
+nnU-Net registers its tensors several times (nnU-Net v2) and loads strictly, so every copy is written. What
 only this engine needs (where in the epoch, seed, threads, history) is under the key `seggate`, which nnU-Net ignores.
 
 nnU-Net goes on from a checkpoint at `current_epoch` with its own schedule of 1000 epochs of 250 iterations: the

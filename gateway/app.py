@@ -12,7 +12,6 @@ from functools import lru_cache, partial
 
 import structlog
 from pydicom.dataset import Dataset
-from sqlalchemy.orm import Session
 
 from emr.authorization import Authorization, Basic, NoAuthorization, SmartBackendServices, StaticToken
 from emr.client import EmrClient, EmrEndpoint
@@ -31,6 +30,7 @@ from gateway.delivery.reported import ReportedObjects
 from gateway.delivery.reporting import Reporting
 from gateway.destination_settings import FhirDestination
 from gateway.disk_space import ReserveWatch
+from gateway.due_work import enqueue_version
 from gateway.durable import INFERENCE, STUDIES, Enqueuer, delivery_queue
 from gateway.heartbeat import Heartbeat, executor_id
 from gateway.intake.assembly import Assembly
@@ -47,10 +47,9 @@ from gateway.results.rehearsal import rehearse
 from gateway.settings import Settings, SettingsInvalid, read_secret, secret
 from gateway.state import open_database, open_registry, open_spool, software_version
 from gateway.steps import ResultWork, StudyWork
-from gateway.workflows import PROCESS_STUDY, Story, register_delivery_workflows, register_study_workflows
+from gateway.workflows import Story, register_delivery_workflows, register_study_workflows
 from storage.database import Database
 from storage.errors import DatabaseAway, StorageError
-from storage.records import StudyVersion
 from storage.spool import Spool
 
 _log = structlog.get_logger(__name__)
@@ -119,7 +118,7 @@ def run_worker(settings: Settings, *, stop: threading.Event, boundary: Boundary 
         settings,
         expected_count=expected_counts,
         headers=headers,
-        enqueue=_study_enqueuer(enqueuer),
+        enqueue=lambda session, version: enqueue_version(session, enqueuer, version),
         indexed_until=IndexMark(spool.root).read,
     )
     try:
@@ -304,16 +303,3 @@ def _heartbeat(settings: Settings, database: Database, *, role: str) -> Heartbea
     return Heartbeat(
         database, role=role, beat_s=worker.heartbeat_s, takeover_s=worker.takeover_s, recover=durable.recover
     )
-
-
-def _study_enqueuer(enqueuer: Enqueuer) -> Callable[[Session, StudyVersion], None]:
-    def enqueue(session: Session, version: StudyVersion) -> None:
-        enqueuer.enqueue(
-            session,
-            queue=STUDIES,
-            workflow=PROCESS_STUDY,
-            workflow_id=version.workflow_id,
-            argument=version.version_id,
-        )
-
-    return enqueue

@@ -11,15 +11,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from gateway.training_cli import evaluate, export, select, train
+from gateway.training_cli import dataset, evaluate, export, plan, select, train
 
 CONFIG_HELP = "Folder with gateway.toml, routes.toml, destinations.toml, logging.toml."
 Config = Annotated[Path, typer.Option("--config", envvar="SEGGATE_CONFIG", help=CONFIG_HELP, show_default=True)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table, for scripts.")]
-Processes = Annotated[
-    int | None,
-    typer.Option(min=1, help="Worker processes, each with a case in memory. Default: the cores, at most 8."),
-]
 DEFAULT_CONFIG = Path("config")
 
 app = typer.Typer(
@@ -31,15 +27,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 models = typer.Typer(help="Import, list, show and verify models.", no_args_is_help=True, rich_markup_mode=None)
-dataset = typer.Typer(help="Training datasets in nnU-Net's format.", no_args_is_help=True, rich_markup_mode=None)
 config = typer.Typer(help="Look at the configuration.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(models, name="models")
-app.add_typer(dataset, name="dataset")
 app.add_typer(config, name="config")
-app.add_typer(train, name="train")
-app.command()(evaluate)
-app.command()(select)
-app.command()(export)
 
 
 @app.command()
@@ -186,86 +176,6 @@ def alarms(
     raise typer.Exit(command.alarms(config, clear=clear, as_json=as_json))
 
 
-@app.command()
-def plan(
-    folder: Annotated[Path | None, typer.Argument(help="A dataset in nnU-Net's format: DatasetNNN_Name.")] = None,
-    planner: Annotated[
-        Literal["ExperimentPlanner", "ResEncM", "ResEncL", "ResEncXL"],
-        typer.Option(help="nnU-Net's planner: a plain U-Net for 8 GB, or residual encoders for 8, 24 and 40 GB."),
-    ] = "ExperimentPlanner",
-    profile: Annotated[
-        Literal["nnunet", "article"],
-        typer.Option(help="Which configurations are made: by nnU-Net's rules or the article's."),
-    ] = "nnunet",
-    gpu_memory_gb: Annotated[
-        float | None, typer.Option(min=1, help="GPU memory to plan for. Default: the planner's own.")
-    ] = None,
-    overwrite_target_spacing: Annotated[
-        tuple[float, float, float] | None,
-        typer.Option(metavar="Z Y X", help="Spacing to resample to, in mm, axes as stored. Default: the median."),
-    ] = None,
-    plans_name: Annotated[
-        str | None, typer.Option(help="Name of the plans. Default: the planner's and profile's.")
-    ] = None,
-    splits: Annotated[
-        Literal["nnunet", "stratified"] | None,
-        typer.Option(
-            help="Folds: nnU-Net's random ones, or whole patients evened out by volume and labels. Default: stratified "
-            "where dataset.json names patients, else nnunet."
-        ),
-    ] = None,
-    fingerprint: Annotated[
-        Path | None, typer.Option(help="A fingerprint made elsewhere, instead of the folder; with --dataset-json.")
-    ] = None,
-    dataset_json: Annotated[Path | None, typer.Option(help="The dataset.json that goes with --fingerprint.")] = None,
-    dataset_name: Annotated[str | None, typer.Option(help="Name in the plans. Default: the folder's.")] = None,
-    preprocessed: Annotated[
-        Path, typer.Option(envvar="nnUNet_preprocessed", help="Folder that gets a folder for the dataset.")
-    ] = Path("preprocessed"),
-    out: Annotated[Path | None, typer.Option(help="File for the plans. Default: PREPROCESSED/NAME/PLANS.json.")] = None,
-    processes: Processes = None,
-    plans_only: Annotated[bool, typer.Option("--plans-only", help="Plan, and preprocess nothing.")] = False,
-    configuration: Annotated[
-        list[str] | None,
-        typer.Option(help="Preprocess only this configuration, e.g. 3d_fullres; may be repeated. Default: all."),
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Plan a training dataset (fingerprint, patch, batch, network, splits) and preprocess its cases, resumably."""
-    from gateway.commands import plan as command
-
-    options = command.PlanOptions(
-        folder=folder,
-        fingerprint=fingerprint,
-        dataset_json=dataset_json,
-        dataset_name=dataset_name,
-        planner=planner,
-        profile=profile,
-        gpu_memory_gb=gpu_memory_gb,
-        overwrite_target_spacing=overwrite_target_spacing,
-        plans_name=plans_name,
-        splits=splits,
-        preprocessed=preprocessed,
-        out=out,
-        processes=processes,
-        plans_only=plans_only,
-        configurations=tuple(configuration or ()),
-    )
-    raise typer.Exit(command.plan(options, as_json=as_json))
-
-
-@dataset.command("check")
-def dataset_check(
-    folder: Annotated[Path, typer.Argument(help="A dataset in nnU-Net's format: DatasetNNN_Name.")],
-    processes: Processes = None,
-    as_json: Json = False,
-) -> None:
-    """Read every image and label map and name all that is wrong, with its cause and what to do."""
-    from gateway.commands import dataset as command
-
-    raise typer.Exit(command.check(folder, processes=processes, as_json=as_json))
-
-
 @models.command("import")
 def models_import(
     path: Annotated[Path, typer.Argument(help="nnU-Net v2 result folder, its zip, a checkpoint, or a bundle.")],
@@ -342,6 +252,12 @@ def config_show(config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
     from gateway.commands import config as command
 
     raise typer.Exit(command.show(config, as_json=as_json))
+
+
+app.add_typer(dataset, name="dataset")
+app.add_typer(train, name="train")
+for command in (plan, evaluate, select, export):
+    app.command()(command)
 
 
 def main() -> None:

@@ -43,7 +43,6 @@ _MEANING: tuple[tuple[type[BaseException], type[GatewayError]], ...] = (
     (emr.errors.TryLater, Transient),
     (emr.errors.Refused, Permanent),
     (emr.errors.PatientNotResolved, Permanent),
-    (gateway.intake.errors.IntakeRejected, Rejected),
     (storage.errors.SpoolFull, Transient),
     (storage.errors.SpoolUnsafe, Transient),
     (storage.errors.DatabaseAway, Transient),

@@ -15,8 +15,8 @@ from sqlalchemy.orm import Session
 from gateway import quarantine, study_state, superseding
 from gateway.delivery.release import clear_if_none_is_unsent, send_unsent_of, unsent_studies
 from gateway.destination_settings import DestinationSettings
-from gateway.durable import INFERENCE, STUDIES, URGENT, Enqueuer, delivery_queue, next_workflow_id
-from gateway.workflows import DELIVER, MAKE_RESULT, PROCESS_STUDY
+from gateway.due_work import enqueue_delivery, enqueue_result, enqueue_version
+from gateway.durable import URGENT, Enqueuer, next_workflow_id
 from storage import alarms, ledger
 from storage.database import Database
 from storage.records import Delivery, DeliveryState, Result, ResultState, Study, StudyState, StudyVersion, utc_now
@@ -120,14 +120,7 @@ def _to_be_ordered_anew(study: Study, result: Result) -> bool:
 def route_again(session: Session, enqueuer: Enqueuer, version: StudyVersion) -> None:
     """Put routing and ordering of a version back on their queue, ahead of routine work."""
     version.workflow_id = next_workflow_id(version.workflow_id)
-    enqueuer.enqueue(
-        session,
-        queue=STUDIES,
-        workflow=PROCESS_STUDY,
-        workflow_id=version.workflow_id,
-        argument=version.version_id,
-        priority=URGENT,
-    )
+    enqueue_version(session, enqueuer, version, priority=URGENT)
 
 
 def resume_stopped(session: Session, enqueuer: Enqueuer, version_id: str, *, actor: str) -> tuple[int, int]:
@@ -156,14 +149,7 @@ def _result(session: Session, enqueuer: Enqueuer, result: Result) -> int:
         return 0
     result.state, result.state_reason, result.finished_at, result.attempts = ResultState.PENDING, None, None, 0
     result.workflow_id = next_workflow_id(result.workflow_id)
-    enqueuer.enqueue(
-        session,
-        queue=INFERENCE,
-        workflow=MAKE_RESULT,
-        workflow_id=result.workflow_id,
-        argument=result.result_id,
-        priority=URGENT,
-    )
+    enqueue_result(session, enqueuer, result, priority=URGENT)
     return 1
 
 
@@ -174,13 +160,6 @@ def _delivery(session: Session, enqueuer: Enqueuer, delivery: Delivery, *, actor
     delivery.state, delivery.state_reason = DeliveryState.QUEUED, None
     delivery.queued_at = delivery.updated_at = delivery.next_attempt_at = now
     delivery.workflow_id = next_workflow_id(delivery.workflow_id)
-    enqueuer.enqueue(
-        session,
-        queue=delivery_queue(delivery.destination),
-        workflow=DELIVER,
-        workflow_id=delivery.workflow_id,
-        argument=delivery.delivery_id,
-        priority=URGENT,
-    )
+    enqueue_delivery(session, enqueuer, delivery, priority=URGENT)
     alarms.clear_alarms(session, kind="delivery-parked", subject=f"delivery:{delivery.delivery_id}", by=actor)
     return 1

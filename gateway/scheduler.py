@@ -20,9 +20,9 @@ from sqlalchemy.orm import Session
 
 from gateway import parking
 from gateway.delivery.release import send_unsent
-from gateway.durable import INFERENCE, STUDIES, Enqueuer, delivery_queue
+from gateway.due_work import enqueue_delivery, enqueue_result, enqueue_version
+from gateway.durable import Enqueuer
 from gateway.settings import Settings
-from gateway.workflows import DELIVER, MAKE_RESULT, PROCESS_STUDY
 from storage.database import Database
 from storage.errors import DatabaseAway
 from storage.records import (
@@ -104,35 +104,17 @@ def sweep(database: Database, enqueuer: Enqueuer) -> int:
             if version.workflow_id in ended:
                 parking.park_study(session, version.version_id, "sweep", _lost(ended[version.workflow_id]))
                 continue
-            enqueuer.enqueue(
-                session,
-                queue=STUDIES,
-                workflow=PROCESS_STUDY,
-                workflow_id=version.workflow_id,
-                argument=version.version_id,
-            )
+            enqueue_version(session, enqueuer, version)
         for result in results:
             if result.workflow_id in ended:
                 parking.park_result(session, result.result_id, "sweep", _lost(ended[result.workflow_id]))
                 continue
-            enqueuer.enqueue(
-                session,
-                queue=INFERENCE,
-                workflow=MAKE_RESULT,
-                workflow_id=result.workflow_id,
-                argument=result.result_id,
-            )
+            enqueue_result(session, enqueuer, result)
         for delivery in deliveries:
             if delivery.workflow_id in ended:
                 parking.park_delivery(session, delivery.delivery_id, _lost(ended[delivery.workflow_id]))
                 continue
-            enqueuer.enqueue(
-                session,
-                queue=delivery_queue(delivery.destination),
-                workflow=DELIVER,
-                workflow_id=delivery.workflow_id,
-                argument=delivery.delivery_id,
-            )
+            enqueue_delivery(session, enqueuer, delivery)
     return len(versions) + len(results) + len(deliveries)
 
 

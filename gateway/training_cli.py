@@ -1,4 +1,4 @@
-"""The options of `seggate train …`, `evaluate`, `select` and `export`.
+"""Options from a dataset to a model: `seggate dataset`, `plan`, `train`, `evaluate`, `select` and `export`.
 
 A word after `train` that is no subcommand is the dataset, so `seggate train DIR` trains.
 """
@@ -34,6 +34,9 @@ Processes = Annotated[
 ]
 
 
+dataset = typer.Typer(help="Training datasets in nnU-Net's format.", no_args_is_help=True, rich_markup_mode=None)
+
+
 class _TrainGroup(TyperGroup):
     """`seggate train WORD` is `seggate train run WORD` unless WORD is a subcommand."""
 
@@ -49,6 +52,85 @@ train = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
+
+
+def plan(
+    folder: Annotated[Path | None, typer.Argument(help="A dataset in nnU-Net's format: DatasetNNN_Name.")] = None,
+    planner: Annotated[
+        Literal["ExperimentPlanner", "ResEncM", "ResEncL", "ResEncXL"],
+        typer.Option(help="nnU-Net's planner: a plain U-Net for 8 GB, or residual encoders for 8, 24 and 40 GB."),
+    ] = "ExperimentPlanner",
+    profile: Annotated[
+        Literal["nnunet", "article"],
+        typer.Option(help="Which configurations are made: by nnU-Net's rules or the article's."),
+    ] = "nnunet",
+    gpu_memory_gb: Annotated[
+        float | None, typer.Option(min=1, help="GPU memory to plan for. Default: the planner's own.")
+    ] = None,
+    overwrite_target_spacing: Annotated[
+        tuple[float, float, float] | None,
+        typer.Option(metavar="Z Y X", help="Spacing to resample to, in mm, axes as stored. Default: the median."),
+    ] = None,
+    plans_name: Annotated[
+        str | None, typer.Option(help="Name of the plans. Default: the planner's and profile's.")
+    ] = None,
+    splits: Annotated[
+        Literal["nnunet", "stratified"] | None,
+        typer.Option(
+            help="Folds: nnU-Net's random ones, or whole patients evened out by volume and labels. Default: stratified "
+            "where dataset.json names patients, else nnunet."
+        ),
+    ] = None,
+    fingerprint: Annotated[
+        Path | None, typer.Option(help="A fingerprint made elsewhere, instead of the folder; with --dataset-json.")
+    ] = None,
+    dataset_json: Annotated[Path | None, typer.Option(help="The dataset.json that goes with --fingerprint.")] = None,
+    dataset_name: Annotated[str | None, typer.Option(help="Name in the plans. Default: the folder's.")] = None,
+    preprocessed: Annotated[
+        Path, typer.Option(envvar="nnUNet_preprocessed", help="Folder that gets a folder for the dataset.")
+    ] = Path("preprocessed"),
+    out: Annotated[Path | None, typer.Option(help="File for the plans. Default: PREPROCESSED/NAME/PLANS.json.")] = None,
+    processes: Processes = None,
+    plans_only: Annotated[bool, typer.Option("--plans-only", help="Plan, and preprocess nothing.")] = False,
+    configuration: Annotated[
+        list[str] | None,
+        typer.Option(help="Preprocess only this configuration, e.g. 3d_fullres; may be repeated. Default: all."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Plan a training dataset (fingerprint, patch, batch, network, splits) and preprocess its cases, resumably."""
+    from gateway.commands import plan as command
+
+    options = command.PlanOptions(
+        folder=folder,
+        fingerprint=fingerprint,
+        dataset_json=dataset_json,
+        dataset_name=dataset_name,
+        planner=planner,
+        profile=profile,
+        gpu_memory_gb=gpu_memory_gb,
+        overwrite_target_spacing=overwrite_target_spacing,
+        plans_name=plans_name,
+        splits=splits,
+        preprocessed=preprocessed,
+        out=out,
+        processes=processes,
+        plans_only=plans_only,
+        configurations=tuple(configuration or ()),
+    )
+    raise typer.Exit(command.plan(options, as_json=as_json))
+
+
+@dataset.command("check")
+def dataset_check(
+    folder: Annotated[Path, typer.Argument(help="A dataset in nnU-Net's format: DatasetNNN_Name.")],
+    processes: Processes = None,
+    as_json: Json = False,
+) -> None:
+    """Read every image and label map and name all that is wrong, with its cause and what to do."""
+    from gateway.commands import dataset as command
+
+    raise typer.Exit(command.check(folder, processes=processes, as_json=as_json))
 
 
 @train.command("run")

@@ -8,12 +8,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from engine.errors import EngineError, ImportRefused
+from engine.errors import EngineError
 from engine.experiment import Experiment, open_experiment
 from engine.manifest import Ensemble
 from engine.model_card import ModelCard, read_card
 from engine.model_figures import complete_card, read_choice
 from engine.training_profile import TRAINING_PROFILES
+from gateway.commands.models import importer
 from gateway.commands.output import print_json, say
 
 _JOINED_APART = frozenset(p.trainer for p in TRAINING_PROFILES.values() if p.ensembles_everything)
@@ -76,15 +77,7 @@ def export_chosen(
 ) -> Any:
     """The bundle (engine.bundle.Bundle). Raises what `engine.export.import_model` does, DatasetInvalid when nothing is
     selected."""
-    try:
-        from engine.export import import_model
-    except ModuleNotFoundError as error:
-        if error.name in {"torch", "onnx"}:
-            raise ImportRefused(
-                f"exporting a model needs the Python package {error.name}: install seggate with the extra `train` "
-                "(make install EXTRAS=train)"
-            ) from error
-        raise
+    import_model = importer("exporting a model")
     chosen = read_choice(experiment, results)
     ensemble: Ensemble = "probabilities-of-folds" if chosen.trainer in _JOINED_APART else "probabilities"
     with Progress(console=Console(stderr=True), disable=hide_bar, transient=True) as bar:

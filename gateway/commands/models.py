@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import getpass
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -226,6 +226,22 @@ def verify(config: Path, name: str | None, *, as_json: bool) -> int:
     return 0 if all(r["verdict"] == "ok" for r in rows) else 1
 
 
+def importer(what: str) -> Callable[..., Any]:
+    """`engine.export.import_model`; ImportRefused, with what to do, where a package that it needs is missing."""
+    from engine.errors import ImportRefused
+
+    try:
+        from engine.export import import_model
+    except ModuleNotFoundError as error:
+        if error.name in {"torch", "onnx"}:
+            raise ImportRefused(
+                f"{what} needs the Python package {error.name}: install seggate with the extra `train` "
+                "(make install EXTRAS=train)"
+            ) from error
+        raise
+    return import_model
+
+
 def _convert(
     path: Path,
     target: Path,
@@ -241,18 +257,9 @@ def _convert(
     """nnU-Net → (bundle, whether its voxel order was stated); needs torch, and says how to get it where missing."""
     from rich.progress import Progress
 
-    from engine.errors import ImportRefused
     from engine.model_card import ModelCard, orientation_is_stated, read_card
 
-    try:
-        from engine.export import import_model
-    except ModuleNotFoundError as error:
-        if error.name in {"torch", "onnx"}:
-            raise ImportRefused(
-                f"importing an nnU-Net model needs the Python package {error.name}: install seggate with the extra "
-                "`train` (make install EXTRAS=train)"
-            ) from error
-        raise
+    import_model = importer("importing an nnU-Net model")
     described = read_card(card) if card is not None else ModelCard()
     if orientation is not None:
         described = replace(described, contract={**described.contract, "orientation": orientation})

@@ -25,9 +25,9 @@ from gateway.delivery.ladder import LadderState, elsewhere, park, requeue, withh
 from gateway.delivery.reported import ObjectsOf, kept_state
 from gateway.delivery.reporting import Reporting
 from gateway.destination_settings import DestinationSettings, FhirDestination
-from gateway.durable import Enqueuer, delivery_queue, next_workflow_id
+from gateway.due_work import enqueue_delivery
+from gateway.durable import Enqueuer, next_workflow_id
 from gateway.parking import park_delivery
-from gateway.workflows import DELIVER
 from storage.alarms import clear_alarms, raise_alarm
 from storage.database import Database
 from storage.records import Delivery, DeliveryState, Result, ResultState, utc_now
@@ -117,14 +117,7 @@ class Dispatch:
     def _give_way(self, session: Session, delivery: Delivery, turn: str, outcome: dict[str, Any]) -> dict[str, Any]:
         """Back on the queue for later: what it waits for does not concern the others."""
         delivery.workflow_id = next_workflow_id(turn)
-        self._enqueuer.enqueue(
-            session,
-            queue=delivery_queue(delivery.destination),
-            workflow=DELIVER,
-            workflow_id=delivery.workflow_id,
-            argument=delivery.delivery_id,
-            delay_s=float(outcome["retry_in_s"]),
-        )
+        enqueue_delivery(session, self._enqueuer, delivery, delay_s=float(outcome["retry_in_s"]))
         return {"state": outcome["state"], "retry_in_s": None}
 
     def _send(self, delivery_id: str, destination: AnyPacs, learned: Learned, *, recovered: bool) -> dict[str, Any]:

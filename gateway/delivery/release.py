@@ -15,8 +15,8 @@ from sqlalchemy.orm import Session
 from gateway import quarantine, study_state, superseding
 from gateway.delivery.contact import AnyDestination, kind_of
 from gateway.destination_settings import DestinationSettings
-from gateway.durable import ROUTINE, Enqueuer, delivery_queue
-from gateway.workflows import DELIVER
+from gateway.due_work import enqueue_delivery
+from gateway.durable import Enqueuer
 from storage import ledger
 from storage.alarms import clear_alarms, raise_alarm
 from storage.database import Database
@@ -192,14 +192,7 @@ def _deliver(session: Session, enqueuer: Enqueuer, result: Result, destinations:
             workflow_id=f"delivery-{key}",
         )
         session.add(delivery)
-        enqueuer.enqueue(
-            session,
-            queue=delivery_queue(destination.name),
-            workflow=DELIVER,
-            workflow_id=delivery.workflow_id,
-            argument=key,
-            priority=ROUTINE,
-        )
+        enqueue_delivery(session, enqueuer, delivery)
     return [d.name for d in destinations]
 
 

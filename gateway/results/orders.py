@@ -15,13 +15,13 @@ from sqlalchemy.orm import Session
 
 from engine.errors import BundleInvalid
 from gateway import quarantine, study_state, superseding
-from gateway.durable import INFERENCE, ROUTINE, URGENT, Enqueuer
+from gateway.due_work import enqueue_result
+from gateway.durable import ROUTINE, URGENT, Enqueuer
 from gateway.errors import Rejected, meaning
 from gateway.intake.routing import Verdict
 from gateway.model_shelf import ModelShelf
 from gateway.results.contract import ContractFinding, judge
 from gateway.results.series import read_series
-from gateway.workflows import MAKE_RESULT
 from storage import ledger
 from storage.alarms import raise_alarm
 from storage.database import Database
@@ -102,14 +102,7 @@ class Orders:
             elif stop is not None:
                 quarantine.hold_result(session, result, stop)
             else:
-                self._enqueuer.enqueue(
-                    session,
-                    queue=INFERENCE,
-                    workflow=MAKE_RESULT,
-                    workflow_id=result.workflow_id,
-                    argument=result.result_id,
-                    priority=URGENT if urgent else ROUTINE,
-                )
+                enqueue_result(session, self._enqueuer, result, priority=URGENT if urgent else ROUTINE)
         ledger.append(
             session,
             subject=ledger.study_subject(version.study_instance_uid),

@@ -38,7 +38,7 @@ STRAIGHT: dict[str, dict[str, Any]] = {
 TILTED: dict[str, Any] = {"tilt_deg": 15.0}
 ENCODINGS: tuple[Encoding, ...] = ("BINARY", "LABELMAP")
 
-# What dciodvfy of 2022 says about every label map, the SOP class being newer (facts: section 7).
+# What dciodvfy of 2022 says about every label map, the SOP class being newer.
 KNOWN_OF_LABEL_MAPS = (
     "Error - Information Object Not found",
     "Error - SegmentNumber not monotonically increasing from one by one - have SegmentSequence item number 1 "

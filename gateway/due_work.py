@@ -1,0 +1,52 @@
+"""Work that a change has made due, put on its queue in the transaction of the change: one function per kind of row.
+
+The workflow's id is the row's own, so that asking twice is asking once; whoever wants a second run gives the row
+another id first (gateway/retrying.py).
+"""
+
+from __future__ import annotations
+
+from sqlalchemy.orm import Session
+
+from gateway.durable import INFERENCE, ROUTINE, STUDIES, Enqueuer, delivery_queue
+from gateway.workflows import DELIVER, MAKE_RESULT, PROCESS_STUDY
+from storage.records import Delivery, Result, StudyVersion
+
+
+def enqueue_version(session: Session, enqueuer: Enqueuer, version: StudyVersion, *, priority: int = ROUTINE) -> None:
+    """Routing and ordering."""
+    enqueuer.enqueue(
+        session,
+        queue=STUDIES,
+        workflow=PROCESS_STUDY,
+        workflow_id=version.workflow_id,
+        argument=version.version_id,
+        priority=priority,
+    )
+
+
+def enqueue_result(session: Session, enqueuer: Enqueuer, result: Result, *, priority: int = ROUTINE) -> None:
+    """Inference, judgement, encoding, release."""
+    enqueuer.enqueue(
+        session,
+        queue=INFERENCE,
+        workflow=MAKE_RESULT,
+        workflow_id=result.workflow_id,
+        argument=result.result_id,
+        priority=priority,
+    )
+
+
+def enqueue_delivery(
+    session: Session, enqueuer: Enqueuer, delivery: Delivery, *, priority: int = ROUTINE, delay_s: float = 0.0
+) -> None:
+    """Delivery to its destination, taken up after `delay_s` at the earliest."""
+    enqueuer.enqueue(
+        session,
+        queue=delivery_queue(delivery.destination),
+        workflow=DELIVER,
+        workflow_id=delivery.workflow_id,
+        argument=delivery.delivery_id,
+        priority=priority,
+        delay_s=delay_s,
+    )
