@@ -10,7 +10,7 @@ ALL_EXTRAS = $(RUNTIME)$(if $(EXTRAS),$(comma)$(EXTRAS))
 STAMP = $(VENV)/.installed-$(subst $(comma),-,$(ALL_EXTRAS))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint requirements node-peers clean
+.PHONY: help install demo test lint requirements node-peers nnunet-peer clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -44,6 +44,13 @@ node-peers: ## the FHIR validators for the tests (only where npm is)
 	@if command -v npm >/dev/null 2>&1; then \
 	  cd tests/support/node && { test -d node_modules || npm ci --no-audit --no-fund --loglevel=error; }; \
 	else echo "npm is not here: the FHIR validator tests will be skipped"; fi
+
+nnunet-peer: ## nnU-Net in .venv-nnunet, for the tests and benchmarks beside it
+	@test -e .venv-nnunet/.installed || { echo "Installing nnU-Net into .venv-nnunet" \
+	  && $(PYTHON) -m venv .venv-nnunet \
+	  && .venv-nnunet/bin/python -m pip install --quiet --disable-pip-version-check -r tests/support/nnunet/requirements.txt \
+	  && .venv-nnunet/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/support/nnunet/nnunet.txt \
+	  && touch .venv-nnunet/.installed; }
 
 clean: ## remove what the demo and the tests left behind
 	rm -rf demo-state .pytest_cache .mypy_cache .ruff_cache .hypothesis

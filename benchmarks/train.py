@@ -1,6 +1,6 @@
 """Wall time of a training step: nnU-Net's own trainer and ours, in turns, on one machine.
 
-    python -m benchmarks.train --nnunet-python PYTHON [--json] [--steps N] [--rounds N] [--cases N]
+    python -m benchmarks.train [--nnunet-python PYTHON] [--json] [--steps N] [--rounds N] [--cases N]
 
 Both train the 3D configuration of `shared/models` on the same hippocampus cases, each with its own loader and
 augmentation. A turn is some steps that are not counted, until what was made ahead is used up, and then N that are.
@@ -13,10 +13,12 @@ The last line is one JSON object.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -32,15 +34,19 @@ WARM_UP = 10
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train", description=__doc__)
-    parser.add_argument("--nnunet-python", default=os.environ.get("SEGGATE_NNUNET_PYTHON"))
+    parser.add_argument(
+        "--nnunet-python",
+        type=Path,
+        default=os.environ.get("SEGGATE_NNUNET_PYTHON", ROOT / ".venv-nnunet" / "bin" / "python"),
+    )
     parser.add_argument("--steps", type=int, default=20, help="counted steps of a turn")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cases", type=int, default=20)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--json", action="store_true", help="only the JSON object")
     options = parser.parse_args()
-    if options.nnunet_python is None:
-        parser.error("--nnunet-python or SEGGATE_NNUNET_PYTHON must name a Python that has nnunetv2")
+    if not options.nnunet_python.exists():
+        parser.error("run `make nnunet-peer`, or name a Python that has nnunetv2 with --nnunet-python")
     with tempfile.TemporaryDirectory(prefix="seggate-train-") as scratch:
         report = measure(options, Path(scratch))
     print(json.dumps(report))
@@ -60,7 +66,8 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         folders = [str(raw.parent), str(preprocessed), str(scratch / name / "results")]
         script = str(ROOT / "benchmarks" / "nnunet_steps.py")
         return _start(
-            [options.nnunet_python, script, *folders, str(plans), CONFIGURATION, str(options.threads)], **environment
+            [str(options.nnunet_python), script, *folders, str(plans), CONFIGURATION, str(options.threads)],
+            **environment,
         )
 
     def start_own(precision: str) -> subprocess.Popen[str]:
@@ -86,7 +93,7 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
                     print(f"round {number}: {name} {seconds[name][-1]:.4f} s a step", file=sys.stderr)
     finally:
         for runner in runners.values():
-            runner.communicate()
+            _end(runner)
     median = {name: statistics.median(values) for name, values in seconds.items()}
     theirs_s = min(median["nnunet"], median["nnunet_in_process"])
     return {
@@ -131,7 +138,19 @@ def _start(command: list[str], **environment: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
+        start_new_session=True,
     )
+
+
+def _end(runner: subprocess.Popen[str]) -> None:
+    """Ends a runner and the processes that make its batches, which hold its standard output open."""
+    assert runner.stdin is not None
+    runner.stdin.close()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        runner.wait(timeout=30)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(runner.pid, signal.SIGKILL)
+    runner.wait()
 
 
 def _steps(runner: subprocess.Popen[str], count: int) -> float:

@@ -8,6 +8,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from tests.support.peers import nnunet_python
+
 SCRIPT = Path(__file__).with_name("nnunet_side.py")
 
 
@@ -15,7 +17,7 @@ def nnunet(command: str, root: Path, **arguments: Any) -> Any:
     """What the command answers. AssertionError with the end of its output when it fails."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "nnUNet_"))}
     done = subprocess.run(
-        [os.environ["SEGGATE_NNUNET_PYTHON"], str(SCRIPT), command, str(root), json.dumps(arguments)],
+        [str(nnunet_python()), str(SCRIPT), command, str(root), json.dumps(arguments)],
         env=environment,
         capture_output=True,
         text=True,

@@ -1,4 +1,4 @@
-"""nnU-Net's half of the tests beside it: runs in nnU-Net's environment (SEGGATE_NNUNET_PYTHON), imports none of ours.
+"""nnU-Net's half of the tests beside it: runs in nnU-Net's environment (`make nnunet-peer`), imports none of ours.
 
     python nnunet_side.py COMMAND ROOT JSON
 
@@ -32,6 +32,25 @@ def plan_and_preprocess(root: str, dataset: str, configurations: list[str], plan
     for configuration in configurations:
         DefaultPreprocessor(verbose=False).run(dataset, configuration, "nnUNetPlans", num_processes=1)
     return {}
+
+
+def plan(root: str, datasets: list[str], planner: str) -> Any:
+    """The plans that a planner makes of fingerprints alone: each dataset has dataset.json in raw and the fingerprint in
+    preprocessed, and no images. The first image would only say which reader takes its kind of file."""
+    from nnunetv2.experiment_planning.experiment_planners import default_experiment_planner as default
+    from nnunetv2.experiment_planning.experiment_planners.residual_unets import residual_encoder_unet_planners as res
+    from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+
+    default.get_filenames_of_train_images_and_targets = lambda *_: {}
+    kind = getattr(res, planner, None) or getattr(default, planner)
+    kind.determine_reader_writer = lambda self: SimpleITKIO
+    plans = {}
+    for dataset in datasets:
+        made = kind(dataset)
+        made.plan_experiment()
+        with open(os.path.join(root, "preprocessed", dataset, made.plans_identifier + ".json")) as file:
+            plans[dataset] = json.load(file)
+    return plans
 
 
 def dump(root: str, folder: str, out: str) -> Any:
@@ -103,7 +122,7 @@ def continue_training(root: str, dataset: str, configuration: str, checkpoint: s
     }
 
 
-COMMANDS: dict[str, Any] = {f.__name__: f for f in (plan_and_preprocess, dump, predict, continue_training)}
+COMMANDS: dict[str, Any] = {f.__name__: f for f in (plan_and_preprocess, plan, dump, predict, continue_training)}
 
 if __name__ == "__main__":
     command, where, arguments = sys.argv[1:]

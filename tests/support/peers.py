@@ -1,7 +1,6 @@
 """Finds the programs and data that tests need from outside, and skips with the reason where they are absent.
 
-With `SEGGATE_REQUIRE_PEERS=1` (set by `.ci/run`) an absent peer fails instead of skipping; but for nnU-Net, whose
-installation brings gigabytes.
+With `SEGGATE_REQUIRE_PEERS=1` (set by `.ci/run`) an absent peer fails instead of skipping.
 """
 
 from __future__ import annotations
@@ -53,12 +52,15 @@ def postgresql_bin() -> Path | None:
     return Path(found).resolve().parent if found else None
 
 
+def nnunet_python() -> Path:
+    """nnU-Net has requirements of its own and lives in an environment of its own (`make nnunet-peer`)."""
+    return Path(os.environ.get("SEGGATE_NNUNET_PYTHON", ROOT / ".venv-nnunet" / "bin" / "python"))
+
+
 def _nnunet() -> str | None:
-    """nnU-Net has requirements of its own and lives in an environment of its own."""
-    python = os.environ.get("SEGGATE_NNUNET_PYTHON")
-    if python is None:
-        return "SEGGATE_NNUNET_PYTHON does not name a Python that has nnunetv2"
-    return None if Path(python).exists() else f"SEGGATE_NNUNET_PYTHON: {python} does not exist"
+    if nnunet_python().exists():
+        return None
+    return "not installed: run `make nnunet-peer`, or name a Python that has nnunetv2 in SEGGATE_NNUNET_PYTHON"
 
 
 _PEERS: dict[str, Callable[[], str | None]] = {
@@ -75,9 +77,6 @@ _PEERS: dict[str, Callable[[], str | None]] = {
 }
 
 
-_OPTIONAL = frozenset({"nnunet"})
-
-
 def _absent(what: str, reason: str) -> None:
     message = f"{what}: {reason}"
     if os.environ.get("SEGGATE_REQUIRE_PEERS") == "1":
@@ -89,8 +88,6 @@ def require_peer(*names: str) -> None:
     """Skip (or fail, under SEGGATE_REQUIRE_PEERS=1) unless every named peer is there."""
     for name in names:
         reason = _PEERS[name]()
-        if reason is not None and name in _OPTIONAL:
-            pytest.skip(f"{name}: {reason}", allow_module_level=True)
         if reason is not None:
             _absent(name, reason)
 
