@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,7 @@ import pytest
 
 from engine.bundle import load_bundle
 from engine.errors import ImportRefused, MemoryExceeded, ParityFailed
-from engine.model_card import parse_card, read_card
-from gateway.demo import make_model
+from engine.model_card import parse_card
 from tests.support.peers import require_peer, shared_root
 
 require_peer("torch")
@@ -240,15 +238,14 @@ def test_a_malformed_version_is_refused_before_the_model_is_read(
 
 @pytest.mark.requirement("ART-13", open="a GPU")
 @pytest.mark.peer("shared-data")
-def test_demo_model_is_what_nnunets_own_folder_gives_and_the_zip_gives_the_same(tmp_path: Path) -> None:
+def test_a_folder_of_nnunet_and_its_zip_give_the_same_bundle(tmp_path: Path) -> None:
     models = shared_root() / "models"
-    assert make_model.main([str(models / "Dataset004_Hippocampus"), "--out", str(tmp_path / "folder")]) == 0
-    assert make_model.main([str(models / "hippocampus_3d.zip"), "--out", str(tmp_path / "zip")]) == 0
-    shipped = load_bundle(make_model.MODEL)
-    for made in (load_bundle(tmp_path / "folder"), load_bundle(tmp_path / "zip")):
-        assert made.weights_digest == shipped.weights_digest
-        assert made.configuration_digest == shipped.configuration_digest
-    assert shipped.description == read_card(make_model.CARD).description
+    made = [
+        import_model(models / path, tmp_path / path, configurations=["3d_fullres"])
+        for path in ("Dataset004_Hippocampus", "hippocampus_3d.zip")
+    ]
+    assert made[0].weights_digest == made[1].weights_digest
+    assert made[0].configuration_digest == made[1].configuration_digest
 
 
 @pytest.mark.peer("shared-data")
@@ -266,11 +263,3 @@ def test_ct_model_is_imported(tmp_path: Path) -> None:
     bundle = import_model(shared_root() / "models" / "Dataset900_CTsmall", tmp_path / "bundle")
     assert bundle.contract.modalities == ("CT",)
     assert [label.type.meaning for label in bundle.labels] == ["Liver", "Spleen", "Kidney", "Hip", "Bladder"]
-
-
-def test_refusal_of_the_demo_script_is_said_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with zipfile.ZipFile(tmp_path / "empty.zip", "w"):
-        pass
-    assert make_model.main([str(tmp_path / "empty.zip"), "--out", str(tmp_path / "out")]) == 1
-    assert "refused" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
