@@ -48,7 +48,7 @@ from engine.nifti import read_label_map
 from engine.parallel import Progress
 from engine.preprocessed import open_case
 from engine.schedule import Schedule
-from engine.sides import Mirroring, SidesPolicy, plan_mirroring
+from engine.sides import Mirroring, MirrorPolicy, SidesPolicy, plan_mirroring
 from engine.splits import Split, hold_out
 from engine.training import Precision, Trainer, TrainingSetup
 from engine.training_checkpoint import LATEST, init_args
@@ -81,6 +81,7 @@ class FoldRequest:
     precision: Precision
     deterministic: bool
     sides: SidesPolicy = "keep"
+    mirror: MirrorPolicy = "all"
     keeps_logits: bool = True
     loader_threads: int = 1
 
@@ -137,7 +138,7 @@ class _Fold:
         self.labels = self.experiment.dataset.json.labels
         self.split, self.held_out = self._cases()
         self.mirroring = plan_mirroring(
-            self.experiment.dataset, self.experiment.plans, self.configuration, request.sides
+            self.experiment.dataset, self.experiment.plans, self.configuration, request.sides, request.mirror
         )
         self._drawn = 0.0
 

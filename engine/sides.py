@@ -10,8 +10,8 @@ Labels are paired by their names ("kidney_left", "kidney_right"), or by the key 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from engine import anatomy
@@ -25,6 +25,10 @@ from engine.volume import AS_STORED
 SidesPolicy = Literal["keep", "swap", "ignore"]
 """keep: the lateral axis is not mirrored where labels are paired. swap: it is, and paired labels change places.
 ignore: nnU-Net's way, every axis is mirrored."""
+
+MirrorPolicy = Literal["all", "lateral", "none"]
+"""all: every axis, as nnU-Net. lateral: only the axis from one side of the patient to the other. none: nothing, as
+nnU-Net's NoMirroring trainers. Predictions are mirrored along the same axes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,19 +76,40 @@ def lateral_axes(dataset: RawDataset) -> frozenset[int]:
 
 
 def plan_mirroring(
-    dataset: RawDataset, plans: Plans, configuration: Configuration, policy: SidesPolicy = "keep"
+    dataset: RawDataset,
+    plans: Plans,
+    configuration: Configuration,
+    policy: SidesPolicy = "keep",
+    mirror: MirrorPolicy = "all",
 ) -> Mirroring:
-    """Raises DatasetInvalid when labels cannot change places: regions of several values, or cases that are stored with
-    different lateral axes."""
+    """Axes of `mirror`, less what paired labels forbid. Raises DatasetInvalid when labels cannot change places: regions
+    of several values, or cases that are stored with different lateral axes."""
+    if mirror == "none":
+        return Mirroring(axes=(), note="nothing is mirrored")
+    planned = _plan_sides(dataset, plans, configuration, policy)
+    if mirror == "all":
+        return planned
+    found = lateral_axes(dataset)
+    if len(found) > 1:
+        raise DatasetInvalid(
+            f"the cases run from side to side along different axes ({_list(sorted(found))} as stored), so none can be "
+            "mirrored alone; store the cases alike, or mirror nothing (--mirror none)"
+        )
+    lateral = _patch_axes(found, plans, configuration)
+    axes = tuple(axis for axis in planned.axes if axis in lateral)
+    done = f"mirrored along axis {_list(axes)} of the patch alone" if axes else "nothing is mirrored"
+    return replace(planned, axes=axes, note="; ".join(filter(None, (planned.note, done))))
+
+
+def _plan_sides(dataset: RawDataset, plans: Plans, configuration: Configuration, policy: SidesPolicy) -> Mirroring:
     dimensions = len(configuration.patch_size)
     every = tuple(range(dimensions))
     pairs = paired_labels(dataset.json)
     if not pairs or policy == "ignore":
         return Mirroring(axes=every)
     names = ", ".join(f"{one} and {other}" for one, other in pairs[:3]) + (" and more" if len(pairs) > 3 else "")
-    # A 2D network's patch has the last two of the three network axes.
-    found = {plans.transpose_forward.index(axis) - (3 - dimensions) for axis in lateral_axes(dataset)}
-    lateral = sorted(axis for axis in found if axis >= 0)
+    found = lateral_axes(dataset)
+    lateral = _patch_axes(found, plans, configuration)
     if not lateral:
         return Mirroring(axes=every, note=f"{names} are sides; no axis of the patch runs from side to side")
     if policy == "keep":
@@ -92,7 +117,7 @@ def plan_mirroring(
         return Mirroring(axes=kept, note=f"{names} are sides: axis {_list(lateral)} of the patch is not mirrored")
     if len(found) > 1:
         raise DatasetInvalid(
-            f"the cases run from side to side along different axes ({_list(sorted(found))} of the network's): labels "
+            f"the cases run from side to side along different axes ({_list(sorted(found))} as stored): labels "
             "cannot change places with one of them; store the cases alike, or do not mirror (--sides keep)"
         )
     regions = {label.name: label.region for label in dataset.json.labels.foreground}
@@ -108,6 +133,13 @@ def plan_mirroring(
         paired_labels=tuple((regions[one][0], regions[other][0]) for one, other in pairs),
         note=f"{names} are sides: they change places when axis {lateral[0]} of the patch is mirrored",
     )
+
+
+def _patch_axes(axes: Collection[int], plans: Plans, configuration: Configuration) -> list[int]:
+    """Axes of Z, Y, X as the axes of a configuration's patch, ascending; a 2D patch has the last two network axes."""
+    missing = 3 - len(configuration.patch_size)
+    found = (plans.transpose_forward.index(axis) - missing for axis in axes)
+    return sorted(axis for axis in found if axis >= 0)
 
 
 def _lateral_index(code: str) -> int:

@@ -174,6 +174,10 @@ def train_run(
             "mirror everything as nnU-Net does."
         ),
     ] = "keep",
+    mirror: Annotated[
+        Literal["all", "lateral", "none"],
+        typer.Option(help="Axes that are mirrored in training and prediction: all, as nnU-Net, or only left to right."),
+    ] = "all",
     keep_logits: Annotated[
         bool,
         typer.Option(
@@ -206,6 +210,7 @@ def train_run(
         device=device,
         threads=threads,
         sides=sides,
+        mirror=mirror,
         keeps_logits=keep_logits,
         plans_name=plans_name,
         dataset_name=dataset_name,

@@ -21,7 +21,7 @@ from engine.errors import EngineError, TrainingRefused
 from engine.experiment import Experiment, open_experiment, preprocess_experiment
 from engine.parallel import default_processes
 from engine.planners import ProfileName
-from engine.sides import SidesPolicy
+from engine.sides import MirrorPolicy, SidesPolicy
 from engine.training_lock import ask_to_stop, holder
 from engine.training_profile import TRAINING_PROFILES
 from gateway.commands.output import print_json, progress_bar, say, table
@@ -59,6 +59,7 @@ class TrainOptions:
     device: Device
     threads: int | None
     sides: SidesPolicy
+    mirror: MirrorPolicy
     keeps_logits: bool
     plans_name: str | None
     dataset_name: str | None
@@ -193,6 +194,7 @@ def fold_requests(options: TrainOptions, experiment: Experiment, budget_s: float
             precision=default_precision(device) if options.precision == "auto" else options.precision,
             deterministic=options.deterministic,
             sides=options.sides,
+            mirror=options.mirror,
             keeps_logits=options.keeps_logits,
         )
         for configuration in dict.fromkeys(configurations)

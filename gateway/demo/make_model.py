@@ -18,6 +18,7 @@ from engine.errors import EngineError
 from engine.json_reader import read_json
 from engine.json_writer import write_json
 from engine.model_card import read_card
+from engine.sides import MirrorPolicy
 
 HERE = Path(__file__).resolve().parent
 CARD = HERE / "hippocampus-mr.toml"
@@ -30,6 +31,8 @@ CONFIGURATION = "3d_fullres"
 FEATURES = (8, 16, 32, 64)
 BATCH = 2
 EPOCHS, ITERATIONS = 24, 250
+# A series has a known orientation: only left and right change places, as between a person's two sides.
+MIRROR: MirrorPolicy = "lateral"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -82,6 +85,7 @@ def make(dataset: Path, work: Path, out: Path, *, epochs: int, iterations: int) 
         device="cpu",
         threads=1,
         sides="keep",
+        mirror=MIRROR,
         keeps_logits=True,
         plans_name=PLANS,
         dataset_name=None,

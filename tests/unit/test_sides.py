@@ -100,6 +100,28 @@ def test_sides_can_be_ignored_as_in_nnunet(tmp_path: Path) -> None:
     assert _mirroring(_dataset(tmp_path / "d"), "ignore") == Mirroring(axes=(0, 1, 2))
 
 
+def test_only_left_and_right_are_mirrored_where_that_is_wanted(tmp_path: Path) -> None:
+    liver = _dataset(tmp_path / "liver", (Y_IS_LATERAL, Y_IS_LATERAL), labels={"background": 0, "liver": 1})
+    found = plan_mirroring(liver, *_plans(forward=(1, 0, 2)), mirror="lateral")
+    assert (found.axes, found.note) == ((0,), "mirrored along axis 0 of the patch alone")
+    kidneys = _dataset(tmp_path / "kidneys")
+    assert plan_mirroring(kidneys, *_plans(), mirror="lateral").axes == ()
+    swapped = plan_mirroring(kidneys, *_plans(), "swap", "lateral")
+    assert (swapped.axes, swapped.lateral_axis, swapped.paired_labels) == ((2,), 2, ((1, 2),))
+    flat = plan_mirroring(kidneys, *_plans(flat=True, forward=(2, 0, 1)), mirror="lateral")
+    assert flat.axes == ()
+
+
+def test_the_lateral_axis_is_not_mirrored_alone_where_cases_are_stored_differently(tmp_path: Path) -> None:
+    dataset = _dataset(tmp_path / "d", ((1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0), Y_IS_LATERAL))
+    with pytest.raises(DatasetInvalid, match="--mirror none"):
+        plan_mirroring(dataset, *_plans(), mirror="lateral")
+
+
+def test_nothing_is_mirrored_where_that_is_wanted(tmp_path: Path) -> None:
+    assert plan_mirroring(_dataset(tmp_path / "d"), *_plans(), mirror="none").axes == ()
+
+
 def test_stated_pairs_count_instead_of_names(tmp_path: Path) -> None:
     labels = {"background": 0, "this": 1, "that": 2}
     dataset = _dataset(tmp_path / "d", labels=labels, pairs=[["this", "that"]])
