@@ -30,7 +30,8 @@ from engine.sampling import PatchSampler, central_bounds, read_patch
 from engine.stage_predictions import PreviousStage
 
 Batch = tuple[Tensor, Tensor]
-"""Images (B, C, *patch) float32, in a cascade with the previous stage's channels after their own, and labels (B, *patch) int16, none negative."""
+"""Images (B, C, *patch) float32, in a cascade with the previous stage's channels after their own, and labels
+(B, *patch) int16, none negative."""
 
 _OPEN_CASES = 200  # each has two files mapped, or three in a cascade, and a process may have about a thousand
 

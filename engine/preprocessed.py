@@ -58,8 +58,10 @@ class PreprocessedCase:
 
 
 class Blosc2Array:
-    """An array of nnU-Net's on disk. One thread at a time reads: a decompressor is shared by none. Raises DatasetInvalid
-    when it is not readable, or the package blosc2 is missing."""
+    """An array of nnU-Net's on disk. One thread at a time reads: a decompressor is shared by none.
+
+    Raises DatasetInvalid when it is not readable, or the package blosc2 is missing.
+    """
 
     def __init__(self, path: Path) -> None:
         try:

@@ -123,8 +123,8 @@ def central_bounds(bounds: Bounds, size: Sequence[int]) -> Bounds:
 
 
 def read_patch(array: StoredArray, bounds: Bounds, fill: float, dtype: DTypeLike | None = None) -> NDArray[Any]:
-    """The patch of an array (C, Z, Y, X), memory-mapped or not, as a copy (C, z, y, x) of its type or of `dtype`; `fill`
-    (image 0, labels -1) is what lies beyond the array."""
+    """The patch of an array (C, Z, Y, X), memory-mapped or not, as a copy (C, z, y, x) of its type or of `dtype`;
+    `fill` (image 0, labels -1) is what lies beyond the array."""
     inside = tuple(
         slice(min(max(low, 0), size), min(max(high, 0), size))
         for (low, high), size in zip(bounds, array.shape[1:], strict=True)

@@ -3,7 +3,8 @@
     <results>/<dataset>/<model>/predicted_next_stage/<next configuration>/
       CASE.b2nd   uint8 (Z, Y, X), network axes, the voxels of the next stage's preprocessed case; without the package
                   blosc2 CASE.npy, which nnU-Net does not read
-      CASE.json   the fold that predicted it, and the digest of its labels; absent where nnU-Net wrote the label map
+      CASE.json   the fold that predicted it, the digest of its labels and the size of the file; absent, or of another
+                  size, where nnU-Net wrote the label map
 
 Each case is there once, as predicted by the fold that validated it, so that the next stage learns from predictions of
 networks that did not know the case. The fold `all` knows every case: what it predicts never replaces another fold's.
@@ -12,9 +13,10 @@ networks that did not know the case. The fold `all` knows every case: what it pr
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,11 +63,21 @@ class NextStage:
         shape = network_shape(cropped.shape, cropped.spacing_mm, self.configuration)
         # nnU-Net lets the grid of the logits alone decide whether an axis is resampled apart.
         labels = segment([output], shape, output.spacing_mm, self.labels).labels
-        self.folder.mkdir(parents=True, exist_ok=True)
-        document = {"fold": self.fold, "shape": list(shape), "sha256": hashlib.sha256(labels.tobytes()).hexdigest()}
-        # First: a label map that is there is complete with its description.
+        suffix, content = _encoded(np.ascontiguousarray(labels), self.configuration.patch_size)
+        document = {
+            "fold": self.fold,
+            "sha256": hashlib.sha256(labels.tobytes()).hexdigest(),
+            "bytes": len(content),
+        }
+        # First: a label map that is there has its description.
         write_json(document, self.folder / f"{name}.json")
-        _write_labels(labels, self.folder / name, self.configuration.patch_size)
+        made = self.folder / f".{name}{suffix}.{os.getpid()}"
+        try:
+            made.write_bytes(content)
+            made.replace(self.folder / f"{name}{suffix}")
+        finally:
+            made.unlink(missing_ok=True)
+        (self.folder / f"{name}{_PLAIN if suffix == _ARRAY else _ARRAY}").unlink(missing_ok=True)
 
     def needed_bytes(self, name: str, voxels: int, source: Configuration) -> int:
         """An estimate of what a case will take that has so many voxels in the configuration that predicts it; 0 where
@@ -113,18 +125,19 @@ def is_predicted(folder: Path, name: str) -> bool:
 
 
 def predicted_by(folder: Path, name: str) -> str | None:
-    """The fold that predicted a case; None where the file does not say (nnU-Net's do not)."""
-    path = folder / f"{name}.json"
-    return _description(path).text("fold") if path.exists() else None
+    """The fold that predicted a case; None where that is not known (nnU-Net's own, or none). Raises DatasetInvalid for
+    a damaged description."""
+    described = _description(folder, name)
+    return None if described is None else described.text("fold")
 
 
 def stage_digest(folder: Path, names: Sequence[str]) -> str:
-    """Of the label maps of these cases, all of which are there. Raises DatasetInvalid for a damaged description."""
+    """Of the label maps of these cases. Raises DatasetInvalid for a damaged description."""
     total = hashlib.sha256()
     for name in names:
-        described, path = folder / f"{name}.json", _file(folder, name)
-        if described.exists():
-            part = _description(described).text("sha256")
+        described, path = _description(folder, name), _file(folder, name)
+        if described is not None:
+            part = described.text("sha256")
         else:
             part = hashlib.sha256(path.read_bytes()).hexdigest() if path is not None else ""
         total.update(f"{name} {part}\n".encode())
@@ -148,8 +161,13 @@ def _file(folder: Path, name: str) -> Path | None:
     return next(found, None)
 
 
-def _description(path: Path) -> Reader:
-    return Reader(read_json(path, error=DatasetInvalid), where=path.name, error=DatasetInvalid)
+def _description(folder: Path, name: str) -> Reader | None:
+    """What was written beside a label map, unless that was replaced since by somebody who writes no description."""
+    path, labels = folder / f"{name}.json", _file(folder, name)
+    if labels is None or not path.exists():
+        return None
+    described = Reader(read_json(path, error=DatasetInvalid), where=path.name, error=DatasetInvalid)
+    return described if described.integer("bytes", 0, 2**62) == labels.stat().st_size else None
 
 
 def _memory_mapped(path: Path, where: str) -> StoredArray:
@@ -168,26 +186,13 @@ def _blosc2() -> Any | None:
     return blosc2
 
 
-def _write_labels(labels: NDArray[Any], path: Path, patch_size: Sequence[int]) -> None:
-    """The whole file or the old one; in chunks of about a patch. `path` has no suffix yet."""
-    labels = np.ascontiguousarray(labels)
-    blosc2, plain = _blosc2(), path.with_name(f"{path.name}{_PLAIN}")
+def _encoded(labels: NDArray[Any], patch_size: Sequence[int]) -> tuple[str, bytes]:
+    """Suffix and content of a label map's file, in chunks of about a patch."""
+    blosc2 = _blosc2()
     if blosc2 is None:
-        _write(plain, lambda file: np.save(file, labels, allow_pickle=False))
-        path.with_name(f"{path.name}{_ARRAY}").unlink(missing_ok=True)
-        return
+        plain = io.BytesIO()
+        np.save(plain, labels, allow_pickle=False)
+        return _PLAIN, plain.getvalue()
     patch = (1,) * (labels.ndim - len(patch_size)) + tuple(patch_size)
     chunks = tuple(min(size, edge) for size, edge in zip(labels.shape, patch, strict=True))
-    content: bytes = blosc2.asarray(labels, chunks=chunks).to_cframe()
-    _write(path.with_name(f"{path.name}{_ARRAY}"), lambda file: file.write(content))
-    plain.unlink(missing_ok=True)
-
-
-def _write(path: Path, save: Callable[[Any], Any]) -> None:
-    made = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with made.open("wb") as file:
-            save(file)
-        made.replace(path)
-    finally:
-        made.unlink(missing_ok=True)
+    return _ARRAY, blosc2.asarray(labels, chunks=chunks).to_cframe()

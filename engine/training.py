@@ -52,8 +52,8 @@ class TrainingSetup:
 
     `folder` has the preprocessed cases, ours or nnU-Net's (engine/preprocessed.py). `deterministic`: bit-identical on
     the same kind of processor with the same number of threads. `init_args` go into the checkpoints, for nnU-Net
-    (`training_checkpoint.init_args`). `loader_threads`: see BatchStream. `channels` are the image's own; a cascade reads
-    the label maps of `previous`, whose labels are the augmentation's `previous_labels`.
+    (`training_checkpoint.init_args`). `loader_threads`: see BatchStream. `channels` are the image's own; a cascade
+    reads the label maps of `previous`, whose labels are the augmentation's `previous_labels`.
     """
 
     configuration: Configuration

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,8 @@ def test_a_label_map_lies_on_the_next_stages_grid_over_the_crop(tmp_path: Path, 
     stage = _stage(tmp_path)
     stage.write("case_1", _output(_coarse()), _cropped())
     stored = _previous(stage, "case_1").open("case_1", SHAPE)
-    assert (stored.shape, stored.dtype) == ((1, *SHAPE), np.uint8)
+    assert stored.shape == (1, *SHAPE)
+    assert stored.dtype == np.uint8
     found = _previous(stage, "case_1").labels("case_1", SHAPE)
     assert np.array_equal(found, _coarse().repeat(2, 0).repeat(2, 1).repeat(2, 2))
     part = stored[slice(None), slice(2, 4), slice(1, 7), slice(3, 9)]
@@ -128,6 +130,12 @@ def test_what_nnunet_wrote_needs_no_description(tmp_path: Path) -> None:
     assert predicted_by(stage.folder, "case_1") is None
     assert np.array_equal(_previous(stage, "case_1").labels("case_1", SHAPE), labels)
     assert not stage.lacks("case_1")
+    # Written over one of ours, whose description does not hold for it.
+    _stage(tmp_path, "all").write("case_2", _output(_coarse()), _cropped())
+    assert stage.lacks("case_2")
+    shutil.copy(stage.folder / "case_1.b2nd", stage.folder / "case_2.b2nd")
+    assert predicted_by(stage.folder, "case_2") is None
+    assert not stage.lacks("case_2")
 
 
 def test_the_fold_that_knows_every_case_never_replaces_another_folds_prediction(tmp_path: Path) -> None:
@@ -190,7 +198,7 @@ def test_what_is_absent_damaged_or_of_another_size_is_named(tmp_path: Path) -> N
         previous.open("case_1", SHAPE)
     with pytest.raises(DatasetInvalid, match=r"case_1\.json"):
         predicted_by(stage.folder, "case_1")
-    (stage.folder / "case_1.json").write_text(json.dumps({"shape": [1]}))
+    (stage.folder / "case_1.json").write_text(json.dumps({"bytes": len(b"nothing of the kind")}))
     with pytest.raises(DatasetInvalid, match="fold"):
         predicted_by(stage.folder, "case_1")
 
