@@ -31,8 +31,8 @@ import torch
 from torch import nn
 
 from engine.augmentation_profile import AugmentationPlan
-from engine.case_pictures import draw_best_and_worst
 from engine.cascade_stage import StageFold
+from engine.case_pictures import draw_best_and_worst
 from engine.data_digest import data_digest
 from engine.errors import DatasetInvalid
 from engine.experiment import (
@@ -129,7 +129,8 @@ def train_fold(
     """True when the fold is trained and validated, False when it was told to stop: then it goes on when called again.
 
     Raises TrainingRefused (another process trains it, it is finished or half done and of another training, or the stage
-    before it is not trained), TrainingDiverged, DatasetInvalid, InputRejected, DiskTooSmall, OSError; the last checkpoint stays.
+    before it is not trained), TrainingDiverged, DatasetInvalid, InputRejected, DiskTooSmall, OSError; the last
+    checkpoint stays.
     """
     report = report or FoldReport()
 

@@ -167,8 +167,8 @@ def _splits(
     """The dataset's own splits, or new ones; those that are already there are kept, or extended by the cases that are
     new. Empty for too small a dataset.
 
-    Raises DatasetInvalid when there are none to extend, or when splits are there that differ from the dataset's own or from the kind asked for: what
-    was trained on them would no longer fit.
+    Raises DatasetInvalid when there are none to extend, or when splits are there that differ from the dataset's own or
+    from the kind asked for: what was trained on them would no longer fit.
     """
     names = [case.name for case in dataset.cases]
     own = dataset.folder / SPLITS_JSON

@@ -7,7 +7,7 @@ import math
 import re
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from engine.experiment import Experiment, open_experiment, preprocess_experiment
 from engine.parallel import default_processes
 from engine.planners import ProfileName
 from engine.sides import MirrorPolicy, SidesPolicy
-from engine.training_lock import ask_to_stop, holder
+from engine.training_lock import ask_to_stop, holder, is_asked_to_stop, training_lock
 from engine.training_profile import TRAINING_PROFILES
 from gateway.commands.output import print_json, progress_bar, say, table
 
@@ -109,8 +109,7 @@ def run_folds(
     from engine.model_report import write_report
 
     folders: list[Path] = []
-    configurations = [request.configuration for request in requests]
-    if not preprocess_missing(experiment, configurations, options, stop, hide_bar=as_json):
+    if not _preprocess_for(requests, experiment, options, stop.is_set, hide_bar=as_json):
         return "stopped", folders
     for request in requests:
         if stop.is_set():
@@ -124,11 +123,31 @@ def run_folds(
     return "finished", folders
 
 
+def _preprocess_for(
+    requests: Sequence[FoldRequest],
+    experiment: Experiment,
+    options: TrainOptions,
+    stop: Callable[[], bool],
+    *,
+    hide_bar: bool,
+) -> bool:
+    """Holds the first fold meanwhile, so that `seggate train status` and `stop` see that it is at work."""
+    first = requests[0].folder
+    configurations = [request.configuration for request in requests]
+
+    def asked() -> bool:
+        return stop() or is_asked_to_stop(first)
+
+    with training_lock(first):
+        made = preprocess_missing(experiment, configurations, options, asked, hide_bar=hide_bar)
+        return made and not asked()
+
+
 def preprocess_missing(
     experiment: Experiment,
     configurations: Sequence[str],
     options: TrainOptions,
-    stop: threading.Event,
+    stop: Callable[[], bool],
     *,
     hide_bar: bool,
 ) -> bool:
@@ -140,7 +159,7 @@ def preprocess_missing(
 
         def advance_or_stop(done: int, total: int) -> None:
             advance(done, total)
-            if stop.is_set() and done < total:
+            if stop() and done < total:
                 raise _Stopped
 
         try:
@@ -192,6 +211,7 @@ def fold_requests(options: TrainOptions, experiment: Experiment, budget_s: float
             seed=options.seed,
             device=device,
             precision=default_precision(device) if options.precision == "auto" else options.precision,
+            any_precision=options.precision == "auto",
             deterministic=options.deterministic,
             sides=options.sides,
             mirror=options.mirror,
@@ -222,6 +242,11 @@ def wrong_usage(options: TrainOptions) -> str | None:
         parse_budget(options.budget)
     except ValueError as error:
         return str(error)
+    if options.deterministic and options.budget is not None:
+        return (
+            "--budget and --deterministic exclude each other: within a budget the learning rate follows the clock, so "
+            "that no two runs are alike; give --epochs and --iterations instead"
+        )
     if options.patience is not None and TRAINING_PROFILES[options.profile].hold_out_share is None:
         return f"--patience needs a hold-out, which the profile {options.profile} does not have"
     return None

@@ -6,10 +6,8 @@ import threading
 from dataclasses import replace
 from typing import Any
 
-from engine.bundle import load_bundle
 from engine.errors import DatasetInvalid, EngineError
 from engine.experiment import Experiment, open_experiment
-from engine.manifest import MANIFEST
 from engine.model_card import ModelCard
 from engine.planners import plans_name
 from engine.training_profile import TRAINING_PROFILES
@@ -84,13 +82,17 @@ def _run(options: TrainOptions, stop: threading.Event, *, as_json: bool) -> dict
     labels = experiment.dataset.json.labels
     if not as_json:
         select.present(selection, labels)
-    out = export.default_folder(experiment, options.results, None)
-    if (out / MANIFEST).exists():
-        bundle = load_bundle(out)
-        notes.append(f"{out} was there already; `seggate export --semver` makes another")
+    bundle, semver, why = export.newest_bundle(experiment, options.results)
+    if bundle is not None:
+        notes.append(
+            f"{bundle.root} was there already, of these very networks; `seggate export --semver` makes another"
+        )
     else:
+        out = export.default_folder(experiment, options.results, semver)
+        if why:
+            notes.append(f"{why}: this is {semver}")
         bundle = export.export_chosen(
-            experiment, options.results, out, ModelCard(), name=None, semver=None, notes=notes, hide_bar=as_json
+            experiment, options.results, out, ModelCard(), name=None, semver=semver, notes=notes, hide_bar=as_json
         )
     if not as_json:
         for note in notes:
