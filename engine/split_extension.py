@@ -22,7 +22,7 @@ def extend_splits(
     """The splits with every one of `cases` that no fold knows: in one fold's validation, in every other's training.
 
     Cases of one patient go together, to the fold that validates most of the patient's cases if there is one, else to
-    the fold that validates fewest cases: the patients with most cases first, then by volume, so that each fold gets
+    the fold that validates fewest cases: the patients with most cases first, then the largest, so that each fold gets
     large and small ones. `patients` as in `stratified_splits`. Raises DatasetInvalid where there are not two folds.
     """
     new = set(uncovered(splits, [case.name for case in cases]))
@@ -38,13 +38,15 @@ def extend_splits(
             groups.setdefault(group, []).append(case)
     sizes = [len(split.val) for split in splits]
     added: list[set[str]] = [set() for _ in splits]
+    added_ml = [0.0 for _ in splits]
     volumes = {group: sum(case.foreground_ml for case in members) / len(members) for group, members in groups.items()}
     for group in sorted(groups, key=lambda g: (-len(groups[g]), -volumes[g], g)):
         names = {case.name for case in groups[group]}
         home = _home(splits, next(iter(names)), patients)
-        fold = min(range(len(splits)), key=lambda f: (sizes[f], f)) if home is None else home
+        fold = min(range(len(splits)), key=lambda f: (sizes[f], added_ml[f], f)) if home is None else home
         added[fold] |= names
         sizes[fold] += len(names)
+        added_ml[fold] += sum(case.foreground_ml for case in groups[group])
     return tuple(
         Split(
             train=tuple(sorted({*split.train, *(new - mine)})),
