@@ -299,8 +299,8 @@ class _Fold:
         data, configuration = self.experiment.data_folder(self.request.configuration), self.configuration
         windows = 0
         for name in self.held_out:
-            shape = open_case(data, name, self.labels).image_CZYX.shape[1:]
-            grid = WindowGrid(shape=shape, patch_size=configuration.patch_size, step_size=STEP_SIZE)
+            z, y, x = open_case(data, name, self.labels).image_CZYX.shape[1:]
+            grid = WindowGrid(shape=(z, y, x), patch_size=configuration.patch_size, step_size=STEP_SIZE)
             windows += len(grid)
         return math.ceil(windows / configuration.batch_size)
 

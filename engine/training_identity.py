@@ -1,4 +1,4 @@
-"""Whether two trainings are the same one: what a checkpoint or training.json says against what is asked for now."""
+"""Whether two trainings are the same one: what a checkpoint or training.json says, and what is asked."""
 
 from __future__ import annotations
 
