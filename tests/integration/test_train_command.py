@@ -343,7 +343,7 @@ def test_a_disk_that_is_too_small_is_refused_with_numbers_before_anything_is_tra
     [
         (["--budget", "soon"], 2, "--budget 'soon'"),
         (["--budget", "30m", "--deterministic"], 2, "the learning rate follows the clock"),
-        (["--fold", "00"], 1, "no fold '00'; there are 0 to 1"),
+        (["--fold", "00", "--epochs", "1", "--iterations", "1"], 1, "no fold '00'; there are 0 to 1"),
         (["--fold", "7"], 1, "no fold '7'; there are 0 to 1"),
         (["--configuration", "4d"], 1, "no configuration '4d'; there are 2d, 3d_fullres"),
         (["--plans-name", "none"], 1, "run `seggate plan` first"),
