@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -27,17 +27,20 @@ from engine.labels import LabelManager
 from engine.preprocessed import PreprocessedCase, open_case
 from engine.preprocessing import OUTSIDE
 from engine.sampling import PatchSampler, central_bounds, read_patch
+from engine.stage_predictions import PreviousStage
 
 Batch = tuple[Tensor, Tensor]
-"""Images (B, C, *patch) float32 and labels (B, *patch) int16, none negative."""
+"""Images (B, C, *patch) float32, in a cascade with the previous stage's channels after their own, and labels
+(B, *patch) int16, none negative."""
 
-_OPEN_CASES = 200  # each has two files mapped, and a process may have about a thousand
+_OPEN_CASES = 200  # each has two files mapped, or three in a cascade, and a process may have about a thousand
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchSource:
     """What batches are made of. `samples` are this process's indices into the batch of all processes; training draws
-    augmentations, validation takes the middle of what the sampler chose."""
+    augmentations, validation takes the middle of what the sampler chose. `channels` are the image's own; `previous` has
+    the label maps whose labels (`plan.previous_labels`) become channels in a cascade."""
 
     folder: Path
     names: Sequence[str]
@@ -47,13 +50,15 @@ class BatchSource:
     channels: int
     samples: Sequence[int]
     device: torch.device
+    previous: PreviousStage | None = None
     _open: Callable[[str], PreprocessedCase] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_open", lru_cache(_OPEN_CASES)(self._open_case))
+        kept = _OPEN_CASES if self.previous is None else max(1, _OPEN_CASES * 2 // 3)
+        object.__setattr__(self, "_open", lru_cache(kept)(self._open_case))
 
     def batch(self, epoch: int, iteration: int) -> Batch:
-        """Raises DatasetInvalid when a case is not readable or has another number of channels."""
+        """Raises DatasetInvalid when a case, or its previous stage, is not readable or does not fit."""
         if self.sampler.stage == "training":
             draws = draw_batch(
                 self.plan, self.channels, self.samples, seed=self.sampler.seed, epoch=epoch, iteration=iteration
@@ -76,6 +81,9 @@ class BatchSource:
             bounds = central_bounds(bounds, self.plan.patch_size)
         image = read_patch(case.image_CZYX, bounds, 0)
         labels = read_patch(case.labels_1ZYX, bounds, OUTSIDE)
+        if case.previous_1ZYX is not None:
+            before = read_patch(case.previous_1ZYX, bounds, OUTSIDE, labels.dtype)
+            labels = np.concatenate([labels, before])
         if len(self.plan.patch_size) == 2:
             image, labels = image[:, 0], labels[:, 0]
         return self._tensor(image), self._tensor(labels)
@@ -90,7 +98,9 @@ class BatchSource:
                 f"{self.folder.name}/{name}: {case.image_CZYX.shape[0]} channel(s) where the network takes "
                 f"{self.channels}; preprocess the dataset with these plans"
             )
-        return case
+        if self.previous is None:
+            return case
+        return replace(case, previous_1ZYX=self.previous.open(name, case.labels_1ZYX.shape[1:]))
 
 
 class BatchStream:

@@ -88,6 +88,28 @@ class Experiment:
             folders={c.name: self.folder / c.data_identifier for c in chosen},
         )
 
+    def previous_stages(self, configuration: str) -> tuple[str, ...]:
+        """The stages that a cascade goes through before this one, first stage first; none for other configurations.
+        Raises DatasetInvalid when they run in a circle, or one is not planned."""
+        stages: list[str] = []
+        stage = self.configuration(configuration).previous_stage
+        while stage is not None:
+            if stage in (configuration, *stages):
+                raise DatasetInvalid(f"{self.plans.plans_name}: {configuration}: its previous stages run in a circle")
+            stages.insert(0, stage)
+            stage = self.configuration(stage).previous_stage
+        return tuple(stages)
+
+    def in_stage_order(self, configurations: Sequence[str], *, complete: bool = False) -> tuple[str, ...]:
+        """The configurations once each, none before an earlier stage of it; with `complete` those stages too."""
+        every = [stage for name in configurations for stage in (*self.previous_stages(name), name)]
+        return tuple(name for name in dict.fromkeys(every) if complete or name in configurations)
+
+    def never_validated(self) -> tuple[str, ...]:
+        """Cases that no fold of the splits validates: no network predicts them that was not trained on them."""
+        validated = {name for split in self.splits() for name in split.val}
+        return tuple(case.name for case in self.dataset.cases if case.name not in validated)
+
     def model_folder(self, results: Path, trainer: str, configuration: str) -> Path:
         return results / self.name / f"{trainer}__{self.plans.plans_name}__{configuration}"
 

@@ -8,6 +8,9 @@
              progress.png         overlay_best.png  overlay_worst.png
              checkpoint_*.pth     validation/  validation_logits/
 
+A cascade reads what the stage before it predicted, and a stage before a cascade predicts its cases for it
+(engine/cascade_stage.py).
+
 Each part is left out when it is there already, so that a fold that was stopped or killed anywhere is finished by
 starting it again.
 """
@@ -15,6 +18,7 @@ starting it again.
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -26,8 +30,9 @@ import torch
 from torch import nn
 
 from engine.augmentation_profile import AugmentationPlan
+from engine.cascade_stage import StageFold
 from engine.dataset import read_case
-from engine.errors import DatasetInvalid, TrainingRefused
+from engine.errors import DatasetInvalid
 from engine.experiment import (
     ALL,
     BEST_CASE,
@@ -91,7 +96,17 @@ class FoldRequest:
 
     @property
     def folder(self) -> Path:
-        return self.model_folder / f"fold_{self.fold}"
+        return self.stage.folder
+
+    @property
+    def stage(self) -> StageFold:
+        return StageFold(
+            experiment=self.experiment,
+            results=self.results,
+            trainer=self.profile.trainer,
+            configuration=self.configuration,
+            fold=self.fold,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,14 +124,19 @@ def train_fold(
 ) -> bool:
     """True when the fold is trained and validated, False when it was told to stop: then it goes on when called again.
 
-    Raises TrainingRefused (another process trains it, or its checkpoint is of another training), TrainingDiverged,
-    DatasetInvalid, InputRejected, DiskTooSmall, OSError; the last checkpoint stays.
+    Raises TrainingRefused (another process trains it, its checkpoint is of another training, or the stage before it is
+    not trained), TrainingDiverged, DatasetInvalid, InputRejected, DiskTooSmall, OSError; the last checkpoint stays.
     """
+    report = report or FoldReport()
+
+    def asked() -> bool:
+        return stop() or is_asked_to_stop(request.folder)
+
     with training_lock(request.folder):
         request.experiment.prepare_model_folder(request.model_folder)
         if is_finished(request.folder):
-            return True
-        fold = _Fold(request, lambda: stop() or is_asked_to_stop(request.folder), report or FoldReport())
+            return request.stage.complete(device=request.device, stop=asked, progress=report.case)
+        fold = _Fold(request, asked, report)
         try:
             return fold.run()
         except Exception as error:
@@ -131,12 +151,11 @@ class _Fold:
         self.request, self.stop, self.report = request, stop, report
         self.experiment = request.experiment
         self.configuration = request.experiment.configuration(request.configuration)
-        if self.configuration.previous_stage is not None:
-            raise TrainingRefused(
-                f"{request.configuration} is a cascade: it is trained by nnU-Net, and run here when it was imported"
-            )
         self.labels = self.experiment.dataset.json.labels
         self.split, self.held_out = self._cases()
+        names = dict.fromkeys((*self.split.train, *self.held_out, *self.split.val))
+        self.previous = request.stage.previous_stage(tuple(names))
+        self.next_stages = request.stage.next_stages()
         self.mirroring = plan_mirroring(
             self.experiment.dataset, self.experiment.plans, self.configuration, request.sides, request.mirror
         )
@@ -161,6 +180,7 @@ class _Fold:
             self.split.val,
             request.folder / VALIDATION,
             logits_folder=request.folder / LOGITS if request.keeps_logits else None,
+            next_stages=self.next_stages,
             stop=self.stop,
             progress=self.report.case,
         )
@@ -210,6 +230,7 @@ class _Fold:
             lateral_axis=mirroring.lateral_axis,
             paired_labels=mirroring.paired_labels,
             masked_channels=tuple(i for i, masked in enumerate(self.configuration.use_mask_for_norm) if masked),
+            previous_labels=() if self.previous is None else self.labels.foreground_labels,
         )
 
     def _setup(self) -> TrainingSetup:
@@ -232,6 +253,7 @@ class _Fold:
             deterministic=request.deterministic,
             init_args=init_args(experiment.plans_json, request.configuration, fold, experiment.dataset.json.document),
             loader_threads=request.loader_threads,
+            previous=self.previous,
         )
 
     def _model(self, network: nn.Module, mirror_axes: tuple[int, ...]) -> ModelInTraining:
@@ -241,6 +263,7 @@ class _Fold:
             labels=self.labels,
             backends=(TorchBackend(network),),
             mirror_axes=mirror_axes,
+            previous=self.previous,
         )
 
     def _judge(self, network: nn.Module, epoch: int) -> CompositeScore | None:
@@ -253,11 +276,12 @@ class _Fold:
     def _check_disk(self, network: nn.Module) -> None:
         needed = _CHECKPOINTS * _BYTES * sum(p.numel() for p in network.parameters())
         folder = self.request.folder
-        if self.request.keeps_logits:
-            data = self.experiment.data_folder(self.request.configuration)
+        data = self.experiment.data_folder(self.request.configuration)
+        if self.request.keeps_logits or self.next_stages:
             for name in self.split.val:
-                shape = open_case(data, name, self.labels).image_CZYX.shape[1:]
-                needed += 2 * self.labels.num_heads * shape[0] * shape[1] * shape[2]
+                voxels = math.prod(open_case(data, name, self.labels).image_CZYX.shape[1:])
+                needed += 2 * self.labels.num_heads * voxels if self.request.keeps_logits else 0
+                needed += sum(stage.needed_bytes(name, voxels, self.configuration) for stage in self.next_stages)
         there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         check_disk(folder, needed - there, "checkpoints and validation")
 

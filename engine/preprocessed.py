@@ -47,24 +47,29 @@ _LOCATION_SEED = 1234
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PreprocessedCase:
-    """One case, its arrays on disk: float32, and int16 with one channel. `locations`: see engine/sampling.py."""
+    """One case, its arrays on disk: float32, and int16 with one channel. `locations`: see engine/sampling.py.
+    `previous_1ZYX` (cascade): the previous stage's label map (engine/stage_predictions.py)."""
 
     name: str
     image_CZYX: StoredArray
     labels_1ZYX: StoredArray
     locations: ClassLocations
+    previous_1ZYX: StoredArray | None = None
 
 
-class _Blosc2Array:
-    """An array of nnU-Net's preprocessed folder. One thread at a time reads: a decompressor is shared by none."""
+class Blosc2Array:
+    """An array of nnU-Net's on disk. One thread at a time reads: a decompressor is shared by none.
+
+    Raises DatasetInvalid when it is not readable, or the package blosc2 is missing.
+    """
 
     def __init__(self, path: Path) -> None:
         try:
             import blosc2
         except ImportError as error:
             raise DatasetInvalid(
-                f"{path.name}: nnU-Net's preprocessed arrays need the Python package blosc2; install it, or preprocess "
-                "the dataset here"
+                f"{path.name}: nnU-Net's arrays need the Python package blosc2; install it, or preprocess the dataset "
+                "here"
             ) from error
         try:
             self._array: Any = blosc2.open(str(path), mode="r", mmap_mode="r", dparams={"nthreads": 1})
@@ -145,10 +150,10 @@ def _open_own_case(folder: Path, name: str) -> PreprocessedCase:
 
 
 def _open_nnunet_case(folder: Path, name: str, manager: LabelManager) -> PreprocessedCase:
-    labels = _Blosc2Array(folder / f"{name}_seg.b2nd")
+    labels = Blosc2Array(folder / f"{name}_seg.b2nd")
     return PreprocessedCase(
         name=name,
-        image_CZYX=_Blosc2Array(folder / f"{name}.b2nd"),
+        image_CZYX=Blosc2Array(folder / f"{name}.b2nd"),
         labels_1ZYX=labels,
         locations=locate(labels[:, :, :, :][0], manager),
     )

@@ -104,7 +104,13 @@ def preprocess(
     image, labels = _on_network_grid(cropped, plans, configuration, previous_labels)
     if labels is None:
         return image
-    one_hot = np.stack([labels == label for label in previous_foreground]).astype(np.float32)
+    return stack_labels(image, labels, previous_foreground)
+
+
+def stack_labels(image: FloatArray, labels: NDArray[np.integer[Any]], foreground: Sequence[int]) -> FloatArray:
+    """A cascade's input: the image (C, Z, Y, X) and after it a channel for each label of `foreground`, 1 where the
+    previous stage's label map (Z, Y, X) has it."""
+    one_hot = np.stack([labels == label for label in foreground]).astype(np.float32)
     return np.concatenate([image, one_hot])
 
 

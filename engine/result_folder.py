@@ -104,7 +104,7 @@ def _from_folder(path: Path, configurations: Collection[str] | None, folds: Coll
         found = {folder: names for folder, names in found.items() if names[2] in configurations}
     elif len(found) > 1:
         found = _chosen_by_nnunet(candidates[0].parent, found, notes)
-    _add_previous_stages(found)
+    _add_previous_stages(found, notes)
     _check_one_model(found)
     chosen = []
     for folder, (trainer, _, name) in sorted(found.items(), key=lambda item: item[1][2]):
@@ -201,12 +201,16 @@ def _chosen_by_nnunet(
     return chosen
 
 
-def _add_previous_stages(found: dict[Path, tuple[str, str, str]]) -> None:
+def _add_previous_stages(found: dict[Path, tuple[str, str, str]], notes: list[str]) -> None:
     """A cascade needs its low-resolution stage, which lies in a sister folder with the same trainer and plans."""
     for folder, (trainer, plans_name, name) in list(found.items()):
         plans = read_plans(folder / "plans.json", configurations=[name])
         previous = plans.configurations[name].previous_stage
-        if previous is None or previous in {other for _, _, other in found.values()}:
+        if previous is None:
+            continue
+        if previous in {other for _, _, other in found.values()}:
+            # nnU-Net may choose the two as a pair; in a bundle a stage serves its cascade only.
+            notes.append(f"{previous} is run for {name}, whose first stage it is, and not joined into the result")
             continue
         sister = folder.parent / f"{trainer}__{plans_name}__{previous}"
         if "__" in previous or "/" in previous or not _is_result_folder_at(sister):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from engine.random_state import Purpose, random_generator
 
@@ -122,14 +122,14 @@ def central_bounds(bounds: Bounds, size: Sequence[int]) -> Bounds:
     return tuple((start, start + edge) for start, edge in zip(starts, size, strict=True))
 
 
-def read_patch(array: StoredArray, bounds: Bounds, fill: float) -> NDArray[Any]:
-    """The patch of an array (C, Z, Y, X), memory-mapped or not, as a copy (C, z, y, x) of its type; `fill` (image 0,
-    labels -1) is what lies beyond the array."""
+def read_patch(array: StoredArray, bounds: Bounds, fill: float, dtype: DTypeLike | None = None) -> NDArray[Any]:
+    """The patch of an array (C, Z, Y, X), memory-mapped or not, as a copy (C, z, y, x) of its type or of `dtype`;
+    `fill` (image 0, labels -1) is what lies beyond the array."""
     inside = tuple(
         slice(min(max(low, 0), size), min(max(high, 0), size))
         for (low, high), size in zip(bounds, array.shape[1:], strict=True)
     )
-    patch = np.full((array.shape[0], *(high - low for low, high in bounds)), fill, dtype=array.dtype)
+    patch = np.full((array.shape[0], *(high - low for low, high in bounds)), fill, dtype=dtype or array.dtype)
     target = tuple(slice(part.start - low, part.stop - low) for part, (low, _) in zip(inside, bounds, strict=True))
     patch[(slice(None), *target)] = array[(slice(None), *inside)]
     return patch

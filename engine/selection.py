@@ -100,11 +100,8 @@ class _Selecting:
 
     def run(self, configurations: tuple[str, ...]) -> Selection:
         candidates = [self._single(configuration) for configuration in configurations]
-        notes: list[str] = []
-        groups: Sequence[tuple[str, ...]] = list(combinations(configurations, 2))
-        if self.profile.ensembles_everything:
-            groups = [configurations] if len(configurations) > 1 else []
-        lacking = [c for c in configurations if groups and not self._has_logits(c)]
+        groups, notes = self._groups(configurations)
+        lacking = [c for c in configurations if any(c in group for group in groups) and not self._has_logits(c)]
         if lacking and self.profile.ensembles_everything:
             raise DatasetInvalid(
                 f"{lacking[0]} kept no logits, and the profile {self.profile.name} joins all configurations: train it "
@@ -117,7 +114,8 @@ class _Selecting:
                 candidates.append(self._ensemble(group))
         best = max(candidates, key=lambda c: -math.inf if c.score is None else c.score)
         if self.profile.ensembles_everything:
-            best = candidates[-1]
+            last = self._last_stages(configurations)
+            best = next(c for c in candidates if c.configurations == last)
         dataset = self.experiment.dataset
         references = {case.name: case.label for case in dataset.cases}
         pairs = [
@@ -143,6 +141,23 @@ class _Selecting:
             information=self._write_information(candidates, best, found),
             notes=tuple(notes),
         )
+
+    def _groups(self, configurations: tuple[str, ...]) -> tuple[list[tuple[str, ...]], list[str]]:
+        """What is to be joined, and what is not: a stage is part of its cascade already."""
+        if self.profile.ensembles_everything:
+            last = self._last_stages(configurations)
+            left = [c for c in configurations if c not in last]
+            notes = [f"{c} is the first stage of a cascade and joined through it only" for c in left]
+            return [last] if len(last) > 1 else [], notes
+        pairs = list(combinations(configurations, 2))
+        staged = [pair for pair in pairs if len(self._last_stages(pair)) < len(pair)]
+        notes = [f"{' and '.join(pair)} are stages of one cascade: they are not joined" for pair in staged]
+        return [pair for pair in pairs if pair not in staged], notes
+
+    def _last_stages(self, configurations: tuple[str, ...]) -> tuple[str, ...]:
+        """Those that are no stage of another one of them."""
+        earlier = {stage for c in configurations for stage in self.experiment.previous_stages(c)}
+        return tuple(c for c in configurations if c not in earlier)
 
     def _model_folder(self, configuration: str) -> Path:
         return self.experiment.model_folder(self.results, self.profile.trainer, configuration)

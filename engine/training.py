@@ -33,6 +33,7 @@ from engine.plans import Configuration
 from engine.random_state import Purpose, random_generator
 from engine.sampling import PatchSampler
 from engine.schedule import Schedule
+from engine.stage_predictions import PreviousStage
 from engine.training_checkpoint import BEST, FINAL, LATEST, TrainingState, read_state, write_state
 from engine.training_log import EpochRecord, averages, best_judged, epochs_without_gain, nnunet_logging
 
@@ -51,7 +52,8 @@ class TrainingSetup:
 
     `folder` has the preprocessed cases, ours or nnU-Net's (engine/preprocessed.py). `deterministic`: bit-identical on
     the same kind of processor with the same number of threads. `init_args` go into the checkpoints, for nnU-Net
-    (`training_checkpoint.init_args`). `loader_threads`: see BatchStream.
+    (`training_checkpoint.init_args`). `loader_threads`: see BatchStream. `channels` are the image's own; a cascade
+    reads the label maps of `previous`, whose labels are the augmentation's `previous_labels`.
     """
 
     configuration: Configuration
@@ -69,6 +71,12 @@ class TrainingSetup:
     deterministic: bool
     init_args: dict[str, Any] = field(default_factory=dict)
     loader_threads: int = 0
+    previous: PreviousStage | None = None
+
+    @property
+    def input_channels(self) -> int:
+        """What the network takes: the image's channels and, in a cascade, one for each label of the stage before."""
+        return self.channels + len(self.augmentation.previous_labels)
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for a training to go on; plain values. Time budget and device may change."""
@@ -80,6 +88,7 @@ class TrainingSetup:
             "augmentation": _digest(self.augmentation),
             "training cases": _digest(self.training_cases),
             "validation cases": _digest(self.validation_cases),
+            "previous stage": None if self.previous is None else self.previous.digest,
             "seed": self.seed,
             "epochs": schedule.epochs,
             "iterations": schedule.iterations,
@@ -129,7 +138,7 @@ class Trainer:
         self._save_every_s, self._last_saved, self._saving_s = save_every_s, self._since, 0.0
         architecture, schedule = setup.configuration.architecture, setup.schedule
         network = build_network(
-            architecture, channels=setup.channels, heads=setup.labels.num_heads, deep_supervision=True
+            architecture, channels=setup.input_channels, heads=setup.labels.num_heads, deep_supervision=True
         )
         initialize(network, random_generator(setup.seed, Purpose.WEIGHTS, epoch=0, iteration=0))
         self._format = torch.channels_last if setup.configuration.is_2d else torch.channels_last_3d
@@ -326,6 +335,7 @@ class Trainer:
             channels=setup.channels,
             samples=range(configuration.batch_size),
             device=setup.device,
+            previous=setup.previous,
         )
 
     def _save(self, name: str) -> None:

@@ -31,8 +31,9 @@ from engine.logits_to_labels import NetworkLogits, to_half
 from engine.metrics import SUMMARY, CaseMetrics, write_summary
 from engine.parallel import Progress
 from engine.plans import Configuration, Plans
-from engine.preprocessing import CroppedImage, crop_to_nonzero, network_shape, preprocess
+from engine.preprocessing import CroppedImage, crop_to_nonzero, network_shape, preprocess, stack_labels
 from engine.sliding_window import WindowGrid, predict_logits
+from engine.stage_predictions import NextStage, PreviousStage
 from engine.volume import LabelMap, Volume
 
 _STEP_SIZE = 0.5
@@ -75,25 +76,34 @@ class TorchBackend:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelInTraining:
-    """One configuration of a model before export: its folds' networks (or one of them) and how they are asked."""
+    """One configuration of a model before export: its folds' networks (or one of them) and how they are asked.
+
+    `previous` (cascade) has the label maps of the stage before, by the names of the cases. They come from that stage's
+    logits on this one's grid, as in nnU-Net's validation; a bundle resamples its label map on the image's grid.
+    """
 
     plans: Plans
     configuration: Configuration
     labels: LabelManager
     backends: Sequence[Backend]
     mirror_axes: tuple[int, ...]
+    previous: PreviousStage | None = None
 
-    def predict(self, volume: Volume) -> LabelMap:
-        """The labels on the grid of `volume`, by the mean of the networks' logits; no post-processing.
+    def predict(self, volume: Volume, *, case: str = "") -> LabelMap:
+        """The labels on the grid of `volume`, by the mean of the networks' logits; no post-processing. A cascade needs
+        the name of the `case`.
 
-        Raises InputRejected where the image does not fit the plans.
+        Raises InputRejected where the image does not fit the plans, DatasetInvalid as `PreviousStage.open` does.
         """
         cropped = crop_to_nonzero(volume, self.plans)
-        return join_outputs([self.logits(cropped)], cropped, self.plans, self.labels, volume.geometry)
+        return join_outputs([self.logits(cropped, case=case)], cropped, self.plans, self.labels, volume.geometry)
 
-    def logits(self, cropped: CroppedImage) -> NetworkLogits:
-        """The mean of the networks' logits on the network's grid."""
+    def logits(self, cropped: CroppedImage, *, case: str = "") -> NetworkLogits:
+        """The mean of the networks' logits on the network's grid; `case` as for `predict`."""
         image = preprocess(cropped, self.plans, self.configuration)
+        if self.previous is not None:
+            before = self.previous.labels(case, image.shape[1:])
+            image = stack_labels(image, before, self.labels.foreground_labels)
         grid = WindowGrid(
             shape=network_shape(cropped.shape, cropped.spacing_mm, self.configuration),
             patch_size=self.configuration.patch_size,
@@ -113,14 +123,15 @@ def validate(
     folder: Path,
     *,
     logits_folder: Path | None = None,
+    next_stages: Sequence[NextStage] = (),
     stop: Callable[[], bool] = lambda: False,
     progress: Progress = lambda _done, _total: None,
 ) -> list[CaseMetrics] | None:
     """Predicts the named cases, measures them, and writes the label maps and nnU-Net's summary.json into `folder`.
 
-    The networks' logits go into `logits_folder`, for ensembles of configurations. A case whose files are there is
-    measured and not predicted again. None, without a summary, when `stop` says so between two cases. Raises
-    InputRejected, DatasetInvalid for a name that is no case.
+    The networks' logits go into `logits_folder`, for ensembles of configurations, and their labels to the
+    `next_stages` of a cascade. A case whose files are there is measured and not predicted again. None, without a
+    summary, when `stop` says so between two cases. Raises InputRejected, DatasetInvalid for a name that is no case.
     """
     for needed in (folder, logits_folder):
         if needed is not None:
@@ -133,11 +144,15 @@ def validate(
         loaded = read_case(case, dataset.json)
         path = folder / f"{case.name}{dataset.json.file_ending}"
         stored = None if logits_folder is None else logits_folder / f"{case.name}.npy"
-        if not path.exists() or not (stored is None or stored.exists()):
+        there = path.exists() and (stored is None or stored.exists())
+        if not there or any(stage.lacks(case.name) for stage in next_stages):
             cropped = crop_to_nonzero(loaded.volume, model.plans)
-            output = model.logits(cropped)
+            output = model.logits(cropped, case=case.name)
             if stored is not None:
                 write_logits(output.logits, stored)
+            # Before the label map, whose presence says that all of a case is there.
+            for stage in next_stages:
+                stage.write(case.name, output, cropped)
             predicted = join_outputs([output], cropped, model.plans, model.labels, loaded.volume.geometry)
             write_prediction(predicted, case, path)
         rows.append((str(case.label), str(path), measure_prediction(path, loaded, dataset.json)))
@@ -155,7 +170,7 @@ def measure_on(
         if stop():
             break
         loaded = read_case(case, dataset.json)
-        predicted = model.predict(loaded.volume)
+        predicted = model.predict(loaded.volume, case=case.name)
         measured.append(measure_labels(loaded.labels, predicted, model.labels))
     return measured
 

@@ -153,8 +153,8 @@ def preprocess_missing(
 
 
 def fold_requests(options: TrainOptions, experiment: Experiment, budget_s: float | None) -> list[FoldRequest]:
-    """Each fold of each configuration. Raises DatasetInvalid for one that is not there, TrainingRefused for a device
-    that is not there or a package that is missing."""
+    """Each fold of each configuration, the first stage of a cascade before the cascade. Raises DatasetInvalid for one
+    that is not there, TrainingRefused for a device that is not there or a package that is missing."""
     try:
         import torch
 
@@ -197,7 +197,7 @@ def fold_requests(options: TrainOptions, experiment: Experiment, budget_s: float
             mirror=options.mirror,
             keeps_logits=options.keeps_logits,
         )
-        for configuration in dict.fromkeys(configurations)
+        for configuration in experiment.in_stage_order(configurations)
         for fold in chosen_folds(experiment, options.folds)
     ]
 

@@ -61,16 +61,17 @@ def _wrong_usage(options: TrainOptions) -> str | None:
 
 def _run(options: TrainOptions, stop: threading.Event, *, as_json: bool) -> dict[str, Any]:
     experiment = _planned(options, hide_bar=as_json)
-    # A cascade cannot be trained here (engine/fold_training.py).
-    every = [name for name, planned in experiment.plans.configurations.items() if planned.previous_stage is None]
-    configurations = options.configurations or tuple(every)
-    requests = fold_requests(replace(options, configurations=configurations), experiment, parse_budget(options.budget))
+    notes: list[str] = []
+    configurations = experiment.in_stage_order(options.configurations or _trainable(experiment, notes))
+    # A cascade brings the stages before it, whether they are to be chosen from or not.
+    trained = experiment.in_stage_order(configurations, complete=True)
+    requests = fold_requests(replace(options, configurations=trained), experiment, parse_budget(options.budget))
     state, folders = run_folds(requests, options, experiment, stop, as_json=as_json)
     rows = fold_rows(folders)
     if not as_json:
         present_folds(rows)
     if state == "stopped":
-        return {"state": state, "folds": rows}
+        return {"state": state, "folds": rows, "notes": notes}
     selection = select.select_trained(
         experiment,
         options.results,
@@ -83,7 +84,6 @@ def _run(options: TrainOptions, stop: threading.Event, *, as_json: bool) -> dict
     labels = experiment.dataset.json.labels
     if not as_json:
         select.present(selection, labels)
-    notes: list[str] = []
     out = export.default_folder(experiment, options.results, None)
     if (out / MANIFEST).exists():
         bundle = load_bundle(out)
@@ -102,6 +102,19 @@ def _run(options: TrainOptions, stop: threading.Event, *, as_json: bool) -> dict
         **export.document(bundle),
         "notes": notes,
     }
+
+
+def _trainable(experiment: Experiment, notes: list[str]) -> tuple[str, ...]:
+    """Every planned configuration; no cascade where its first stage could not predict every case honestly."""
+    planned = experiment.plans.configurations
+    lacking = experiment.never_validated()
+    left = [name for name in planned if lacking and planned[name].previous_stage is not None]
+    for name in left:
+        notes.append(
+            f"{name} is not trained: no fold of the splits validates {lacking[0]} ({len(lacking)} such), so that its "
+            "first stage has no prediction of it by a network that does not know it"
+        )
+    return tuple(name for name in planned if name not in left)
 
 
 def _planned(options: TrainOptions, *, hide_bar: bool) -> Experiment:

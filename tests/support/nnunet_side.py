@@ -65,8 +65,16 @@ def dump(root: str, folder: str, out: str) -> Any:
     return {"files": len(names)}
 
 
-def predict(root: str, model: str, files: list[list[str]], out: str, checkpoint: str = "checkpoint_final.pth") -> Any:
-    """Fold 0 of a model folder on lists of files, with mirroring."""
+def predict(
+    root: str,
+    model: str,
+    files: list[list[str]],
+    out: str,
+    checkpoint: str = "checkpoint_final.pth",
+    previous: str | None = None,
+) -> Any:
+    """Fold 0 of a model folder on lists of files, with mirroring. `previous`: a folder with the label maps of a
+    cascade's first stage."""
     import torch
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
@@ -76,13 +84,16 @@ def predict(root: str, model: str, files: list[list[str]], out: str, checkpoint:
     predictor.initialize_from_trained_model_folder(model, (0,), checkpoint)
     os.makedirs(out, exist_ok=True)
     names = [os.path.join(out, os.path.basename(first).replace("_0000.nii.gz", "")) for first, *_ in files]
-    predictor.predict_from_files_sequential(files, names, save_probabilities=False, overwrite=True)
+    predictor.predict_from_files_sequential(
+        files, names, save_probabilities=False, overwrite=True, folder_with_segs_from_prev_stage=previous
+    )
     return {"mirror_axes": predictor.allowed_mirroring_axes}
 
 
-def continue_training(root: str, dataset: str, configuration: str, checkpoint: str, iterations: int) -> Any:
-    """One epoch of nnU-Net's trainer from a checkpoint; says what it loaded and what it did."""
+def _trainer(root: str, dataset: str, configuration: str) -> Any:
+    """nnU-Net's, for fold 0, with its workers in few processes."""
     os.environ["nnUNet_n_proc_DA"] = "0"  # noqa: SIM112 - nnU-Net spells it so
+    os.environ["nnUNet_def_n_proc"] = "1"  # noqa: SIM112
     import torch
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
@@ -91,7 +102,25 @@ def continue_training(root: str, dataset: str, configuration: str, checkpoint: s
         plans = json.load(file)
     with open(os.path.join(folder, "dataset.json")) as file:
         dataset_json = json.load(file)
-    trainer = nnUNetTrainer({**plans, "continue_training": True}, configuration, 0, dataset_json, torch.device("cpu"))
+    return nnUNetTrainer({**plans, "continue_training": True}, configuration, 0, dataset_json, torch.device("cpu"))
+
+
+def validate(root: str, dataset: str, configuration: str, checkpoint: str) -> Any:
+    """The validation of fold 0 by nnU-Net's trainer, with the predictions for a next stage where there is one."""
+    references = os.path.join(root, "preprocessed", dataset, "gt_segmentations")
+    shutil.copytree(os.path.join(root, "raw", dataset, "labelsTr"), references, dirs_exist_ok=True)
+    trainer = _trainer(root, dataset, configuration)
+    trainer.initialize()
+    trainer.load_checkpoint(checkpoint)
+    trainer.perform_actual_validation()
+    return {"folder": os.path.join(trainer.output_folder, "validation")}
+
+
+def continue_training(root: str, dataset: str, configuration: str, checkpoint: str, iterations: int) -> Any:
+    """One epoch of nnU-Net's trainer from a checkpoint; says what it loaded and what it did."""
+    import torch
+
+    trainer = _trainer(root, dataset, configuration)
     trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = iterations, 2
     trainer.initialize()
     trainer.load_checkpoint(checkpoint)
@@ -122,7 +151,9 @@ def continue_training(root: str, dataset: str, configuration: str, checkpoint: s
     }
 
 
-COMMANDS: dict[str, Any] = {f.__name__: f for f in (plan_and_preprocess, plan, dump, predict, continue_training)}
+COMMANDS: dict[str, Any] = {
+    f.__name__: f for f in (plan_and_preprocess, plan, dump, predict, validate, continue_training)
+}
 
 if __name__ == "__main__":
     command, where, arguments = sys.argv[1:]

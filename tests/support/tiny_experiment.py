@@ -42,8 +42,9 @@ def seggate(root: Path, *words: str) -> Result:
     return CliRunner().invoke(app, [*words, *where])
 
 
-def planned(root: Path, *, folds: int = 2, profile: str = "nnunet", **dataset: Any) -> Path:
-    """The raw dataset below `root`, planned: 2d and 3d_fullres, with networks of `FEATURES`."""
+def planned(root: Path, *, folds: int = 2, profile: str = "nnunet", cascade: bool = False, **dataset: Any) -> Path:
+    """The raw dataset below `root`, planned: 2d and 3d_fullres, with networks of `FEATURES`; with `cascade` also
+    3d_lowres and 3d_cascade_fullres."""
     raw = root / NAME
     write_bright(raw, **dataset)
     names = sorted(path.name.removesuffix(".nii.gz") for path in (raw / "labelsTr").iterdir())
@@ -51,7 +52,10 @@ def planned(root: Path, *, folds: int = 2, profile: str = "nnunet", **dataset: A
     (raw / "splits_final.json").write_text(json.dumps(splits))
     ran = seggate(root, "plan", str(raw), "--plans-only", "--profile", profile)
     assert ran.exit_code == 0, ran.output
-    shrink(next((root / "preprocessed" / NAME).glob("nnUNet*Plans.json")))
+    plans = next((root / "preprocessed" / NAME).glob("nnUNet*Plans.json"))
+    shrink(plans)
+    if cascade:
+        add_cascade(plans)
     return raw
 
 
@@ -73,6 +77,22 @@ def shrink(path: Path) -> None:
         }
         configuration["patch_size"] = [8] * dimensions
         configuration["batch_size"] = 2
+    path.write_text(json.dumps(plans))
+
+
+def add_cascade(path: Path, *, coarser: float = 1.5) -> None:
+    """Gives the plans what nnU-Net's planner gives larger images: 3d_lowres, and the cascade that uses it."""
+    plans = json.loads(path.read_text())
+    full = plans["configurations"].pop("3d_fullres")
+    plans["configurations"]["3d_lowres"] = {
+        **full,
+        "data_identifier": full["data_identifier"].replace("fullres", "lowres"),
+        "spacing": [coarser * edge for edge in full["spacing"]],
+        "batch_dice": False,
+        "next_stage": "3d_cascade_fullres",
+    }
+    plans["configurations"]["3d_fullres"] = {**full, "batch_dice": True}
+    plans["configurations"]["3d_cascade_fullres"] = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
     path.write_text(json.dumps(plans))
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from threading import Event
 
+import numpy as np
 import pytest
 
 from tests.support.peers import require_peer
@@ -17,10 +18,12 @@ require_peer("torch")
 
 import torch
 
+from engine.augmentation import draw_batch
 from engine.batches import Batch, BatchSource, BatchStream
-from engine.errors import DatasetInvalid
-from engine.training import Trainer
-from tests.support.tiny_training import TINY, tiny_setup
+from engine.errors import DatasetInvalid, TrainingRefused
+from engine.stage_predictions import PreviousStage
+from engine.training import Trainer, TrainingSetup
+from tests.support.tiny_training import CASES, TINY, same_weights, tiny_setup, weights
 
 
 @pytest.fixture(scope="module")
@@ -122,3 +125,78 @@ def _files_open_in(folder: Path) -> int:
         with suppress(FileNotFoundError):
             found += os.readlink(f"/proc/self/fd/{descriptor}").startswith(str(folder))
     return found
+
+
+def _cascade(root: Path, *, exchanged: bool = False) -> TrainingSetup:
+    """A cascade whose previous stage found the labels as they are, or each in the other's place."""
+    setup = tiny_setup(root)
+    folder = root / ("exchanged" if exchanged else "found")
+    folder.mkdir(exist_ok=True)
+    for name in CASES:
+        labels = np.maximum(np.load(setup.folder / f"{name}_seg.npy"), 0).astype(np.uint8)
+        np.save(folder / f"{name}.npy", np.array([0, 2, 1], dtype=np.uint8)[labels] if exchanged else labels)
+    plan = replace(setup.augmentation, previous_labels=(1, 2))
+    return replace(setup, augmentation=plan, previous=PreviousStage(folder=folder, digest=folder.name))
+
+
+@pytest.fixture(scope="module")
+def cascade(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    root = tmp_path_factory.mktemp("cascade")
+    return Trainer(_cascade(root), root / "fold_0")
+
+
+def test_the_previous_stages_labels_are_read_with_the_images_bounds_and_turned_with_them(cascade: Trainer) -> None:
+    """Where the previous stage found what is there, its channels are the target's labels, before and after rotation."""
+    source, turned = cascade.source("training"), 0
+    for iteration in range(12):
+        images, target = source.batch(0, iteration)
+        assert images.shape == (2, 3, *TINY.patch_size)
+        draws = draw_batch(source.plan, 1, source.samples, seed=7, epoch=0, iteration=iteration)
+        for sample, draw in enumerate(draws):
+            if not (draw.previous_stage.morphology or draw.previous_stage.removals):
+                turned += draw.is_spatial
+                assert torch.equal(images[sample, 1:], torch.stack([target[sample] == v for v in (1, 2)]).float())
+    assert turned > 2
+
+
+def test_augmentation_makes_faults_in_the_previous_stages_channels_and_not_in_the_target(cascade: Trainer) -> None:
+    source, spoilt, wrong = cascade.source("training"), 0, 0
+    for iteration in range(12):
+        images, target = source.batch(1, iteration)
+        for sample, draw in enumerate(draw_batch(source.plan, 1, (0, 1), seed=7, epoch=1, iteration=iteration)):
+            channels = torch.stack([target[sample] == v for v in (1, 2)]).float()
+            spoilt += bool(draw.previous_stage.morphology or draw.previous_stage.removals)
+            wrong += not torch.equal(images[sample, 1:], channels)
+    assert 0 < wrong <= spoilt
+
+
+def test_validation_gives_the_previous_stage_as_it_is_with_background_where_there_is_no_image(tmp_path: Path) -> None:
+    source = Trainer(_cascade(tmp_path, exchanged=True), tmp_path / "fold_0").source("validation")
+    for iteration in range(4):
+        images, target = source.batch(0, iteration)
+        assert torch.equal(images[:, 1:], torch.stack([target == 2, target == 1], dim=1).float())
+
+
+def test_a_cascade_is_trained_resumed_and_refused_when_the_previous_stage_changed(tmp_path: Path) -> None:
+    whole = Trainer(_cascade(tmp_path), tmp_path / "whole")
+    assert whole.run()
+    stopped = Trainer(_cascade(tmp_path), tmp_path / "stopped")
+    assert not stopped.run(stop=lambda: stopped.epoch == 1 and stopped.iteration == 2)
+    with pytest.raises(TrainingRefused, match="previous stage: 'found' then, 'exchanged' now"):
+        Trainer(_cascade(tmp_path, exchanged=True), tmp_path / "stopped")
+    resumed = Trainer(_cascade(tmp_path), tmp_path / "stopped")
+    assert (resumed.epoch, resumed.iteration) == (1, 2)
+    assert resumed.run()
+    assert same_weights(weights(resumed), weights(whole))
+    other = Trainer(_cascade(tmp_path, exchanged=True), tmp_path / "other")
+    assert other.run()
+    assert not same_weights(weights(other), weights(whole)), "what the previous stage found makes no difference"
+
+
+def test_a_previous_stage_that_does_not_fit_ends_the_training_with_the_cases_name(tmp_path: Path) -> None:
+    source = Trainer(_cascade(tmp_path), tmp_path / "fold_0").source("training")
+    assert source.previous is not None
+    for name in CASES:
+        np.save(source.previous.folder / f"{name}.npy", np.zeros((3, 4, 5), dtype=np.uint8))
+    with pytest.raises(DatasetInvalid, match=r"case_0\d: the previous stage's prediction has \(3, 4, 5\) voxels"):
+        source.batch(0, 0)

@@ -60,6 +60,7 @@ def test_folder_of_folders_takes_all_and_says_so(dataset: Path) -> None:
     result = _open(dataset)
     assert set(_summary(result)) == {"2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres"}
     assert any("--configuration" in note for note in result.notes)
+    assert any("3d_lowres is run for 3d_cascade_fullres" in note for note in result.notes)
 
 
 def test_results_root_with_one_dataset_is_taken_and_with_two_refused(dataset: Path) -> None:
