@@ -25,9 +25,10 @@ import torch  # noqa: E402
 
 from engine import export  # noqa: E402
 from engine.checkpoint import load_network, read_checkpoint  # noqa: E402
-from engine.export import check_parity, import_model  # noqa: E402
+from engine.export import import_model  # noqa: E402
 from engine.labels import LabelManager  # noqa: E402
 from engine.onnx_graph import write_onnx  # noqa: E402
+from engine.parity import check_parity  # noqa: E402
 from engine.plans import Configuration, read_plans  # noqa: E402
 from tests.support.nnunet_results import TWO_D, TrainedModel, dataset_json, plans_json, write_results  # noqa: E402
 
