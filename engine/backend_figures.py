@@ -43,8 +43,8 @@ class Machine:
 @dataclass(frozen=True, kw_only=True)
 class BackendFigure:
     """One network on one backend. Differences are to torch in float32 with the weights that were trained, on the test
-    images of the export; `seconds_per_window` is the faster of two runs of one window, after one to warm up.
-    `threads`: 0 is the runtime's own choice."""
+    images of the export; `seconds_per_window` is the wall time of the fastest of two to six runs of one window, after
+    one to warm up. `threads`: 0 is the runtime's own choice."""
 
     configuration: str
     fold: str
