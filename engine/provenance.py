@@ -27,6 +27,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PRIVATE = frozenset({"patients", "dataset", "training", "test", "excluded"})
 # Written by engine/fold_training.py into a fold's folder.
 _REQUEST, _EPOCHS = "training.json", "training_log.jsonl"
+_GROUPS = ("train", "hold_out", "val")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,9 +175,6 @@ def describe_fold(
     )
 
 
-_GROUPS = ("train", "hold_out", "val")
-
-
 def provenance_document(provenance: Provenance) -> dict[str, Any]:
     """The content of provenance.json."""
     return {"format": FORMAT, **asdict(provenance)}
@@ -196,20 +194,25 @@ def read_provenance(document: Mapping[str, Any], *, error: type[Exception]) -> P
         ),
         training=tuple(
             FoldTraining(
-                **{key: entry.text(key) for key in ("configuration", "fold", "trainer", "checkpoint")},
+                configuration=entry.text("configuration"),
+                fold=entry.text("fold"),
+                trainer=entry.text("trainer"),
+                checkpoint=entry.text("checkpoint"),
                 software=entry.text_or_none("software"),
+                epochs=_integer(entry, "epochs"),
+                planned_epochs=_integer(entry, "planned_epochs"),
+                iterations=_integer(entry, "iterations"),
                 precision=entry.text_or_none("precision"),
+                seed=_integer(entry, "seed"),
                 deterministic=None if entry.raw("deterministic") is None else entry.boolean("deterministic"),
+                training_cases=_integer(entry, "training_cases"),
+                validation_cases=_integer(entry, "validation_cases"),
                 training_cases_digest=_digest(entry, "training_cases_digest"),
-                **{key: _integer(entry, key) for key in _NUMBERS},
             )
             for entry in reader.children("training", lengths=(0, _MAX_FOLDS))
         ),
         exported_by=reader.text("exported_by"),
     )
-
-
-_NUMBERS = ("epochs", "planned_epochs", "iterations", "seed", "training_cases", "validation_cases")
 
 
 def _trained_epochs(log: Path) -> int:

@@ -67,7 +67,8 @@ def make_sanity(
         raise ImportRefused(f"{len(site_cases)} sanity cases; at most {MAX_CASES // 2} are kept in a bundle")
     with Predictor(bundle, backends=networks) as predictor:
         planned = plan_phantoms(bundle) if phantoms else ()
-        total, cases = len(planned) + len(site_cases), []
+        total = len(planned) + len(site_cases)
+        cases: list[SanityCase] = []
         for name, phantom in planned:
             progress(len(cases) / total, f"sanity case {name}, torch")
             cases.append(_generated(predictor, name, phantom))

@@ -119,7 +119,7 @@ class _Draws:
 
 
 def _key(seed: int, stream: int) -> np.uint64:
-    return _scrambled(np.array([seed * 65_536 + stream], dtype=np.uint64), np.uint64(0))[0]
+    return np.uint64(_scrambled(np.array([seed * 65_536 + stream], dtype=np.uint64), np.uint64(0))[0])
 
 
 def _scrambled(counter: NDArray[np.uint64], key: np.uint64) -> NDArray[np.uint64]:

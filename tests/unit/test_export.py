@@ -212,7 +212,7 @@ def _network_and_configuration(tmp_path: Path) -> tuple[Any, Configuration, Labe
     return network, configuration, LabelManager.from_dataset_json(dataset_json(model))
 
 
-def _write(path: Path, network: Any, configuration: Configuration, **limits: int) -> list[Path]:
+def _write(path: Path, network: Any, configuration: Configuration, **limits: Any) -> list[Path]:
     weights = {name: value.numpy() for name, value in network.state_dict().items()}
     return write_onnx(
         path,

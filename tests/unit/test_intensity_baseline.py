@@ -133,7 +133,7 @@ def test_a_changed_contrast_is_further_from_the_pool_than_the_studies_themselves
     baseline = make_baseline(MR, ["first", "second"], studies)
     own = [kl_divergence(study.channels[0].whole, baseline.pooled[0].whole) for study in studies]
     volume, labels = invented_study(99)
-    darker = Volume(array=(volume.array / 1000) ** 2 * 1000, geometry=volume.geometry)
+    darker = Volume(array=((volume.array / 1000) ** 2 * 1000).astype(np.float32), geometry=volume.geometry)
     assert kl_divergence(_summary((darker, labels)).channels[0].whole, baseline.pooled[0].whole) > max(own)
 
 
