@@ -11,12 +11,13 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from engine.errors import BundleInvalid, ImportRefused
+from engine.evidence import Evidence, is_outside_configuration, read_evidence
 from engine.json_reader import Reader, read_json
 from engine.labels import LabelManager
 from engine.manifest import (
@@ -38,7 +39,8 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 @dataclass(frozen=True, kw_only=True)
 class Bundle(Manifest):
     """A loaded bundle. `weights_digest` identifies the networks, `configuration_digest` everything else that
-    changes a result (docs/model-bundle.md)."""
+    changes a result, `evidence_digest` the rest: sanity cases, provenance, figures of backends (docs/model-bundle.md).
+    """
 
     root: Path
     plans: Plans
@@ -47,6 +49,8 @@ class Bundle(Manifest):
     postprocessing: Mapping[str, Any] | None
     weights_digest: str
     configuration_digest: str
+    evidence: Evidence = field(default_factory=Evidence)
+    evidence_digest: str = ""
 
     def configuration(self, name: str) -> BundleConfiguration:
         """Raises BundleInvalid when the bundle has no configuration of that name."""
@@ -104,6 +108,8 @@ def load_bundle(root: Path, *, verify: bool = True) -> Bundle:
         postprocessing=None if postprocessing is None else MappingProxyType(postprocessing),
         weights_digest=_digest({path: sha for path, sha in files.items() if _is_weights(path)}),
         configuration_digest=_configuration_digest(document, files),
+        evidence=read_evidence(root, files, manifest),
+        evidence_digest=_digest({path: sha for path, sha in files.items() if is_outside_configuration(path)}),
     )
 
 
@@ -207,7 +213,7 @@ def _digest(files: Mapping[str, str]) -> str:
 def _configuration_digest(document: Mapping[str, Any], files: Mapping[str, str]) -> str:
     kept = {key: value for key, value in document.items() if key not in {"files", "parity", "description"}}
     canonical = json.dumps(kept, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    others = {path: sha for path, sha in files.items() if not _is_weights(path)}
+    others = {path: sha for path, sha in files.items() if not _is_weights(path) and not is_outside_configuration(path)}
     return _digest({**others, MANIFEST: hashlib.sha256(canonical.encode()).hexdigest()})
 
 

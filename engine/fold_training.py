@@ -52,6 +52,7 @@ from engine.metrics import CaseMetrics, CompositeScore, composite_score
 from engine.nifti import read_label_map
 from engine.parallel import Progress
 from engine.preprocessed import open_case
+from engine.provenance import this_software
 from engine.schedule import Schedule
 from engine.sides import Mirroring, MirrorPolicy, SidesPolicy, plan_mirroring
 from engine.splits import Split, hold_out
@@ -288,6 +289,7 @@ class _Fold:
     def _request_json(self) -> dict[str, object]:
         request = self.request
         return {
+            "software": this_software(),
             "profile": request.profile.name,
             "configuration": request.configuration,
             "fold": request.fold,

@@ -62,18 +62,27 @@ class Prediction:
 class Predictor:
     """Runs one model bundle. Networks are loaded once, here, and stay loaded until `close`.
 
+    `backends`, by (configuration, fold), run the networks instead of the bundle's own files.
+
     One prediction at a time. Raises BundleInvalid when a network or rule of the bundle cannot be run, BackendFailed
     when the device asked for cannot.
     """
 
-    def __init__(self, bundle: Bundle, *, device: Device = "auto", threads: int | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        device: Device = "auto",
+        threads: int | None = None,
+        backends: Mapping[tuple[str, str], Backend] | None = None,
+    ) -> None:
         self._bundle = bundle
         self._postprocessing = read_postprocessing(bundle.postprocessing)
         for configuration in bundle.configurations:
             check_rule(bundle.plans.configurations[configuration.name].resampling_probabilities)
-        self._backends: dict[tuple[str, str], Backend] = {}
+        self._backends: dict[tuple[str, str], Backend] = dict(backends or {})
         try:
-            for configuration in bundle.configurations:
+            for configuration in bundle.configurations if backends is None else ():
                 for fold in configuration.folds:
                     self._backends[configuration.name, fold.fold] = OnnxBackend(
                         fold.file,
@@ -89,6 +98,12 @@ class Predictor:
     @property
     def bundle(self) -> Bundle:
         return self._bundle
+
+    @property
+    def runtime(self) -> str:
+        """What runs the networks, such as "onnxruntime 1.32.0 on cpu, float32"."""
+        first = next(iter(self._backends.values()))
+        return f"{first.name} {first.version} on {first.provider}, {first.precision}"
 
     def close(self) -> None:
         """Frees the networks."""

@@ -32,6 +32,16 @@ Processes = Annotated[
     int | None,
     typer.Option(min=1, help="Worker processes, each with a case in memory. Default: the cores, at most 8."),
 ]
+Weights = Annotated[
+    Literal["float32", "fp16"],
+    typer.Option(help="How weights are stored. fp16 halves the files; refused where the sanity cases change by it."),
+]
+Phantoms = Annotated[
+    bool,
+    typer.Option(
+        "--phantoms/--no-phantoms", help="Sanity cases from invented images, which cost a few predictions by torch."
+    ),
+]
 
 
 dataset = typer.Typer(help="Training datasets in nnU-Net's format.", no_args_is_help=True, rich_markup_mode=None)
@@ -319,13 +329,24 @@ def export(
     card: Annotated[Path | None, typer.Option(help="Model card (TOML): codes, colours, contract, licence.")] = None,
     name: Annotated[str | None, typer.Option(help="Name: a-z, 0-9 and '-'. Default: from the dataset.")] = None,
     semver: Annotated[str | None, typer.Option(help="MAJOR.MINOR.PATCH. Default: the card's, else 1.0.0.")] = None,
+    weights: Weights = "float32",
+    phantoms: Phantoms = True,
+    sanity_case: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A case of the dataset as a sanity case; may be repeated. Its image and labels become part of the "
+            "bundle."
+        ),
+    ] = None,
     plans_name: PlansName = None,
     dataset_name: DatasetName = None,
     preprocessed: Preprocessed = Path("preprocessed"),
     results: Results = Path("results"),
+    processes: Processes = None,
     as_json: Json = False,
 ) -> None:
-    """Make a model bundle of what `select` chose: ONNX, parity, and the cross-validation's figures in its card."""
+    """Make a model bundle of what `select` chose: ONNX, parity, sanity cases, the intensity baseline, and the
+    cross-validation's figures in its card."""
     from gateway.commands import export as command
 
     raise typer.Exit(
@@ -335,10 +356,14 @@ def export(
             card=card,
             name=name,
             semver=semver,
+            weights=weights,
+            phantoms=phantoms,
+            sanity_cases=sanity_case or [],
             plans_name=plans_name,
             dataset_name=dataset_name,
             preprocessed=preprocessed,
             results=results,
+            processes=processes,
             as_json=as_json,
         )
     )

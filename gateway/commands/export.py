@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
 
+from engine.baseline_extraction import extract_baseline
 from engine.errors import EngineError
 from engine.experiment import Experiment, open_experiment
-from engine.manifest import Ensemble
+from engine.manifest import Ensemble, Weights
 from engine.model_card import ModelCard, read_card
 from engine.model_figures import complete_card, read_choice
+from engine.parallel import default_processes
+from engine.sanity_making import dataset_cases
 from engine.training_profile import TRAINING_PROFILES
 from gateway.commands.models import importer
-from gateway.commands.output import print_json, say
+from gateway.commands.output import print_json, progress_bar, say
 
 _JOINED_APART = frozenset(p.trainer for p in TRAINING_PROFILES.values() if p.ensembles_everything)
 
@@ -27,10 +31,14 @@ def export(
     card: Path | None,
     name: str | None,
     semver: str | None,
+    weights: Weights,
+    phantoms: bool,
+    sanity_cases: Sequence[str],
     plans_name: str | None,
     dataset_name: str | None,
     preprocessed: Path,
     results: Path,
+    processes: int | None,
     as_json: bool,
 ) -> int:
     """0 when the bundle was written and its networks proven to compute the same, 1 when not."""
@@ -45,6 +53,10 @@ def export(
             described,
             name=name,
             semver=semver,
+            weights=weights,
+            phantoms=phantoms,
+            sanity_cases=sanity_cases,
+            processes=processes,
             notes=notes,
             hide_bar=as_json,
         )
@@ -72,13 +84,20 @@ def export_chosen(
     *,
     name: str | None,
     semver: str | None,
+    weights: Weights = "float32",
+    phantoms: bool = True,
+    sanity_cases: Sequence[str] = (),
+    processes: int | None,
     notes: list[str],
     hide_bar: bool,
 ) -> Any:
-    """The bundle (engine.bundle.Bundle). Raises what `engine.export.import_model` does, DatasetInvalid when nothing is
-    selected."""
+    """The bundle (engine.bundle.Bundle). `sanity_cases` are names of the dataset's cases. Raises what
+    `engine.export.import_model` does, DatasetInvalid when nothing is selected or a name is no case."""
     import_model = importer("exporting a model")
     chosen = read_choice(experiment, results)
+    site_cases = dataset_cases(experiment.dataset, sanity_cases)
+    with progress_bar("intensities", hidden=hide_bar) as advance:
+        baseline = extract_baseline(experiment, processes=processes or default_processes(), progress=advance)
     ensemble: Ensemble = "probabilities-of-folds" if chosen.trainer in _JOINED_APART else "probabilities"
     with Progress(console=Console(stderr=True), disable=hide_bar, transient=True) as bar:
         task = bar.add_task("exporting", total=1.0)
@@ -90,6 +109,10 @@ def export_chosen(
             card=complete_card(card, experiment, chosen),
             folds=chosen.folds,
             ensemble=ensemble,
+            weights=weights,
+            baseline=baseline,
+            phantoms=phantoms,
+            site_cases=site_cases,
             progress=lambda share, what: bar.update(task, completed=share, description=what),
             notice=notes.append,
         )
@@ -109,4 +132,9 @@ def document(bundle: Any) -> dict[str, Any]:
         "configurations": {c.name: [fold.fold for fold in c.folds] for c in bundle.configurations},
         "ensemble": bundle.ensemble,
         "parity": [vars(parity) for parity in bundle.parity],
+        "weights": bundle.weights,
+        "sanity": {case.name: dict(case.voxels) for case in bundle.evidence.sanity.cases}
+        if bundle.evidence.sanity is not None
+        else {},
+        "baseline_cases": bundle.evidence.baseline.cases if bundle.evidence.baseline is not None else 0,
     }

@@ -90,7 +90,15 @@ def _run(options: TrainOptions, stop: threading.Event, *, as_json: bool) -> dict
         notes.append(f"{out} was there already; `seggate export --semver` makes another")
     else:
         bundle = export.export_chosen(
-            experiment, options.results, out, ModelCard(), name=None, semver=None, notes=notes, hide_bar=as_json
+            experiment,
+            options.results,
+            out,
+            ModelCard(),
+            name=None,
+            semver=None,
+            processes=options.processes,
+            notes=notes,
+            hide_bar=as_json,
         )
     if not as_json:
         for note in notes:

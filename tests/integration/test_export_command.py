@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from engine.bundle import load_bundle
 from engine.nifti import read_label_map, read_nifti
 from engine.predictor import Predictor
+from engine.provenance import cases_digest
 from gateway.cli import app
 from tests.support.config_folder import write_config
 from tests.support.tiny_experiment import NAME, planned, seggate, shown
@@ -46,7 +47,7 @@ def selected(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(selected: Path) -> Any:
-    ran = seggate(selected, "export", str(selected / NAME), "--json")
+    ran = seggate(selected, "export", str(selected / NAME), "--processes", "1", "--json")
     assert ran.exit_code == 0, ran.output
     return shown(ran)
 
@@ -83,6 +84,62 @@ def test_the_bundle_can_be_imported_and_serves(tmp_path: Path, exported: Any) ->
     ran = CliRunner().invoke(app, ["models", "import", exported["bundle"], "--config", str(config), "--json"])
     assert ran.exit_code == 0, ran.output
     assert json.loads(ran.stdout)["state"] == "champion"
+    verified = CliRunner().invoke(app, ["models", "verify", "--config", str(config), "--json"])
+    assert verified.exit_code == 0, verified.output
+    [row] = json.loads(verified.stdout)
+    assert [case["changed"] for case in row["sanity"]["cases"]] == [0, 0, 0]
+    shown_to_people = CliRunner().invoke(app, ["models", "show", "tiny", "--config", str(config)])
+    for text in ("Training data", "CC-BY-SA 4.0", "Intensity baseline: 6 cases", "plans-grid", "seconds a window"):
+        assert text in shown_to_people.stdout
+
+
+@pytest.mark.requirement("ART-13", open="a GPU")
+@pytest.mark.requirement("ART-20", open="the monitoring itself, its window and threshold")
+def test_the_bundle_brings_baseline_sanity_cases_and_provenance(selected: Path, exported: Any) -> None:
+    evidence = load_bundle(Path(exported["bundle"])).evidence
+    assert evidence.baseline is not None
+    assert (evidence.baseline.cases, evidence.baseline.labels) == (6, ("first", "second"))
+    assert exported["baseline_cases"] == 6
+    assert evidence.sanity is not None
+    assert [case.name for case in evidence.sanity.cases] == ["plans-grid", "thick-slices", "turned"]
+    assert evidence.provenance is not None
+    data = evidence.provenance.data
+    assert (data.licence, data.reference, data.cases) == ("CC-BY-SA 4.0", "made by a test", 6)
+    assert data.cases_digest == cases_digest(f"case_{index:02}" for index in range(6))
+    for fold in evidence.provenance.training:
+        assert (fold.epochs, fold.planned_epochs, fold.iterations, fold.precision) == (4, 4, 10, "float32")
+        assert (fold.training_cases, fold.validation_cases, fold.deterministic) == (3, 3, True)
+        assert fold.software == evidence.provenance.exported_by
+    assert not any("case_0" in path.read_text() for path in Path(exported["bundle"]).rglob("*.json"))
+
+
+def test_cases_of_the_dataset_become_sanity_cases_with_their_dice_and_weights_may_be_fp16(
+    tmp_path: Path, selected: Path
+) -> None:
+    words = ["--sanity-case", "case_02", "--sanity-case", "case_04", "--no-phantoms", "--out", str(tmp_path / "bundle")]
+    ran = seggate(selected, "export", str(selected / NAME), *words, "--weights", "fp16", "--json")
+    assert ran.exit_code == 0, ran.output
+    bundle = load_bundle(tmp_path / "bundle")
+    assert bundle.weights == shown(ran)["weights"] == "fp16"
+    assert bundle.evidence.sanity is not None
+    assert [case.name for case in bundle.evidence.sanity.cases] == ["site-1", "site-2"]
+    expected = bundle.evidence.sanity.cases[0].dice
+    assert expected is not None
+    volume = read_nifti([selected / NAME / "imagesTr" / "case_02_0000.nii.gz"])
+    reference = read_label_map(selected / NAME / "labelsTr" / "case_02.nii.gz").array
+    with Predictor(bundle, device="cpu", threads=1) as predictor:
+        found = predictor.predict(volume).labels.array
+    for value, name in ((1, "first"), (2, "second")):
+        both = ((found == value) & (reference == value)).sum()
+        dice = 2 * both / ((found == value).sum() + (reference == value).sum())
+        assert expected[name] == pytest.approx(dice, abs=0.01)
+
+
+def test_a_sanity_case_that_is_no_case_is_refused_before_the_work(tmp_path: Path, selected: Path) -> None:
+    words = ["--sanity-case", "nobody", "--out", str(tmp_path / "bundle")]
+    ran = seggate(selected, "export", str(selected / NAME), *words)
+    assert ran.exit_code == 1
+    assert "'nobody' is no case of Dataset901_Tiny" in ran.stderr
 
 
 def test_a_card_goes_before_what_is_known(tmp_path: Path, selected: Path) -> None:

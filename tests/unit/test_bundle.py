@@ -14,6 +14,7 @@ import pytest
 
 from engine.bundle import Bundle, load_bundle, write_bundle
 from engine.errors import BundleInvalid
+from engine.evidence import write_evidence
 from gateway.demo.make_model import MODEL
 
 
@@ -45,6 +46,9 @@ def _written_again(bundle: Bundle, root: Path) -> Bundle:
             target = root / fold.file.relative_to(bundle.root)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(fold.file, target)
+    write_evidence(root, bundle.evidence)
+    if (bundle.root / "sanity").is_dir():
+        shutil.copytree(bundle.root / "sanity", root / "sanity", dirs_exist_ok=True)
     moved = tuple(
         replace(
             configuration,
@@ -173,6 +177,7 @@ def _in(*path: str | int, value: object) -> Callable[[dict[str, Any]], None]:
         (_in("name", value="a" * 64), "name"),
         (_in("ensemble", value="logits"), "ensemble"),
         (_in("step_size", value=float(10**9)), "step_size"),
+        (_in("weights", value="int8"), "weights"),
         (_in("channels", value=[]), "channels"),
         (_in("channels", value=[{"index": 0, "name": "a"}, {"index": 1, "name": "b"}]), "channels"),
         (_in("labels", 0, "value", value=3), "labels"),
