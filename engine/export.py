@@ -8,6 +8,8 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Collection
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 
 from engine.backends import OnnxBackend
 from engine.bundle import Bundle, write_bundle
+from engine.calibration_file import calibration_document
 from engine.checkpoint import load_network, read_checkpoint
 from engine.errors import ImportRefused, MemoryExceeded, ParityFailed
 from engine.labels import LabelManager
@@ -25,6 +28,7 @@ from engine.model_card import ModelCard, describe_model, read_channels
 from engine.network import UNet
 from engine.onnx_graph import write_onnx
 from engine.plans import Configuration
+from engine.quality_estimate import Calibration
 from engine.result_folder import ResultConfiguration, ResultFold, ResultFolder, open_result
 
 Progress = Callable[[float, str], None]
@@ -48,14 +52,16 @@ def import_model(
     configurations: Collection[str] | None = None,
     folds: Collection[str] | None = None,
     ensemble: Ensemble = "probabilities",
+    calibrate: Callable[[Bundle], tuple[Calibration, str]] | None = None,
     progress: Progress | None = None,
     notice: Notice | None = None,
 ) -> Bundle:
     """Import what `path` holds (engine/result_folder.py) and write the bundle `out_dir`, which must not exist.
 
-    `name` and `semver` go before the card's; without either the dataset's name and 1.0.0 are taken. `progress` gets the
-    share that is done and a text; `notice` gets what was chosen and what a person should look at. The same input
-    gives the same bytes. `out_dir` appears complete or not at all.
+    `name` and `semver` go before the card's; without either the dataset's name and 1.0.0 are taken. `calibrate` gets
+    the bundle before it is in its place, and gives its calibration and a text for its description. `progress` gets the
+    share that is done and a text; `notice` gets what was chosen and what a person should look at. The same input gives
+    the same bytes. `out_dir` appears complete or not at all.
 
     Raises ImportRefused (unsafe, unknown or inconsistent input), ParityFailed, MemoryExceeded, BundleInvalid.
     """
@@ -96,14 +102,20 @@ def import_model(
                 quality=description.quality,
             )
             staging.chmod(0o755)
-            bundle = write_bundle(
+            write = partial(
+                write_bundle,
                 staging,
-                manifest,
                 plans_json=result.plans_json,
                 dataset_json=result.dataset_json,
                 postprocessing=result.postprocessing,
                 fingerprint_json=result.fingerprint_json,
             )
+            bundle = write(manifest)
+            if calibrate is not None:
+                calibration, text = calibrate(bundle)
+                if calibration.labels:
+                    manifest = replace(manifest, description=f"{manifest.description} {text}".strip())
+                    bundle = write(manifest, calibration_json=calibration_document(calibration))
             report(1.0, "done")
             return _publish(bundle, staging, out_dir)
         finally:

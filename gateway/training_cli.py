@@ -32,6 +32,13 @@ Processes = Annotated[
     int | None,
     typer.Option(min=1, help="Worker processes, each with a case in memory. Default: the cores, at most 8."),
 ]
+Calibrates = Annotated[
+    bool,
+    typer.Option(
+        "--calibration/--no-calibration",
+        help="Predict the validation cases with the bundle, so that the gateway can estimate the quality of results.",
+    ),
+]
 
 
 dataset = typer.Typer(help="Training datasets in nnU-Net's format.", no_args_is_help=True, rich_markup_mode=None)
@@ -181,6 +188,7 @@ def train_run(
             help="Keep the validation's logits: `seggate select` needs them for ensembles of configurations.",
         ),
     ] = True,
+    calibration: Calibrates = True,
     plans_name: PlansName = None,
     dataset_name: DatasetName = None,
     preprocessed: Preprocessed = Path("preprocessed"),
@@ -212,6 +220,7 @@ def train_run(
         preprocessed=preprocessed,
         results=results,
         processes=processes,
+        calibrates=calibration,
     )
     if everything:
         from gateway.commands import train_all
@@ -314,6 +323,7 @@ def export(
     card: Annotated[Path | None, typer.Option(help="Model card (TOML): codes, colours, contract, licence.")] = None,
     name: Annotated[str | None, typer.Option(help="Name: a-z, 0-9 and '-'. Default: from the dataset.")] = None,
     semver: Annotated[str | None, typer.Option(help="MAJOR.MINOR.PATCH. Default: the card's, else 1.0.0.")] = None,
+    calibration: Calibrates = True,
     plans_name: PlansName = None,
     dataset_name: DatasetName = None,
     preprocessed: Preprocessed = Path("preprocessed"),
@@ -334,6 +344,7 @@ def export(
             dataset_name=dataset_name,
             preprocessed=preprocessed,
             results=results,
+            calibrates=calibration,
             as_json=as_json,
         )
     )

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
 
+from engine.bundle import Bundle
+from engine.calibration_cases import calibrate_bundle, describe
+from engine.calibration_file import calibration_document
 from engine.errors import EngineError
 from engine.experiment import Experiment, open_experiment
 from engine.manifest import Ensemble
 from engine.model_card import ModelCard, read_card
 from engine.model_figures import complete_card, read_choice
+from engine.quality_estimate import Calibration
 from engine.training_profile import TRAINING_PROFILES
 from gateway.commands.models import importer
 from gateway.commands.output import print_json, say
@@ -31,6 +36,7 @@ def export(
     dataset_name: str | None,
     preprocessed: Path,
     results: Path,
+    calibrates: bool,
     as_json: bool,
 ) -> int:
     """0 when the bundle was written and its networks proven to compute the same, 1 when not."""
@@ -45,6 +51,7 @@ def export(
             described,
             name=name,
             semver=semver,
+            calibrates=calibrates,
             notes=notes,
             hide_bar=as_json,
         )
@@ -72,16 +79,33 @@ def export_chosen(
     *,
     name: str | None,
     semver: str | None,
+    calibrates: bool,
     notes: list[str],
     hide_bar: bool,
+    go_on: Callable[[], None] = lambda: None,
 ) -> Any:
-    """The bundle (engine.bundle.Bundle). Raises what `engine.export.import_model` does, DatasetInvalid when nothing is
-    selected."""
+    """The bundle (engine.bundle.Bundle). `go_on` is called after each calibrated case; what it raises ends the export
+    without a bundle, and another one goes on there. Raises what `engine.export.import_model` does, DatasetInvalid when
+    nothing is selected."""
     import_model = importer("exporting a model")
     chosen = read_choice(experiment, results)
     ensemble: Ensemble = "probabilities-of-folds" if chosen.trainer in _JOINED_APART else "probabilities"
     with Progress(console=Console(stderr=True), disable=hide_bar, transient=True) as bar:
         task = bar.add_task("exporting", total=1.0)
+
+        def calibrate(staged: Bundle) -> tuple[Calibration, str]:
+            cases = bar.add_task("estimating quality")
+
+            def advance(done: int, total: int) -> None:
+                bar.update(cases, completed=done, total=total, description=f"estimating quality {done}/{total}")
+                go_on()
+
+            found = calibrate_bundle(staged, experiment, chosen.folds, results, progress=advance)
+            notes.extend(found.notes)
+            return found, "" if card.description else describe(found)
+
+        if not calibrates:
+            notes.append("--no-calibration: the gateway will not estimate the quality of this model's results")
         return import_model(
             results / experiment.name,
             out,
@@ -90,6 +114,7 @@ def export_chosen(
             card=complete_card(card, experiment, chosen),
             folds=chosen.folds,
             ensemble=ensemble,
+            calibrate=calibrate if calibrates else None,
             progress=lambda share, what: bar.update(task, completed=share, description=what),
             notice=notes.append,
         )
@@ -109,4 +134,5 @@ def document(bundle: Any) -> dict[str, Any]:
         "configurations": {c.name: [fold.fold for fold in c.folds] for c in bundle.configurations},
         "ensemble": bundle.ensemble,
         "parity": [vars(parity) for parity in bundle.parity],
+        "calibration": None if bundle.calibration is None else calibration_document(bundle.calibration),
     }

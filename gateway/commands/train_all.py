@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from engine.bundle import load_bundle
@@ -27,6 +28,10 @@ from gateway.commands.train import (
     stop_requests,
     wrong_usage,
 )
+
+
+class _Stopped(Exception):
+    """Leaves the export between two cases."""
 
 
 def train_all(options: TrainOptions, *, as_json: bool) -> int:
@@ -89,9 +94,21 @@ def _run(options: TrainOptions, stop: threading.Event, *, as_json: bool) -> dict
         bundle = load_bundle(out)
         notes.append(f"{out} was there already; `seggate export --semver` makes another")
     else:
-        bundle = export.export_chosen(
-            experiment, options.results, out, ModelCard(), name=None, semver=None, notes=notes, hide_bar=as_json
-        )
+        try:
+            bundle = export.export_chosen(
+                experiment,
+                options.results,
+                out,
+                ModelCard(),
+                name=None,
+                semver=None,
+                calibrates=options.calibrates,
+                notes=notes,
+                hide_bar=as_json,
+                go_on=partial(_leave_when, stop),
+            )
+        except _Stopped:
+            return {"state": "stopped", "folds": rows}
     if not as_json:
         for note in notes:
             say(f"note: {note}")
@@ -102,6 +119,11 @@ def _run(options: TrainOptions, stop: threading.Event, *, as_json: bool) -> dict
         **export.document(bundle),
         "notes": notes,
     }
+
+
+def _leave_when(stop: threading.Event) -> None:
+    if stop.is_set():
+        raise _Stopped
 
 
 def _planned(options: TrainOptions, *, hide_bar: bool) -> Experiment:
