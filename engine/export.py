@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from engine.backend_figures import BackendFigure, BackendFigures, this_machine
 from engine.bundle import Bundle, write_bundle
+from engine.calibration_file import calibration_document
 from engine.checkpoint import load_network, read_checkpoint
 from engine.errors import ImportRefused, MemoryExceeded
 from engine.evidence import Evidence, write_evidence
@@ -36,6 +37,7 @@ from engine.provenance import (
     public_fingerprint_json,
     this_software,
 )
+from engine.quality_estimate import Calibration
 from engine.result_folder import ResultConfiguration, ResultFold, ResultFolder, open_result
 from engine.sanity_check import check_sanity
 from engine.sanity_making import SiteCase, make_sanity, read_site_folder, refuse_disagreement
@@ -63,6 +65,7 @@ def import_model(
     phantoms: bool = True,
     site_cases: Sequence[SiteCase] = (),
     site_folder: Path | None = None,
+    calibrate: Callable[[Bundle], tuple[Calibration, str]] | None = None,
     progress: Progress | None = None,
     notice: Notice | None = None,
 ) -> Bundle:
@@ -70,6 +73,7 @@ def import_model(
 
     `name` and `semver` go before the card's; without either the dataset's name and 1.0.0 are taken. `phantoms`,
     `site_cases` and those in `site_folder` become the sanity cases: ONNX Runtime must give torch's labels on each.
+    `calibrate` gets the bundle before it is in its place, and gives its calibration and a text for its description.
     `progress` gets the share that is done and a text; `notice` gets what was chosen and what a person should look at.
     The same input gives the same bytes but for the times in backends.json. `out_dir` appears complete or not at all.
 
@@ -133,8 +137,14 @@ def import_model(
                     progress=lambda share, text: report(_NETWORKS + (_TORCH - _NETWORKS) * share, text),
                 )
                 exported.networks.clear()
-                bundle = _write(staging, manifest, result, replace(evidence, sanity=sanity))
+                evidence = replace(evidence, sanity=sanity)
+                bundle = _write(staging, manifest, result, evidence)
                 _prove(bundle, lambda share: report(_TORCH + (1 - _TORCH) * share, "sanity cases, ONNX Runtime"), tell)
+            if calibrate is not None:
+                calibration, text = calibrate(bundle)
+                if calibration.labels:
+                    manifest = replace(manifest, description=f"{manifest.description} {text}".strip())
+                    bundle = _write(staging, manifest, result, evidence, calibration)
             report(1.0, "done")
             return _publish(bundle, staging, out_dir)
         finally:
@@ -279,7 +289,13 @@ def _provenance(
     )
 
 
-def _write(staging: Path, manifest: Manifest, result: ResultFolder, evidence: Evidence) -> Bundle:
+def _write(
+    staging: Path,
+    manifest: Manifest,
+    result: ResultFolder,
+    evidence: Evidence,
+    calibration: Calibration | None = None,
+) -> Bundle:
     """Everything but the networks and the sanity cases' arrays, without the names of cases."""
     write_evidence(staging, evidence)
     return write_bundle(
@@ -289,6 +305,7 @@ def _write(staging: Path, manifest: Manifest, result: ResultFolder, evidence: Ev
         dataset_json=public_dataset_json(result.dataset_json),
         postprocessing=result.postprocessing,
         fingerprint_json=public_fingerprint_json(result.fingerprint_json),
+        calibration_json=None if calibration is None else calibration_document(calibration),
     )
 
 

@@ -42,6 +42,13 @@ Phantoms = Annotated[
         "--phantoms/--no-phantoms", help="Sanity cases from invented images, which cost a few predictions by torch."
     ),
 ]
+Calibrates = Annotated[
+    bool,
+    typer.Option(
+        "--calibration/--no-calibration",
+        help="Predict the validation cases with the bundle, so that the gateway can estimate the quality of results.",
+    ),
+]
 
 
 dataset = typer.Typer(help="Training datasets in nnU-Net's format.", no_args_is_help=True, rich_markup_mode=None)
@@ -195,6 +202,7 @@ def train_run(
             help="Keep the validation's logits: `seggate select` needs them for ensembles of configurations.",
         ),
     ] = True,
+    calibration: Calibrates = True,
     plans_name: PlansName = None,
     dataset_name: DatasetName = None,
     preprocessed: Preprocessed = Path("preprocessed"),
@@ -227,6 +235,7 @@ def train_run(
         preprocessed=preprocessed,
         results=results,
         processes=processes,
+        calibrates=calibration,
     )
     if everything:
         from gateway.commands import train_all
@@ -338,6 +347,7 @@ def export(
             "bundle."
         ),
     ] = None,
+    calibration: Calibrates = True,
     plans_name: PlansName = None,
     dataset_name: DatasetName = None,
     preprocessed: Preprocessed = Path("preprocessed"),
@@ -364,6 +374,7 @@ def export(
             preprocessed=preprocessed,
             results=results,
             processes=processes,
+            calibrates=calibration,
             as_json=as_json,
         )
     )

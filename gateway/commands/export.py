@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 from engine.baseline_extraction import extract_baseline
+from engine.bundle import Bundle
+from engine.calibration_cases import calibrate_bundle, describe
+from engine.calibration_file import calibration_document
 from engine.errors import EngineError
 from engine.experiment import Experiment, open_experiment
 from engine.manifest import Ensemble, Weights
@@ -17,6 +20,7 @@ from engine.model_card import ModelCard, read_card
 from engine.model_figures import complete_card, read_choice
 from engine.parallel import default_processes
 from engine.sanity_making import dataset_cases
+from engine.quality_estimate import Calibration
 from engine.training_profile import TRAINING_PROFILES
 from gateway.commands.models import importer
 from gateway.commands.output import print_json, progress_bar, say
@@ -39,6 +43,7 @@ def export(
     preprocessed: Path,
     results: Path,
     processes: int | None,
+    calibrates: bool,
     as_json: bool,
 ) -> int:
     """0 when the bundle was written and its networks proven to compute the same, 1 when not."""
@@ -57,6 +62,7 @@ def export(
             phantoms=phantoms,
             sanity_cases=sanity_cases,
             processes=processes,
+            calibrates=calibrates,
             notes=notes,
             hide_bar=as_json,
         )
@@ -88,10 +94,13 @@ def export_chosen(
     phantoms: bool = True,
     sanity_cases: Sequence[str] = (),
     processes: int | None,
+    calibrates: bool,
     notes: list[str],
     hide_bar: bool,
+    go_on: Callable[[], None] = lambda: None,
 ) -> Any:
-    """The bundle (engine.bundle.Bundle). `sanity_cases` are names of the dataset's cases. Raises what
+    """The bundle (engine.bundle.Bundle). `sanity_cases` are names of the dataset's cases. `go_on` is called after each
+    calibrated case; what it raises ends the export without a bundle, and another one goes on there. Raises what
     `engine.export.import_model` does, DatasetInvalid when nothing is selected or a name is no case."""
     import_model = importer("exporting a model")
     chosen = read_choice(experiment, results)
@@ -101,6 +110,20 @@ def export_chosen(
     ensemble: Ensemble = "probabilities-of-folds" if chosen.trainer in _JOINED_APART else "probabilities"
     with Progress(console=Console(stderr=True), disable=hide_bar, transient=True) as bar:
         task = bar.add_task("exporting", total=1.0)
+
+        def calibrate(staged: Bundle) -> tuple[Calibration, str]:
+            cases = bar.add_task("estimating quality")
+
+            def advance(done: int, total: int) -> None:
+                bar.update(cases, completed=done, total=total, description=f"estimating quality {done}/{total}")
+                go_on()
+
+            found = calibrate_bundle(staged, experiment, chosen.folds, results, progress=advance)
+            notes.extend(found.notes)
+            return found, "" if card.description else describe(found)
+
+        if not calibrates:
+            notes.append("--no-calibration: the gateway will not estimate the quality of this model's results")
         return import_model(
             results / experiment.name,
             out,
@@ -113,6 +136,7 @@ def export_chosen(
             baseline=baseline,
             phantoms=phantoms,
             site_cases=site_cases,
+            calibrate=calibrate if calibrates else None,
             progress=lambda share, what: bar.update(task, completed=share, description=what),
             notice=notes.append,
         )
@@ -137,4 +161,5 @@ def document(bundle: Any) -> dict[str, Any]:
         if bundle.evidence.sanity is not None
         else {},
         "baseline_cases": bundle.evidence.baseline.cases if bundle.evidence.baseline is not None else 0,
+        "calibration": None if bundle.calibration is None else calibration_document(bundle.calibration),
     }

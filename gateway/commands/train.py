@@ -66,6 +66,7 @@ class TrainOptions:
     preprocessed: Path
     results: Path
     processes: int | None
+    calibrates: bool = True
 
 
 def train(options: TrainOptions, *, as_json: bool) -> int:
@@ -74,6 +75,9 @@ def train(options: TrainOptions, *, as_json: bool) -> int:
     wrong = wrong_usage(options)
     if wrong:
         say(f"seggate: {wrong}")
+        return 2
+    if not options.calibrates:
+        say("seggate: --no-calibration needs --all: only an export calibrates")
         return 2
     budget_s = parse_budget(options.budget)
     try:

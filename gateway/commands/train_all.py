@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from engine.bundle import load_bundle
@@ -27,6 +28,10 @@ from gateway.commands.train import (
     stop_requests,
     wrong_usage,
 )
+
+
+class _Stopped(Exception):
+    """Leaves the export between two cases."""
 
 
 def train_all(options: TrainOptions, *, as_json: bool) -> int:
@@ -89,17 +94,22 @@ def _run(options: TrainOptions, stop: threading.Event, *, as_json: bool) -> dict
         bundle = load_bundle(out)
         notes.append(f"{out} was there already; `seggate export --semver` makes another")
     else:
-        bundle = export.export_chosen(
-            experiment,
-            options.results,
-            out,
-            ModelCard(),
-            name=None,
-            semver=None,
-            processes=options.processes,
-            notes=notes,
-            hide_bar=as_json,
-        )
+        try:
+            bundle = export.export_chosen(
+                experiment,
+                options.results,
+                out,
+                ModelCard(),
+                name=None,
+                semver=None,
+                processes=options.processes,
+                calibrates=options.calibrates,
+                notes=notes,
+                hide_bar=as_json,
+                go_on=partial(_leave_when, stop),
+            )
+        except _Stopped:
+            return {"state": "stopped", "folds": rows}
     if not as_json:
         for note in notes:
             say(f"note: {note}")
@@ -123,6 +133,11 @@ def _trainable(experiment: Experiment, notes: list[str]) -> tuple[str, ...]:
             "first stage has no prediction of it by a network that does not know it"
         )
     return tuple(name for name in planned if name not in left)
+
+
+def _leave_when(stop: threading.Event) -> None:
+    if stop.is_set():
+        raise _Stopped
 
 
 def _planned(options: TrainOptions, *, hide_bar: bool) -> Experiment:

@@ -87,6 +87,7 @@ def make(dataset: Path, work: Path, out: Path, *, epochs: int, iterations: int) 
         sides="keep",
         mirror=MIRROR,
         keeps_logits=True,
+        calibrates=True,
         plans_name=PLANS,
         dataset_name=None,
         preprocessed=preprocessed,
@@ -104,7 +105,18 @@ def make(dataset: Path, work: Path, out: Path, *, epochs: int, iterations: int) 
     found = figures(read_choice(experiment, results), experiment.dataset.json.labels)
     card = replace(card, description=f"{card.description} {found}")
     notes: list[str] = []
-    bundle = export_chosen(experiment, results, out, card, name=None, semver=None, notes=notes, hide_bar=False)
+    bundle = export_chosen(
+        experiment,
+        results,
+        out,
+        card,
+        name=None,
+        semver=None,
+        processes=None,
+        calibrates=True,
+        notes=notes,
+        hide_bar=False,
+    )
     for note in notes:
         print(f"note: {note}")  # noqa: T201
     return bundle

@@ -22,9 +22,11 @@ from engine.nifti import read_label_map, read_nifti
 from engine.predictor import Predictor
 from engine.provenance import cases_digest
 from gateway.cli import app
+from gateway.results.quality import judge
 from tests.support.config_folder import write_config
 from tests.support.tiny_experiment import NAME, planned, seggate, shown
 
+CASES = 22
 LEARNS = ("--epochs", "4", "--iterations", "10", "--precision", "float32", "--threads", "1", "--deterministic")
 
 
@@ -38,7 +40,7 @@ def same_threads() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def selected(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("selected")
-    raw = planned(root, licence="CC-BY-SA 4.0", reference="made by a test")
+    raw = planned(root, cases=CASES, licence="CC-BY-SA 4.0", reference="made by a test")
     for words in (["train", str(raw), *LEARNS], ["select", str(raw)]):
         ran = seggate(root, *words)
         assert ran.exit_code == 0, ran.output
@@ -63,8 +65,8 @@ def test_the_bundle_has_every_fold_and_says_how_good_it_is(selected: Path, expor
     means = json.loads((folder / "summary.json").read_text())
     assert f"mean foreground Dice {means['foreground_mean']['Dice']:.4f}" in bundle.description
     assert f"first: Dice {means['mean']['1']['Dice']:.4f}" in bundle.description
-    assert "of 6 cases by the fold that never saw it" in bundle.description
-    assert "6 cases of Dataset901_Tiny; made by a test" in bundle.origin
+    assert f"of {CASES} cases by the fold that never saw it" in bundle.description
+    assert f"{CASES} cases of Dataset901_Tiny; made by a test" in bundle.origin
     assert bundle.contract.orientation == "LPS"
     assert bundle.ensemble == "probabilities"
 
@@ -77,6 +79,40 @@ def test_a_fold_of_the_bundle_gives_the_labels_of_its_validation(selected: Path,
     folder = next((selected / "results" / NAME).glob("nnUNet*/crossval_results_folds_0_1/postprocessed"))
     validated = read_label_map(folder / "case_00.nii.gz").array
     assert (found == validated).mean() >= 0.9999
+
+
+@pytest.mark.requirement("ART-16")
+def test_the_bundle_estimates_the_quality_of_what_it_predicts(selected: Path, exported: Any) -> None:
+    """The calibration's own cases are those of the cross-validation, predicted and measured as `select` had them."""
+    bundle = load_bundle(Path(exported["bundle"]))
+    assert bundle.calibration is not None
+    assert set(bundle.calibration.labels) == {"first", "second"}
+    assert exported["calibration"] == json.loads((bundle.root / "calibration.json").read_text())
+    assert "Estimate of quality without a reference, cross-fitted on 22 cases" in bundle.description
+    (file,) = (selected / "results" / NAME / "calibration").glob("*.jsonl")
+    lines = [json.loads(text) for text in file.read_text().splitlines() if text]
+    folder = next((selected / "results" / NAME).glob("nnUNet*/crossval_results_folds_0_1/postprocessed"))
+    summary = json.loads((folder / "summary.json").read_text())
+    validated = {Path(entry["prediction_file"]).name[:7]: entry["metrics"] for entry in summary["metric_per_case"]}
+    assert len(lines) == CASES
+    for line in lines:
+        for name, value in (("first", "1"), ("second", "2")):
+            assert line["segments"][name]["dice"] == pytest.approx(validated[line["case"]][value]["Dice"], abs=1e-3)
+    with Predictor(bundle, device="cpu", threads=1) as predictor:
+        found = predictor.predict(read_nifti([selected / NAME / "imagesTr" / "case_00_0000.nii.gz"]))
+    rows = [vars(segment) | {"centroid_lps_mm": None} for segment in found.segments]
+    _, checks = judge(rows, mean_confidence=found.mean_confidence, bundle=bundle, doubts=())
+    assert {c.segment for c in checks if c.name == "calibrated-range"} == {"first", "second"}
+
+
+def test_without_calibration_the_bundle_says_nothing_of_quality(tmp_path: Path, selected: Path) -> None:
+    words = ["export", str(selected / NAME), "--out", str(tmp_path / "bundle"), "--no-calibration", "--json"]
+    ran = seggate(selected, *words)
+    assert ran.exit_code == 0, ran.output
+    assert load_bundle(tmp_path / "bundle").calibration is None
+    assert not (tmp_path / "bundle" / "calibration.json").exists()
+    assert shown(ran)["calibration"] is None
+    assert any(note.startswith("--no-calibration") for note in shown(ran)["notes"])
 
 
 def test_the_bundle_can_be_imported_and_serves(tmp_path: Path, exported: Any) -> None:

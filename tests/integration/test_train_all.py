@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.known_cases import of_labels
 from tests.support.peers import ROOT, require_peer
 
 require_peer("torch")
@@ -59,7 +62,8 @@ def test_killed_in_the_middle_and_started_again_it_ends_with_the_same_figures_an
         "nnUNetTrainer__nnUNetPlans__2d",
         "nnUNetTrainer__nnUNetPlans__3d_fullres",
     }
-    load_bundle(Path(expected["bundle"]))
+    assert load_bundle(Path(expected["bundle"])).calibration is None
+    assert any(note.startswith("6 cases were validated; an estimate of quality") for note in expected["notes"])
 
     killed = tmp_path / "killed"
     raw = planned(killed)
@@ -106,6 +110,32 @@ def test_a_folder_of_images_is_planned_first(tmp_path: Path) -> None:
     assert load_bundle(Path(found["bundle"])).final_configurations[0].name == "2d"
 
 
+def test_told_to_stop_while_quality_is_estimated_it_ends_without_a_bundle_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw, stop = planned(tmp_path), threading.Event()
+    words = ("--configuration", "2d", *SHORT)
+    calibrated: list[str] = []
+
+    def calibrate(_bundle: Any, _experiment: Any, _folds: Any, _results: Any, *, progress: Any) -> Any:
+        progress(1, 2)
+        if not calibrated:
+            calibrated.append("one case")
+            stop.set()
+        progress(2, 2)
+        return of_labels()
+
+    monkeypatch.setattr("gateway.commands.train_all.stop_requests", lambda: contextlib.nullcontext(stop))
+    monkeypatch.setattr("gateway.commands.export.calibrate_bundle", calibrate)
+    found = _all(tmp_path, raw, *words)
+    assert found["state"] == "stopped"
+    assert not list((tmp_path / "results" / NAME / "bundles").iterdir())
+    stop.clear()
+    again = _all(tmp_path, raw, *words)
+    assert again["state"] == "finished"
+    assert load_bundle(Path(again["bundle"])).calibration is None
+
+
 @pytest.mark.requirement("ART-05")
 @pytest.mark.requirement("ART-10")
 @pytest.mark.requirement("ART-11")
@@ -147,6 +177,7 @@ def _check_fold(folder: Path) -> None:
         (["--all", "--fold", "0"], "it needs no --fold"),
         (["--all", "--profile", "article", "--no-keep-logits"], "needs their logits"),
         (["--patience", "3"], "--patience needs a hold-out"),
+        (["--no-calibration"], "--no-calibration needs --all"),
     ],
 )
 def test_options_that_do_not_go_together_end_with_2(tmp_path: Path, words: list[str], named: str) -> None:

@@ -13,9 +13,12 @@ from typing import Any
 import pytest
 
 from engine.bundle import Bundle, load_bundle, write_bundle
+from engine.calibration import calibrate
+from engine.calibration_file import calibration_document
 from engine.errors import BundleInvalid
 from engine.evidence import write_evidence
 from gateway.demo.make_model import MODEL
+from tests.support.known_cases import drawn
 
 
 @pytest.fixture
@@ -104,6 +107,33 @@ def test_digests_name_weights_and_configuration_apart(root: Path) -> None:
 
     _replace_file(root, "plans.json", lambda plans: plans.update(plans_name="other"))
     assert load_bundle(root).configuration_digest != stepped.configuration_digest
+
+
+@pytest.mark.requirement("ART-16")
+def test_a_calibration_is_a_listed_file_of_the_bundle_and_part_of_its_digest(root: Path) -> None:
+    before = load_bundle(root)
+    assert before.calibration is None
+    document = calibration_document(calibrate({"Anterior": drawn(1, 20)}))
+    again = write_bundle(
+        root,
+        before,
+        plans_json=json.loads((root / "plans.json").read_text()),
+        dataset_json=json.loads((root / "dataset.json").read_text()),
+        calibration_json=document,
+    )
+    assert again.calibration is not None
+    assert list(again.calibration.labels) == ["Anterior"]
+    assert calibration_document(again.calibration) == document
+    assert again.weights_digest == before.weights_digest
+    assert again.configuration_digest != before.configuration_digest
+    assert "calibration.json" in json.loads((root / "bundle.json").read_text())["files"]
+
+    _replace_file(root, "calibration.json", lambda content: content.update(features_version=99))
+    with pytest.raises(BundleInvalid, match=r"calibration\.json: features_version: 99 is unknown"):
+        load_bundle(root)
+    (root / "calibration.json").write_text("{}")
+    with pytest.raises(BundleInvalid, match=r"calibration\.json: SHA-256"):
+        load_bundle(root)
 
 
 @pytest.mark.requirement("INF-35", open="licence enforced, GPU named")
