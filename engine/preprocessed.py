@@ -36,7 +36,7 @@ from engine.json_writer import write_json
 from engine.labels import LabelManager
 from engine.parallel import Progress, map_cases
 from engine.plans import Configuration, Plans
-from engine.preprocessing import crop_to_nonzero, network_shape, network_spacing_mm, preprocess_labelled
+from engine.preprocessing import crop_to_nonzero, network_spacing_mm, preprocess_labelled
 from engine.sampling import ClassKey, ClassLocations, StoredArray
 
 FORMAT = 1
@@ -104,18 +104,6 @@ def preprocess_dataset(
     plans = replace(job.plans, configurations={}, foreground_intensity_properties=intensities)
     make = partial(_make_case, replace(job, plans=plans))
     return sum(map_cases(make, cases, processes=processes, progress=progress))
-
-
-def needed_bytes(job: PreprocessJob, shapes_after_crop: Sequence[Sequence[int]], spacings: Sequence[Any]) -> int:
-    """An estimate of what `preprocess_dataset` will write: 4 bytes a voxel and channel, 2 for labels."""
-    forward = job.plans.transpose_forward
-    total = 0
-    for configuration in job.configurations:
-        per_voxel = 4 * len(configuration.normalization_schemes) + 2
-        for shape, spacing in zip(shapes_after_crop, spacings, strict=True):
-            grid = network_shape([shape[a] for a in forward], [spacing[a] for a in forward], configuration)
-            total += per_voxel * int(np.prod(grid, dtype=np.int64))
-    return total
 
 
 def open_case(folder: Path, name: str, manager: LabelManager) -> PreprocessedCase:

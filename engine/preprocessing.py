@@ -122,13 +122,14 @@ def preprocess_labelled(
         by_normalization.setdefault(key, []).append(configuration)
     while by_normalization:
         alike = by_normalization.pop(next(iter(by_normalization)))
-        normalized, mapped = _normalized(cropped, plans, alike[0], labels, in_place=not by_normalization)
-        if not by_normalization:
-            cropped = normalized  # the source's memory is free from here on, where the caller does not hold it
+        is_last = not by_normalization
+        normalized, mapped = _normalized(cropped, plans, alike[0], labels, in_place=is_last)
+        if mapped is None:
+            raise ValueError("a label map went in and none came out")
+        if is_last:  # from here on the sources' memory is free, where the caller does not hold them
+            cropped, labels = normalized, mapped
         for configuration in alike:
             image = _image_on_grid(normalized, configuration)
-            if mapped is None:
-                raise ValueError("a label map went in and none came out")
             yield configuration, image, _labels_on_grid(mapped, normalized, configuration).astype(np.int16, copy=False)
             del image
 

@@ -23,11 +23,11 @@ from engine.preprocessed import (
     PreprocessJob,
     case_names,
     locate,
-    needed_bytes,
     open_case,
     preprocess_dataset,
 )
 from engine.preprocessing import crop_to_nonzero, preprocess_labelled
+from engine.preprocessing_needs import needed_bytes
 from tests.support.nnunet_results import plans_json
 from tests.support.raw_datasets import write_array
 from tests.support.tiny_training import CASES, TINY, write_raw
