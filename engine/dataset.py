@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -181,26 +181,40 @@ def read_case(case: Case, dataset_json: DatasetJson) -> LoadedCase:
         found = ", ".join(f"{index:04}" for index in case.channels)
         raise InputRejected(f"{case.name}: channels {found}; the dataset has {wanted}, from 0000 on")
     try:
-        volumes = [read_nifti([path]) for path in case.channels.values()]
+        volume = _read_channels(list(case.channels.values()))
         labels = read_label_map(case.label)
+        _check_grid(volume.geometry, labels.geometry, case.label)
         spacing = read_spacing_mm(case.channels[0])
     except InputRejected as error:
         raise type(error)(f"{case.name}: {error}") from error
-    grid = volumes[0].geometry
-    others = [(path.name, v.geometry) for path, v in zip(case.channels.values(), volumes, strict=True)]
-    for file, other in (*others, (case.label.name, labels.geometry)):
-        difference = grid_difference(grid, other)
-        if difference is not None and difference.is_error:
-            raise InputRejected(f"{case.name}: {file}: {difference.text}")
     # Where positions differ a little the label takes the image's: nnU-Net matches voxels by index.
-    array = volumes[0].array if wanted == 1 else np.concatenate([v.array for v in volumes])
-    change = reorientation(grid, dataset_json.orientation)
+    change = reorientation(volume.geometry, dataset_json.orientation)
     return LoadedCase(
         name=case.name,
-        volume=Volume(array=change.apply(array), geometry=change.target),
+        volume=Volume(array=change.apply(volume.array), geometry=change.target),
         labels=LabelMap(array=change.apply(labels.array), geometry=change.target),
         spacing_mm=(spacing[change.axes[0]], spacing[change.axes[1]], spacing[change.axes[2]]),
     )
+
+
+def _read_channels(paths: Sequence[Path]) -> Volume:
+    """All channels in one array; they may lie apart by what `grid_difference` lets pass."""
+    first = read_nifti(paths[:1])
+    if len(paths) == 1:
+        return first
+    array = np.empty((len(paths), *first.geometry.shape), dtype=np.float32)
+    array[0] = first.array[0]
+    for index, path in enumerate(paths[1:], start=1):
+        channel = read_nifti([path])
+        _check_grid(first.geometry, channel.geometry, path)
+        array[index] = channel.array[0]
+    return Volume(array=array, geometry=first.geometry)
+
+
+def _check_grid(image: Geometry, other: Geometry, path: Path) -> None:
+    difference = grid_difference(image, other)
+    if difference is not None and difference.is_error:
+        raise InputRejected(f"{path.name}: {difference.text}")
 
 
 def count_labels(labels: LabelMap) -> dict[int, int]:

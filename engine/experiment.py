@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,11 @@ from engine.errors import DatasetInvalid, DiskTooSmall, ImportRefused
 from engine.fingerprint import FINGERPRINT_JSON, Fingerprint, read_fingerprint
 from engine.json_reader import read_json
 from engine.json_writer import write_json
+from engine.memory import available_bytes
 from engine.parallel import Progress
 from engine.plans import Configuration, Plans, read_plans
-from engine.preprocessed import PreprocessJob, needed_bytes, preprocess_dataset
+from engine.preprocessed import PreprocessJob, preprocess_dataset
+from engine.preprocessing_needs import fitting_processes, needed_bytes
 from engine.splits import SPLITS_JSON, Split, read_splits
 
 PLANS_JSON = "plans.json"
@@ -146,17 +148,30 @@ def open_experiment(raw: Path, preprocessed: Path, *, plans_name: str | None, na
 
 
 def preprocess_experiment(
-    experiment: Experiment, configurations: Sequence[str], *, processes: int, progress: Progress | None = None
+    experiment: Experiment,
+    configurations: Sequence[str],
+    *,
+    processes: int,
+    tell: Callable[[str], None],
+    progress: Progress | None = None,
 ) -> int:
-    """Makes the preprocessed cases that are not there yet; returns how many cases something was made for.
+    """Makes the preprocessed cases that are not there yet; returns how many cases something was made for. Takes fewer
+    processes where memory would not do for all, and says so by `tell`.
 
-    Raises DiskTooSmall with the numbers before anything is written, and what `preprocess_dataset` raises.
+    Raises DiskTooSmall or MemoryExceeded with the numbers before anything is written, and what `preprocess_dataset`
+    raises.
     """
     job = experiment.job(configurations)
     fingerprint = experiment.fingerprint()
-    needed = needed_bytes(job, fingerprint.shapes_after_crop, fingerprint.spacings)
+    cases = (fingerprint.shapes_after_crop, fingerprint.spacings)
+    needed = needed_bytes(job, *cases)
     there = sum(path.stat().st_size for folder in job.folders.values() for path in folder.glob("*.npy"))
-    check_disk(experiment.folder, needed - there, "the preprocessed cases")
+    if needed > there:
+        check_disk(experiment.folder, needed - there, "the preprocessed cases")
+        fitting = fitting_processes(job, *cases, processes=processes, free_bytes=available_bytes())
+        if fitting < min(processes, len(experiment.dataset.cases)):
+            tell(f"{fitting} of {processes} processes: free memory does not do for more of the largest cases at once")
+        processes = fitting
     return preprocess_dataset(job, experiment.dataset.cases, processes=processes, progress=progress)
 
 

@@ -19,8 +19,8 @@ from engine.manifest import Ensemble, Weights
 from engine.model_card import ModelCard, read_card
 from engine.model_figures import complete_card, read_choice
 from engine.parallel import default_processes
-from engine.sanity_making import dataset_cases
 from engine.quality_estimate import Calibration
+from engine.sanity_making import dataset_cases
 from engine.training_profile import TRAINING_PROFILES
 from gateway.commands.models import importer
 from gateway.commands.output import print_json, progress_bar, say

@@ -108,7 +108,8 @@ def plan_folder(options: PlanOptions, folder: Path, *, hide_bar: bool) -> dict[s
     """Fingerprint, plans and splits of a dataset, all written into its folder of preprocessed data, the plans last,
     and the preprocessed cases after them. Returns what `--json` prints.
 
-    Raises DatasetInvalid, InputRejected, ImportRefused, DiskTooSmall, WorkerDied, OSError.
+    Raises DatasetInvalid, InputRejected, ImportRefused, DiskTooSmall, MemoryExceeded, WorkerDied,
+    OSError.
     """
     dataset = open_dataset(folder)
     name = options.dataset_name or dataset.name
@@ -136,7 +137,9 @@ def _preprocess(options: PlanOptions, folder: Path, name: str, planned: Planned,
     chosen = options.configurations or tuple(planned.plans["configurations"])
     folders = experiment.job(chosen).folders
     with progress_bar("preprocessing", hidden=hide_bar) as advance:
-        preprocess_experiment(experiment, chosen, processes=options.processes or default_processes(), progress=advance)
+        preprocess_experiment(
+            experiment, chosen, processes=options.processes or default_processes(), tell=say, progress=advance
+        )
     return {f"preprocessed {configuration}": path for configuration, path in folders.items()}
 
 

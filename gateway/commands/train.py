@@ -149,7 +149,11 @@ def preprocess_missing(
 
         try:
             preprocess_experiment(
-                experiment, own, processes=options.processes or default_processes(), progress=advance_or_stop
+                experiment,
+                own,
+                processes=options.processes or default_processes(),
+                tell=say,
+                progress=advance_or_stop,
             )
         except _Stopped:
             return False

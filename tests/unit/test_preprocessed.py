@@ -23,11 +23,11 @@ from engine.preprocessed import (
     PreprocessJob,
     case_names,
     locate,
-    needed_bytes,
     open_case,
     preprocess_dataset,
 )
 from engine.preprocessing import crop_to_nonzero, preprocess_labelled
+from engine.preprocessing_needs import needed_bytes
 from tests.support.nnunet_results import plans_json
 from tests.support.raw_datasets import write_array
 from tests.support.tiny_training import CASES, TINY, write_raw
@@ -56,7 +56,7 @@ def test_every_configuration_of_every_case_is_written_and_read_back(tmp_path: Pa
         for case in dataset.cases:
             loaded = read_case(case, dataset.json)
             cropped = crop_to_nonzero(loaded.volume, job.plans)
-            image, labels = preprocess_labelled(cropped, job.plans, configuration, loaded.labels.array)
+            [(_, image, labels)] = preprocess_labelled(cropped, job.plans, [configuration], loaded.labels.array)
             stored = open_case(folder, case.name, dataset.json.labels)
             np.testing.assert_array_equal(stored.image_CZYX, image)
             np.testing.assert_array_equal(stored.labels_1ZYX, labels[None])
