@@ -141,7 +141,7 @@ class BatchStream:
             return self._source.batch(epoch, iteration)
         if not hasattr(self._streams, "own"):
             torch.cuda.set_device(device)
-            self._streams.own = torch.cuda.Stream(device)
+            self._streams.own = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(self._streams.own):
             batch = self._source.batch(epoch, iteration)
         self._streams.own.synchronize()

@@ -110,17 +110,15 @@ class SegmentationLoss(nn.Module):
 
 
 class _Dice(NamedTuple):
-    """This process's part of the mean soft Dice, and the mean's derivative by the probability of a voxel: `everywhere` +
-    `inside` where the voxel belongs to the class. Both (B, K) or, with batch Dice, (1, K)."""
+    """This process's part of the mean soft Dice, and the mean's derivative by the probability of a voxel: `everywhere`
+    and `inside` more where the voxel belongs to the class. Both (B, K) or, with batch Dice, (1, K)."""
 
     mean: Tensor
     inside: Tensor
     everywhere: Tensor
 
 
-def _soft_dice(
-    intersection: Tensor, predicted: Tensor, expected: Tensor, batch_dice: bool, share: BatchShare
-) -> _Dice:
+def _soft_dice(intersection: Tensor, predicted: Tensor, expected: Tensor, batch_dice: bool, share: BatchShare) -> _Dice:
     """From sums (B, K) over voxels."""
     samples = share.part
     if batch_dice:

@@ -53,8 +53,8 @@ class TrainingSetup:
     """One fold of one configuration.
 
     `folder` has the preprocessed cases, ours or nnU-Net's (engine/preprocessed.py). `deterministic`: bit-identical on
-    the same kind of processor with the same number of threads and processes. `compile`: see engine/compilation.py. `init_args` go into the checkpoints, for nnU-Net
-    (`training_checkpoint.init_args`). `loader_threads`: see BatchStream.
+    the same kind of processor with the same number of threads and processes. `init_args` go into the checkpoints, for
+    nnU-Net (`training_checkpoint.init_args`). `loader_threads`: see BatchStream; `compile`: engine/compilation.py.
     """
 
     configuration: Configuration
@@ -274,7 +274,7 @@ class Trainer:
     def _rehearse(self, forward: Forward, images: Tensor) -> None:
         """Forward and backward without a step, and without the loss, in which other processes take part."""
         outputs = self._logits(images, forward)
-        torch.stack([output.float().mean() for output in outputs]).sum().backward()
+        torch.stack([output.float().mean() for output in outputs]).sum().backward()  # type: ignore[no-untyped-call]
         self.optimizer.zero_grad(set_to_none=True)
 
     def _train_epoch(self, batches: BatchStream, stop: Callable[[], bool]) -> bool:

@@ -159,17 +159,16 @@ class TrainingProcesses:
             longest = max(int(length) for length in lengths)
             parts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
             distributed.all_gather(parts, _bytes_tensor(content, longest), group=self._wait)
-        return [
-            json.loads(bytes(part[: int(length)].tolist())) for part, length in zip(parts, lengths, strict=True)
-        ]
+        return [json.loads(bytes(part[: int(length)].tolist())) for part, length in zip(parts, lengths, strict=True)]
 
-    def part_of(self, names: Sequence[str]) -> Sequence[str]:
-        """This process's share of work that is done one by one."""
-        return names[self.rank :: self.size]
+    def part_of(self, work: Sequence[Plain]) -> Sequence[Plain]:
+        """This process's share of what is done one by one."""
+        return work[self.rank :: self.size]
 
     def in_order(self, parts: Sequence[Sequence[Plain]]) -> list[Plain]:
-        """What every process made of its `part_of`, as it was before they were parted."""
-        return [parts[i % self.size][i // self.size] for i in range(sum(len(part) for part in parts))]
+        """What every process made of its `part_of`, in the order of the whole; some may have stopped early."""
+        longest = max(len(part) for part in parts)
+        return [part[index] for index in range(longest) for part in parts if index < len(part)]
 
 
 @contextmanager

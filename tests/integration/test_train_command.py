@@ -115,7 +115,7 @@ def test_a_killed_training_that_is_started_again_ends_as_one_that_was_not(tmp_pa
 def _run_until(root: Path, raw: Path, log: Path, line: str, number: int) -> int:
     """Trains in a process of its own, which gets the signal once the log has the line; returns its exit code."""
     words = ["train", str(raw), "--fold", "0", *SHORT, "--results", str(root / "results")]
-    words += ["--preprocessed", str(root / "preprocessed"), "--processes", "1"]
+    words += ["--preprocessed", str(root / "preprocessed"), "--processes", "1", "--no-probe"]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'fhir'}:{os.environ.get('PYTHONPATH', '')}"}
     with subprocess.Popen(
         [sys.executable, "-m", "gateway.cli", *words], env=environment, stderr=subprocess.PIPE, text=True

@@ -152,7 +152,9 @@ def test_the_parts_of_several_processes_add_up_to_the_loss_of_one(name: str, bat
     for samples in (slice(0, 1), slice(1, 3)):
         heard: list[Tensor] = []
         share = BatchShare(part=len(range(3)[samples]) / 3, add_up=lambda t, heard=heard: heard.append(t.clone()))  # type: ignore[misc]
-        SegmentationLoss(labels, batch_dice=batch_dice, weights=weights, share=share)([logits[samples]], target[samples])
+        SegmentationLoss(labels, batch_dice=batch_dice, weights=weights, share=share)(
+            [logits[samples]], target[samples]
+        )
         said.append(heard)
 
     total = 0.0
