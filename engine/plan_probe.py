@@ -36,19 +36,18 @@ class PlanProbe:
         device: torch.device,
         precision: Precision,
         report: Callable[[str], None] = lambda _text: None,
-        measure: Callable[..., StepMemory] = measure_step,
     ) -> None:
         self._dataset_json = dataset_json
         self._planner = PLANNERS[planner].name
         self._device, self._precision = device, precision
-        self._report, self._measure = report, measure
+        self._report = report
         self._known: dict[tuple[Any, ...], StepMemory] = {}
 
     def memory_of(self, configuration: Configuration) -> StepMemory:
         key = (configuration.name, configuration.patch_size, configuration.batch_size)
         if key not in self._known:
             setup = planned_setup(configuration, self._dataset_json, self._device, self._precision)
-            self._known[key] = self._measure(
+            self._known[key] = measure_step(
                 setup, label_entries=self._dataset_json.num_label_entries, planner=self._planner
             )
             self._report(f"{configuration.name}: {self._known[key]}")

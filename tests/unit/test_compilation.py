@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -114,19 +113,14 @@ def test_auto_is_for_gpus_and_deterministic_mode_never_compiles(
     assert resolved(wanted, torch.device(device), deterministic=deterministic) == mode
 
 
-@pytest.fixture
-def traced(monkeypatch: pytest.MonkeyPatch) -> Callable[[nn.Module], Forward]:
+def traced(network: nn.Module) -> Forward:
     """torch.compile as far as it traces the network, without a compiler of machine code."""
-
-    def compile_network(network: nn.Module) -> Forward:
-        forward: Forward = torch.compile(network, backend="aot_eager")
-        return forward
-
-    return compile_network
+    forward: Forward = torch.compile(network, backend="eager")
+    return forward
 
 
 def test_a_compiled_training_is_the_same_training_and_its_checkpoint_has_the_networks_own_names(
-    tmp_path: Path, traced: Callable[[nn.Module], Forward]
+    tmp_path: Path,
 ) -> None:
     setup = replace(tiny_setup(tmp_path), deterministic=False)
     plain, compiled = Trainer(setup, tmp_path / "plain"), Trainer(setup, tmp_path / "compiled")

@@ -52,19 +52,19 @@ def test_a_larger_batch_takes_more_memory_and_too_little_memory_is_noticed(
     setup: TrainingSetup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = measure_step(with_size(setup, (16, 24, 24), 2), label_entries=3)
-    large = measure_step(with_size(setup, (64, 96, 96), 4), label_entries=3)
+    large = measure_step(with_size(setup, (32, 96, 96), 4), label_entries=3)
     assert small.peak_bytes is not None
     assert large.peak_bytes is not None
     # The feature maps of the full resolution alone: input, output of two convolutions each way, and their gradients.
-    assert large.peak_bytes > small.peak_bytes + 4 * 64 * 96 * 96 * 4 * 4 * 4
+    assert large.peak_bytes > small.peak_bytes + 4 * 32 * 96 * 96 * 4 * 4 * 4
     assert large.fits
     check_step(large)
     monkeypatch.setattr("engine.memory_probe.available_bytes", lambda: 40 * MIB)
-    refused = measure_step(with_size(setup, (64, 96, 96), 4), label_entries=3)
+    refused = measure_step(with_size(setup, (32, 96, 96), 4), label_entries=3)
     assert refused.peak_bytes is None
     assert not refused.fits
     with pytest.raises(
-        MemoryExceeded, match=r"a step of 4 x 64 x 96 x 96 in float32 takes more than there is; 40 of 40"
+        MemoryExceeded, match=r"a step of 4 x 32 x 96 x 96 in float32 takes more than there is; 40 of 40"
     ):
         check_step(refused)
 
