@@ -31,6 +31,8 @@ REQUEST, LOG, EPOCHS = "training.json", "training_log.txt", "training_log.jsonl"
 PROGRESS, BEST_CASE, WORST_CASE = "progress.png", "overlay_best.png", "overlay_worst.png"
 VALIDATION, LOGITS = "validation", "validation_logits"
 """Of a fold's folder (engine/fold_training.py)."""
+OWN = "seggate"
+"""The key in plans.json of what nnU-Net does not know."""
 ALL = "all"
 """nnU-Net's name of the fold that is trained and validated on every case."""
 
@@ -200,8 +202,8 @@ def _only_plans(folder: Path) -> Path:
 
 
 def _relevant(document: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a network that was trained depends on: of dataset.json its labels and channels, of plans all."""
+    """What a network that was trained depends on: of dataset.json its labels and channels, of plans all but `OWN`."""
     if "configurations" in document:
-        return document
+        return {key: value for key, value in document.items() if key != OWN}
     keys = ("labels", "regions_class_order", "channel_names", "modality", "file_ending")
     return {key: document[key] for key in keys if key in document}

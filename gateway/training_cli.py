@@ -113,6 +113,20 @@ def plan(
         list[str] | None,
         typer.Option(help="Preprocess only this configuration, e.g. 3d_fullres; may be repeated. Default: all."),
     ] = None,
+    probe: Annotated[
+        bool | None,
+        typer.Option(
+            "--probe/--no-probe",
+            help="Measure a training step's memory on the device; with the profile article, choose a batch and patch "
+            "that fill 90 % of it. Default: with that profile, where there is a GPU.",
+        ),
+    ] = None,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], typer.Option(help="Where to measure, and later to train.")
+    ] = "auto",
+    precision: Annotated[
+        Literal["auto", "float32", "bf16", "fp16"], typer.Option(help="What to measure in, and later to train in.")
+    ] = "auto",
     as_json: Json = False,
 ) -> None:
     """Plan a training dataset (fingerprint, patch, batch, network, splits) and preprocess its cases, resumably."""
@@ -134,6 +148,9 @@ def plan(
         processes=processes,
         plans_only=plans_only,
         configurations=tuple(configuration or ()),
+        probe=probe,
+        device=device,
+        precision=precision,
     )
     raise typer.Exit(command.plan(options, as_json=as_json))
 
@@ -183,7 +200,19 @@ def train_run(
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Decides weights, patches and augmentation.")] = 0,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to train.")] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch. Default: its own choice.")] = None,
+    devices: Annotated[
+        int, typer.Option(min=1, help="GPUs (or processes of a processor) that share every batch of a fold.")
+    ] = 1,
+    compile_network: Annotated[
+        Literal["auto", "on", "off"],
+        typer.Option("--compile", help="torch.compile. auto: on a GPU, if it proves faster by 5 %."),
+    ] = "auto",
+    probe: Annotated[
+        bool, typer.Option("--probe/--no-probe", help="Measure first whether a step fits into the device's memory.")
+    ] = True,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of torch in each process. Default: its own choice.")
+    ] = None,
     sides: Annotated[
         Literal["keep", "swap", "ignore"],
         typer.Option(
@@ -226,6 +255,9 @@ def train_run(
         deterministic=deterministic,
         seed=seed,
         device=device,
+        devices=devices,
+        compile=compile_network,
+        probes=probe,
         threads=threads,
         sides=sides,
         mirror=mirror,

@@ -83,7 +83,7 @@ def _text(path: Path) -> str:
 
 def _kill_when(root: Path, raw: Path, happened: Any) -> None:
     """SIGKILL to `train --all` in a process of its own, once something happened."""
-    words = ["train", "--all", str(raw), *SHORT, "--results", str(root / "results")]
+    words = ["train", "--all", str(raw), *SHORT, "--no-probe", "--results", str(root / "results")]
     words += ["--preprocessed", str(root / "preprocessed"), "--processes", "1"]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'fhir'}:{os.environ.get('PYTHONPATH', '')}"}
     with subprocess.Popen(
