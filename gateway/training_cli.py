@@ -133,6 +133,34 @@ def dataset_check(
     raise typer.Exit(command.check(folder, processes=processes, as_json=as_json))
 
 
+@dataset.command("exclude")
+def dataset_exclude(
+    case: Annotated[str, typer.Argument(help="Name of the case, as in imagesTr.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="[DATASET]", help="The dataset, DatasetNNN_Name. Default: this folder.")
+    ] = Path("."),
+    reason: Annotated[str | None, typer.Option(help="Why; kept with the dataset. Nothing about the patient.")] = None,
+    undo: Annotated[bool, typer.Option("--undo", help="Use the case again.")] = False,
+    dataset_name: DatasetName = None,
+    preprocessed: Preprocessed = Path("preprocessed"),
+    results: Results = Path("results"),
+    as_json: Json = False,
+) -> None:
+    """Use a case no more, and list the models and bundles that were trained on it. Its files stay."""
+    from gateway.commands import dataset as command
+
+    options = command.ExcludeOptions(
+        case=case,
+        folder=folder,
+        reason=reason,
+        undo=undo,
+        dataset_name=dataset_name,
+        preprocessed=preprocessed,
+        results=results,
+    )
+    raise typer.Exit(command.exclude_case(options, as_json=as_json))
+
+
 @train.command("run")
 def train_run(
     folder: Dataset,
