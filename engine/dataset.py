@@ -7,8 +7,8 @@ at a time.
       labelsTr/CASE.nii.gz
 
 A key `dataset` in dataset.json ({case: {"images": [...], "label": "..."}}) replaces the two folders. The key `patients`
-({case: patient}) is ours and ignored by nnU-Net: cases of one patient are kept together when a dataset is split. Cases in
-exclusions.json (engine/exclusions.py) are not used.
+({case: patient}) is ours and ignored by nnU-Net: cases of one patient are kept together when a dataset is split. Cases
+in exclusions.json (engine/exclusions.py) are not used.
 """
 
 from __future__ import annotations

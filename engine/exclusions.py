@@ -1,6 +1,6 @@
 """Cases that a dataset keeps and nobody uses any more: exclusions.json beside dataset.json, ours, ignored by nnU-Net.
 
-    {"cases": {"CASE": {"reason": "...", "excluded_at": "2026-03-04T05:06:07+00:00"}}}
+{"cases": {"CASE": {"reason": "...", "excluded_at": "2026-03-04T05:06:07+00:00"}}}
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
+from numpy.typing import NDArray
 
 from engine.errors import InputRejected, NotFinite
 from engine.volume import Geometry, LabelMap, Volume
@@ -96,20 +97,28 @@ def read_orientation(path: Path) -> str:
 
 def write_nifti(labels: LabelMap, path: Path) -> None:
     """The label map as a file with its own geometry; ValueError on a sheared grid, which NIfTI by ITK cannot hold."""
-    geometry = labels.geometry
+    write_image(labels.array, labels.geometry, path)
+
+
+def write_image(array_ZYX: NDArray[Any], geometry: Geometry, path: Path) -> None:
+    """One channel or label map (Z, Y, X) as a file, in the type of its array. ValueError on a sheared grid, as above;
+    OSError when the file cannot be written."""
     direction = geometry.direction
     if np.abs(direction.T @ direction - np.eye(3)).max() > _ORTHOGONALITY:
         raise ValueError(f"{path.name}: the grid is sheared (gantry tilt) and cannot be written by ITK")
-    image = sitk.GetImageFromArray(labels.array)
+    image = sitk.GetImageFromArray(array_ZYX)
     image.SetSpacing(geometry.spacing_mm[::-1])
     image.SetOrigin(geometry.origin_mm)
     image.SetDirection(direction.ravel().tolist())
-    sitk.WriteImage(image, str(path), True)
+    try:
+        sitk.WriteImage(image, str(path), True)
+    except RuntimeError as error:
+        raise OSError(f"{path.name}: cannot be written; is the disk full?") from error
 
 
-def _check_stored(path: Path) -> None:
-    """Refuses a NIfTI-1 file that ends before its last voxel, or that stores NaN or infinity as floating point: ITK
-    reads both as 0, without a word."""
+def check_stored(path: Path) -> None:
+    """Refuses (InputRejected, NotFinite) a NIfTI-1 file that ends before its last voxel, or that stores NaN or infinity
+    as floating point: ITK reads both as 0, without a word."""
     if not path.name.endswith((".nii", ".nii.gz")):
         return
     try:
@@ -150,7 +159,7 @@ def _read(path: Path) -> tuple[Any, Geometry]:
             f"{path.name}: {image.GetDimension()} axes with {image.GetNumberOfComponentsPerPixel()} values a voxel; "
             "a 2D or 3D image with one value a voxel is needed"
         )
-    _check_stored(path)
+    check_stored(path)
     array = sitk.GetArrayFromImage(image)
     if array.ndim == 2:
         image, array = sitk.JoinSeries(image), array[None]

@@ -181,7 +181,9 @@ def _notes(options: ExcludeOptions, dataset: RawDataset, name: str, folds: tuple
     elif any(fold.trained_on for fold in folds) and not options.undo:
         notes.append("models that learnt from the case know it until they are trained again")
     if any("unknown" in fold.roles for fold in folds):
-        notes.append("what a fold with the role `unknown` saw is not recorded: nnU-Net trained it, and its splits are gone")
+        notes.append(
+            "what a fold with the role `unknown` saw is not recorded: nnU-Net trained it, and its splits are gone"
+        )
     return notes
 
 

@@ -1,0 +1,14 @@
+"""What is wrong with one case or file of a conversion: collected, so that one pass finds all of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """`case` is its pseudonym, None where no case is known; `file` lies below the source, or is a series' UID."""
+
+    case: str | None
+    file: str | None
+    cause: str
