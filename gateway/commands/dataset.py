@@ -59,8 +59,7 @@ def _present_check(report: CheckReport) -> None:
         columns = ("", "case", "file", "what is wrong", "what to do")
         table("", columns, [(f.severity, f.case, f.file, f.cause, f.remedy) for f in report.findings])
     if report.excluded:
-        columns = ("excluded", "since", "reason")
-        table("", columns, [(e.case, e.excluded_at, e.reason) for e in report.excluded])
+        table("", ("excluded", "since", "reason"), [(e.case, e.excluded_at, e.reason) for e in report.excluded])
     counts = Counter(f.severity for f in report.findings)
     apart = f", {len(report.excluded)} excluded" if report.excluded else ""
     console().print(
@@ -155,8 +154,8 @@ def _plan_notes(options: ExcludeOptions, planned: Path, splits: tuple[Split, ...
     if options.undo:
         if splits and not in_folds:
             return [
-                f"{planned} was planned without {options.case}, and no fold has it: remove {SPLITS_JSON} there and plan "
-                "again to use it, and train anew"
+                f"{planned} was planned without {options.case}, and no fold has it: remove {SPLITS_JSON} there and "
+                "plan again to use it, and train anew"
             ]
         return [f"{planned}: its folds have {options.case} again"]
     described = any(c.name == options.case for c in read_fingerprint(planned / FINGERPRINT_JSON).cases)

@@ -46,8 +46,8 @@ def convert(
     processes: int | None,
     as_json: bool,
 ) -> int:
-    """0 when the dataset is whole (or, with `skip_faulty`, as whole as can be), 1 when not, 2 for options that cannot be
-    used."""
+    """0 when the dataset is whole (or, with `skip_faulty`, as whole as can be), 1 when not, 2 for options that cannot
+    be used."""
     if words and labels is not None:
         say("seggate: give --label, or --labels FILE, not both")
         return 2

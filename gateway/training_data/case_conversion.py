@@ -3,7 +3,8 @@
     imagesTr/CASE_0000.nii.gz ...    labelsTr/CASE.nii.gz    .conversion/CASE.json
 
 The last file is written last: it has digests of what the case was made from, so that a case is made again when that
-changes, and only then. Voxels are those of the series, exchanged and reversed into one orientation; nothing is resampled.
+changes, and only then. Voxels are those of the series, exchanged and reversed into one orientation; nothing is
+resampled.
 """
 
 from __future__ import annotations
@@ -22,17 +23,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.dataset import IMAGES, LABELS, grid_difference
-from engine.errors import EngineError, InputRejected
+from engine.errors import InputRejected
 from engine.json_reader import read_json
 from engine.json_writer import write_json
 from engine.nifti import check_stored, read_label_map, write_image
 from engine.volume import Geometry, reorientation
 from gateway.errors import Rejected
-from gateway.results.attributes import READ_ERRORS
 from gateway.results.series import SeriesPart, decode, read_series
 from gateway.results.slice_findings import FindingKind
 from gateway.training_data.contour_masks import BetweenSlices, paint_contours
-from gateway.training_data.faults import Fault
+from gateway.training_data.faults import FAULT_ERRORS, Fault
 from gateway.training_data.grid_placement import EVENNESS, even_grid, place
 from gateway.training_data.label_names import LabelTable
 from gateway.training_data.label_objects import LabelObject
@@ -102,7 +102,7 @@ def convert_case(job: CaseJob, rules: ConversionRules) -> CaseResult:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # pydicom's name values of the files
             return conversion.run()
-    except (Rejected, EngineError, MemoryError, *READ_ERRORS) as error:
+    except FAULT_ERRORS as error:
         if isinstance(error, OSError) and error.errno in _DISK_FULL:
             raise
         cause = str(error) or type(error).__name__
@@ -240,7 +240,7 @@ class _Conversion:
         volume = decode(part).volume
         if volume is None:
             raise Rejected(f"channel {channel:04}: has no voxels")
-        array = volume.array[0]
+        array: NDArray[Any] = volume.array[0]
         if not np.isfinite(array).all():
             raise Rejected("RescaleSlope and RescaleIntercept give values that are not finite")
         whole = np.abs(array).max() < 2**15 and np.array_equal(array, np.rint(array))
@@ -275,7 +275,8 @@ def _fits(part: SeriesPart, grid: Geometry) -> bool:
 
 
 def _check_shared(first: SeriesPart, part: SeriesPart, grid: Geometry, own: Geometry) -> None:
-    """Channels are matched voxel by voxel. Raises Rejected where they do not lie on one grid of one patient position."""
+    """Channels are matched voxel by voxel. Raises Rejected where they do not lie on one grid of one patient
+    position."""
     if own.same_grid(grid, tolerance_mm=EVENNESS * min(grid.spacing_mm)):
         if first.frame_of_reference_uid != part.frame_of_reference_uid:
             raise Rejected(

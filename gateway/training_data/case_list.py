@@ -1,9 +1,9 @@
 """A file that says which series and which labels make a case, where the source does not say it itself.
 
-CSV with the columns `series` and `label`, optionally `case` and `patient`; or JSON {"cases": [{"series": [...], "label":
-[...], "case": "...", "patient": "..."}]}. A series is a Series Instance UID or a folder that holds that series alone; a
-label is a file. Folders and files are relative to the source or to the list. In CSV several series (channels, in their
-order) or labels in one cell are separated by |.
+CSV with the columns `series` and `label`, optionally `case` and `patient`; or JSON {"cases": [{"series": [...],
+"label": [...], "case": "...", "patient": "..."}]}. A series is a Series Instance UID or a folder that holds that series
+alone; a label is a file. Folders and files are relative to the source or to the list. In CSV several series (channels,
+in their order) or labels in one cell are separated by |.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Which cases a source makes: the series of each channel, and the labels that were drawn on them.
 
-Without a list, every series that labels belong to is a case; with several channels it is every study that has labels, with
-the one series that each channel takes. Labels of several files join into one case. What does not fit is a fault of its case
-and stops no other.
+Without a list, every series that labels belong to is a case; with several channels it is every study that has labels,
+with the one series that each channel takes. Labels of several files join into one case. What does not fit is a fault of
+its case and stops no other.
 """
 
 from __future__ import annotations
@@ -12,12 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from engine.errors import EngineError
 from gateway.errors import Rejected
-from gateway.results.attributes import READ_ERRORS
 from gateway.training_data.case_list import ListedCase
 from gateway.training_data.channels import Channel
-from gateway.training_data.faults import Fault
+from gateway.training_data.faults import FAULT_ERRORS, Fault
 from gateway.training_data.label_names import LabelTable
 from gateway.training_data.label_objects import LabelObject, read_label_object
 from gateway.training_data.series_matching import SeriesIndex, the_one, uids
@@ -85,7 +83,7 @@ def draft_listed(source: Source, listed: Iterable[ListedCase], folder: Path, cha
     for entry in listed:
         problems: list[str] = []
         series = [s for text in entry.series if (s := _listed_series(index, source, folder, text, problems))]
-        labels = [s for text in entry.labels if (s := _listed_label(known, source.root, folder, text, problems))]
+        labels = [f for text in entry.labels if (f := _listed_label(known, source.root, folder, text, problems))]
         if len(entry.series) != max(1, len(channels)):
             problems.append(
                 f"{len(entry.series)} series for {max(1, len(channels))} channel(s); name all with --channel"
@@ -119,8 +117,8 @@ def chosen_values(draft: Draft, table: LabelTable, root: Path) -> tuple[Mapping[
             other = drawn.setdefault(value, label.file)
             if other != label.file and not draft.joins:
                 raise Rejected(
-                    f"{shown(label.file, root)} and {shown(other, root)} both draw {table.name(value)!r}; choose one of "
-                    "them, or list both, in a --cases file"
+                    f"{shown(label.file, root)} and {shown(other, root)} both draw {table.name(value)!r}; choose one "
+                    "of them, or list both, in a --cases file"
                 )
     if not drawn:
         names = Counter(s.name for label in draft.labels for s in label.structures)
@@ -178,7 +176,7 @@ def _listed_label(
         if file.is_file():
             try:
                 return known.get(file.resolve()) or read_label_object(file)
-            except (Rejected, EngineError, MemoryError, *READ_ERRORS) as error:
+            except FAULT_ERRORS as error:
                 problems.append(f"label {text}: {error}")
                 return None
     problems.append(f"label {text}: no such file")

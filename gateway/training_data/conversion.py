@@ -57,9 +57,9 @@ class NothingToConvert(Rejected):
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionOptions:
-    """What is asked for. channels: empty for one of the modality that is found. table: None for all names that are found.
-    cases: a list (`case_list`). nifti: pattern of the names of label maps. skip_faulty: the dataset is finished without
-    cases that have faults."""
+    """What is asked for. channels: empty for one of the modality that is found. table: None for all names that are
+    found. cases: a list (`case_list`). nifti: pattern of the names of label maps. skip_faulty: the dataset is finished
+    without cases that have faults."""
 
     source: Path
     folder: Path
@@ -93,8 +93,8 @@ class Prepared:
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionReport:
-    """`cases` are in the dataset, `made` of them were written now. `document` is dataset.json's content, None when it was
-    not written. `notes` belong to a case or file."""
+    """`cases` are in the dataset, `made` of them were written now. `document` is dataset.json's content, None when it
+    was not written. `notes` belong to a case or file."""
 
     cases: tuple[str, ...]
     made: int

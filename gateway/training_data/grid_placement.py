@@ -1,7 +1,7 @@
 """Voxels of one grid on another whose voxel centres they share: copied, reversed or cut out, never interpolated.
 
-Whether the centres are shared is measured at the corners; rows may run the other way, axes may be exchanged, and the one
-grid may be a part of the other. Everything else is another grid and is refused with what differs.
+Whether the centres are shared is measured at the corners; rows may run the other way, axes may be exchanged, and the
+one grid may be a part of the other. Everything else is another grid and is refused with what differs.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Placement:
 def place(
     *, origin_mm: NDArray[np.float64], steps_mm: NDArray[np.float64], sizes: Sequence[int], target: Geometry, what: str
 ) -> Placement:
-    """How the grid with the first centre `origin_mm` (LPS), the steps (3xk, a column per axis) and the sizes (k) lies on
-    `target`. Raises Rejected, naming `what` it is and how it differs."""
+    """How the grid with the first centre `origin_mm` (LPS), the steps (3xk, a column per axis) and the sizes (k) lies
+    on `target`. Raises Rejected, naming `what` it is and how it differs."""
     inverse = np.linalg.inv(target.affine_lps[:3, :3])
     steps = inverse @ steps_mm
     first = inverse @ (origin_mm - target.affine_lps[:3, 3])

@@ -4,8 +4,8 @@
       {"cases": {"case_0001": {"patient": "patient_0001", "study": "...", "series": ["..."], "labels": ["..."]}},
        "patients": {"patient_0001": {"patient_id": "...", "issuer": "..."}}}
 
-A case that was there keeps its name. New ones are numbered by a digest of their UIDs, so that a number tells nothing about
-when or of whom it was made.
+A case that was there keeps its name. New ones are numbered by a digest of their UIDs, so that a number tells nothing
+about when or of whom it was made.
 """
 
 from __future__ import annotations

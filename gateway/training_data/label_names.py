@@ -1,7 +1,7 @@
 """Names of structures → labels of the dataset: which are taken, under which name, with which value.
 
-Names are compared without regard to capitals and to repeated spaces. In a pattern `*` stands for any text and `?` for one
-character. Values are 1, 2, ... in the order of the labels, as nnU-Net wants them.
+Names are compared without regard to capitals and to repeated spaces. In a pattern `*` stands for any text and `?` for
+one character. Values are 1, 2, ... in the order of the labels, as nnU-Net wants them.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def table_of_words(words: Sequence[str]) -> LabelTable:
 
 
 def table_of_file(path: Path) -> LabelTable:
-    """From JSON: {"labels": {NAME: {"value": 1, "names": [PATTERN, ...]}, ...}}; `value` and `names` may be left out: the
-    order, and the name itself. Raises Rejected with the key that is at fault."""
+    """From JSON: {"labels": {NAME: {"value": 1, "names": [PATTERN, ...]}, ...}}; `value` and `names` may be left out:
+    the order, and the name itself. Raises Rejected with the key that is at fault."""
     labels = Reader(read_json(path, error=Rejected), where=path.name, error=Rejected).child("labels")
     valued: list[tuple[int, Label]] = []
     for place, name in enumerate(labels.keys(), start=1):
@@ -104,8 +104,8 @@ def table_of_file(path: Path) -> LabelTable:
 
 
 def table_of_names(structures: Iterable[str]) -> LabelTable:
-    """A label for every name, sorted (numbers within names by their value), `ignore` last, without background. Spellings
-    that differ in capitals and spaces alone are one label, under the first of them. Raises Rejected."""
+    """A label for every name, sorted (numbers within names by their value), `ignore` last, without background.
+    Spellings that differ in capitals and spaces alone are one label, under the first of them. Raises Rejected."""
     spelt: dict[str, str] = {}
     for name in sorted(set(structures)):
         spelt.setdefault(folded(name), name)

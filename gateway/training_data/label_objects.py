@@ -1,7 +1,7 @@
 """What a file of labels says about itself: its structures, and the images that it was drawn on.
 
-Structures are the segments of a DICOM SEG (PS3.3 C.8.20.2), the regions of interest of an RTSTRUCT (PS3.3 C.8.8.5) or the
-values of a NIfTI label map.
+Structures are the segments of a DICOM SEG (PS3.3 C.8.20.2), the regions of interest of an RTSTRUCT (PS3.3 C.8.8.5) or
+the values of a NIfTI label map.
 """
 
 from __future__ import annotations

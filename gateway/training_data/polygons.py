@@ -1,8 +1,8 @@
 """Closed polygons → pixels: even-odd rule, a pixel belongs where its centre is inside or on the line.
 
-Coordinates are pixel indices (x, y), so that pixel (row 3, column 5) has its centre at (5, 3). The line counts as inside,
-so that the result does not depend on the direction of the axes, and contours drawn through pixel centres give back the
-pixels that they were drawn from.
+Coordinates are pixel indices (x, y), so that pixel (row 3, column 5) has its centre at (5, 3). The line counts as
+inside, so that the result does not depend on the direction of the axes, and contours drawn through pixel centres give
+back the pixels that they were drawn from.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ ON_THE_LINE = 0.01
 
 
 def even_odd(polygons: Sequence[NDArray[np.float64]], shape: tuple[int, int]) -> NDArray[np.bool_]:
-    """(rows, columns) of the closed polygons of one plane, each (n, 2) with n at least 1; what lies outside the shape is
-    cut off. One inside another is a hole, side by side they add up. A polygon that runs to a hole and back along the
+    """(rows, columns) of the closed polygons of one plane, each (n, 2) with n at least 1; what lies outside the shape
+    is cut off. One inside another is a hole, side by side they add up. A polygon that runs to a hole and back along the
     same line (keyhole) leaves the hole out: the two lines cancel."""
     inside = np.zeros(shape, dtype=np.bool_)
     line = np.zeros(shape, dtype=np.bool_)

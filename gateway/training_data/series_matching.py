@@ -1,9 +1,9 @@
 """Which image series a file of labels was drawn on.
 
 DICOM labels name it. The first of these that leads to a series in the source counts: the SOP instances that they refer
-to, the series, the frame of reference. A frame of reference alone is weak (all series of an examination may share one), so
-it counts only where one series has it. NIfTI labels name nothing: a Series Instance UID in the file's name counts, else the
-nearest folder around the file that holds an image series, if it holds one only.
+to, the series, the frame of reference. A frame of reference alone is weak (all series of an examination may share one),
+so it counts only where one series has it. NIfTI labels name nothing: a Series Instance UID in the file's name counts,
+else the nearest folder around the file that holds an image series, if it holds one only.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A folder with DICOM files under any names → the image series and label objects in it, by their UIDs.
 
-Only headers are read. A file that is neither DICOM nor a NIfTI file that was asked for is passed over; a DICOM file that
-cannot be read is a fault and stops nothing else.
+Only headers are read. A file that is neither DICOM nor a NIfTI file that was asked for is passed over; a DICOM file
+that cannot be read is a fault and stops nothing else.
 """
 
 from __future__ import annotations
@@ -17,13 +17,11 @@ from pathlib import Path
 
 from pydicom.uid import UID
 
-from engine.errors import EngineError
 from engine.parallel import Progress, map_cases
-from gateway.errors import Rejected
 from gateway.results import attributes
-from gateway.results.attributes import READ_ERRORS, Where
+from gateway.results.attributes import Where
 from gateway.results.frames import read_header
-from gateway.training_data.faults import Fault
+from gateway.training_data.faults import FAULT_ERRORS, Fault
 from gateway.training_data.label_objects import LABEL_CLASSES, LabelObject, read_label_object
 
 _BATCH = 64
@@ -157,7 +155,7 @@ def _look_at(file: Path, root: Path, nifti: str | None) -> _Seen:
             if stream.read(132)[128:] != b"DICM":
                 return "no DICOM file (no preamble)"
         return _look_at_dicom(file)
-    except (Rejected, EngineError, MemoryError, *READ_ERRORS) as error:
+    except FAULT_ERRORS as error:
         return Fault(case=None, file=shown(file, root), cause=str(error) or type(error).__name__)
 
 
