@@ -13,19 +13,24 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from pydicom import dcmread
+from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.pixels.utils import iter_pixels
+from pydicom.uid import UID
 
 from engine.volume import Geometry
 from gateway.errors import Rejected
 from gateway.results import attributes
 from gateway.results.attributes import PARSER_ERRORS, AttributeRejected, Where
 from gateway.results.frames import directions, macro, read_header, vector
-from gateway.results.pixels import number_of_frames
+from gateway.results.pixels import PIXEL_DATA, number_of_frames
 from gateway.results.series import MAX_VOXELS
 from gateway.training_data.grid_placement import Placement, place
 from gateway.training_data.label_objects import LABEL_MAP_SEGMENTATION
 from gateway.training_data.label_painting import LabelPainter
+
+_DEFERRED_BYTES = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +154,7 @@ def _pixels(file: Path, frames: list[_Frame], where: Where) -> Iterator[NDArray[
     if not frames:
         return
     try:
+        _check_length(file, where)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what a decoder finds odd, and its message, is the object's
             yield from iter_pixels(file, indices=[frame.index for frame in frames], raw=True)
@@ -157,3 +163,19 @@ def _pixels(file: Path, frames: list[_Frame], where: Where) -> Iterator[NDArray[
     except PARSER_ERRORS as error:
         problem = "cannot be decoded"
         raise AttributeRejected("PixelData", problem, where, "export the segmentation again, uncompressed") from error
+
+
+def _check_length(file: Path, where: Where) -> None:
+    """Refuse uncompressed pixels that end before the last frame: a decoder that reads a file frame by frame takes what
+    follows for pixels."""
+    ds = dcmread(file, defer_size=_DEFERRED_BYTES)
+    syntax = UID(attributes.required_uid(ds.file_meta, "TransferSyntaxUID", where))
+    element = ds.get_item(PIXEL_DATA) if PIXEL_DATA in ds else None
+    if syntax.is_encapsulated or not isinstance(element, RawDataElement):
+        return
+    bits = attributes.integer(ds, "BitsAllocated", where) or 0
+    pixels = _size(ds, "Rows", where) * _size(ds, "Columns", where) * number_of_frames(ds, where)
+    expected = (pixels * bits + 7) // 8
+    if element.length < expected:
+        problem = f"is truncated ({element.length} of {expected} bytes)"
+        raise AttributeRejected("PixelData", problem, where, "the object is incomplete; export it again")
