@@ -86,11 +86,13 @@ class ConversionRules:
 
 @dataclass(frozen=True, kw_only=True)
 class CaseResult:
-    """`made`: whether anything was written. `notes` are what a person should know of the case."""
+    """`made`: whether anything was written. `values` are the labels that have voxels; `notes` are what a person should
+    know of the case."""
 
     name: str
     faults: tuple[Fault, ...] = ()
     notes: tuple[str, ...] = ()
+    values: frozenset[int] = frozenset()
     made: bool = False
 
 
@@ -137,26 +139,28 @@ class _Conversion:
         images_made = record.get("images") == stamps["images"] and all(path.is_file() for path in images)
         label_made = record.get("label") == stamps["label"] and label.is_file()
         if images_made and label_made:
-            return CaseResult(name=job.name, notes=tuple(record.get("notes", ())))
+            return CaseResult(name=job.name, notes=tuple(record["notes"]), values=frozenset(record["values"]))
         parts, grid = self._parts()
         change = reorientation(grid, rules.orientation)
-        painted = self._painted(grid)
+        painter = self._painted(grid)
         if self.faults:
             return CaseResult(name=job.name, faults=tuple(self.faults))
         if not label_made:
-            self._write(change.apply(painted), change.target, label)
+            self._write(change.apply(painter.array), change.target, label)
         if not images_made:
             for channel, path in zip(range(len(parts)), images, strict=True):
                 self._write(change.apply(self._voxels(parts[channel], channel)), change.target, path)
-        write_json({"format": FORMAT, **stamps, "notes": self.notes}, record_file(rules.folder, job.name))
-        return CaseResult(name=job.name, notes=tuple(self.notes), made=True)
+        known = {"notes": self.notes, "values": sorted(painter.painted)}
+        write_json({"format": FORMAT, **stamps, **known}, record_file(rules.folder, job.name))
+        return CaseResult(name=job.name, notes=tuple(self.notes), values=painter.painted, made=True)
 
     def _record(self) -> dict[str, Any]:
         try:
             record = read_json(record_file(self.rules.folder, self.job.name), error=Rejected)
         except Rejected:
             return {}
-        return record if record.get("format") == FORMAT else {}
+        whole = record.get("format") == FORMAT and all(isinstance(record.get(k), list) for k in ("notes", "values"))
+        return record if whole else {}
 
     def _image_stamp(self) -> str:
         return _digest([[_state(file) for file in files] for files in self.job.series], self.rules.orientation)
@@ -205,7 +209,7 @@ class _Conversion:
         names = ", ".join(part.part for part in volumes[:4])
         raise Rejected(f"the series holds {len(volumes)} volumes ({names}), and the labels do not say which is meant")
 
-    def _painted(self, grid: Geometry) -> NDArray[Any]:
+    def _painted(self, grid: Geometry) -> LabelPainter:
         """The label map on the source grid; what is wrong with one file of labels does not hide the next one's."""
         job, rules = self.job, self.rules
         painter = LabelPainter(grid.shape, len(rules.table.labels), rules.overlap)
@@ -232,7 +236,7 @@ class _Conversion:
                 self.notes.append(f"{text}, which went to {winner!r}")
         if not self.faults and not painter.painted:
             self.notes.append("no voxel has a label")
-        return painter.array
+        return painter
 
     def _voxels(self, part: SeriesPart, channel: int) -> NDArray[Any]:
         """(Z, Y, X), int16 where that holds every value."""

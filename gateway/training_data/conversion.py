@@ -39,7 +39,7 @@ from gateway.training_data.channels import Channel, channel_of_modality
 from gateway.training_data.contour_masks import BetweenSlices
 from gateway.training_data.faults import Fault
 from gateway.training_data.identities import Identities, NamedCase
-from gateway.training_data.label_names import LabelTable, table_of_names
+from gateway.training_data.label_names import IGNORE, LabelTable, table_of_names
 from gateway.training_data.label_painting import Overlap
 from gateway.training_data.source_scan import Source, scan
 
@@ -204,7 +204,7 @@ def convert(prepared: Prepared, *, processes: int, progress: Progress | None = N
         made=sum(result.made for result in results),
         document=document,
         faults=tuple(faults),
-        notes=(*prepared.notes, *_case_notes(results)),
+        notes=(*prepared.notes, *_undrawn(prepared.table, results), *_case_notes(results)),
     )
 
 
@@ -264,6 +264,16 @@ def _other_patients(case: NamedCase) -> list[tuple[str, str]]:
     patient = case.draft.series[0].patient_id
     others = any(label.patient_id and label.patient_id != patient for label in case.draft.labels)
     return [(case.name, "PatientID (0010,0020) of labels and images differ")] if others else []
+
+
+def _undrawn(table: LabelTable, results: Sequence[CaseResult]) -> list[tuple[str, str]]:
+    """Labels that nothing can be learnt of."""
+    drawn = {value for result in results if not result.faults for value in result.values}
+    return [
+        (f"label {label.name!r}", "has no voxel in any case; choose labels with --label")
+        for value, label in enumerate(table.labels, start=1)
+        if value not in drawn and label.name != IGNORE
+    ]
 
 
 def _case_notes(results: Sequence[CaseResult]) -> list[tuple[str, str]]:
