@@ -8,7 +8,7 @@ it: its plans, configurations and folds say of which.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -65,10 +65,8 @@ def folds_that_know(results: Path, case: str, *, splits: Sequence[Split] = ()) -
     found = []
     for folder in sorted(path for path in results.glob("*__*__*/fold_*") if path.is_dir()):
         fold = folder.name.removeprefix("fold_")
-        request = folder / REQUEST
-        document = read_json(request, error=DatasetInvalid) if request.exists() else {}
-        if document:
-            roles = _recorded_roles(document, case, where=f"{folder.parent.name}/{folder.name}/{REQUEST}")
+        if (folder / REQUEST).exists():
+            roles = _recorded_roles(folder, case)
         elif (folder / _FINAL).exists() or any(folder.glob("checkpoint_*.pth")):
             roles = _split_roles(fold, case, splits)
         else:
@@ -92,7 +90,12 @@ def bundles_trained_on(results: Path, folds: Sequence[FoldExposure]) -> tuple[Bu
     return tuple(found for folder in there if (found := _bundle(folder, folds)) is not None)
 
 
-def _recorded_roles(document: Mapping[str, object], case: str, *, where: str) -> tuple[Role, ...]:
+def _recorded_roles(folder: Path, case: str) -> tuple[Role, ...]:
+    where = f"{folder.parent.name}/{folder.name}/{REQUEST}"
+    try:
+        document = read_json(folder / REQUEST, error=DatasetInvalid)
+    except DatasetInvalid as error:
+        raise DatasetInvalid(f"{where}: {error}") from error
     reader = Reader(document, where=where, error=DatasetInvalid)
     keys: tuple[tuple[str, Role], ...] = (("train", "train"), ("hold_out", "hold-out"), ("val", "validation"))
     return tuple(role for key, role in keys if case in reader.texts(key, lengths=(0, _MOST_CASES), default=()))

@@ -88,17 +88,25 @@ def exclude_case(options: ExcludeOptions, *, as_json: bool) -> int:
         return 2
     try:
         exclusion, dataset = _readmitted(options) if options.undo else _excluded(options)
+    except (EngineError, OSError) as error:
+        return _not_done(f"nothing changed: {error}", as_json=as_json)
+    try:
         document = _exclusion_document(options, exclusion, dataset)
     except (EngineError, OSError) as error:
-        if as_json:
-            print_json({"ok": False, "error": str(error)})
-        say(f"seggate: nothing changed: {error}")
-        return 1
+        state = "used again" if options.undo else "excluded"
+        return _not_done(f"{options.case} is {state}, but what knows it cannot be listed: {error}", as_json=as_json)
     if as_json:
         print_json({"ok": True, **document})
     else:
         _present_exclusion(document)
     return 0
+
+
+def _not_done(message: str, *, as_json: bool) -> int:
+    if as_json:
+        print_json({"ok": False, "error": message})
+    say(f"seggate: {message}")
+    return 1
 
 
 def _excluded(options: ExcludeOptions) -> tuple[Exclusion, RawDataset]:
