@@ -303,10 +303,12 @@ def _paint_nifti(file: Path, values: Mapping[int, int], grid: Geometry, painter:
         target=grid,
         what=file.name,
     )
-    for number, value in values.items():
-        z, y, x = np.nonzero(labels.array == number)
-        if z.size:
-            painter.paint(value, *placement.apply((x, y, z), grid, file.name))
+    # Slice by slice: indices of a whole structure can take many times the memory of the label map.
+    for z, plane in enumerate(labels.array):
+        present = np.flatnonzero(np.bincount(plane.ravel()))
+        for number in (int(n) for n in present if int(n) in values):
+            y, x = np.nonzero(plane == number)
+            painter.paint(values[number], *placement.apply((x, y, np.full_like(y, z)), grid, file.name))
 
 
 def _state(file: Path) -> list[object]:

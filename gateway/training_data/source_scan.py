@@ -147,10 +147,10 @@ def _look(files: Sequence[Path], *, root: Path, nifti: str | None) -> list[_Seen
 
 def _look_at(file: Path, root: Path, nifti: str | None) -> _Seen:
     try:
-        if file.name.endswith((".nii", ".nii.gz")):
-            return read_label_object(file) if nifti and fnmatch(file.name, nifti) else "NIfTI file"
         if not file.is_file():
             return "no plain file"
+        if file.name.endswith((".nii", ".nii.gz")):
+            return read_label_object(file) if nifti and fnmatch(file.name, nifti) else "NIfTI file"
         with file.open("rb") as stream:
             if stream.read(132)[128:] != b"DICM":
                 return "no DICOM file (no preamble)"
