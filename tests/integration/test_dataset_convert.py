@@ -17,6 +17,8 @@ import pytest
 from typer.testing import CliRunner
 
 from engine.dataset import open_dataset
+from engine.nifti import read_label_map, read_nifti, write_image
+from engine.volume import reorientation
 from gateway.cli import app
 from tests.support.labelled_studies import (
     NAME,
@@ -30,6 +32,7 @@ from tests.support.labelled_studies import (
     write_segmentation,
     write_study,
 )
+from tests.support.nnunet_peer import nnunet
 from tests.support.phantoms import PhantomSeries
 from tests.support.structure_sets import Region, outlines, regions_of, write_structure_set
 
@@ -78,6 +81,18 @@ def test_seg_and_rtstruct_become_a_dataset_that_the_check_is_content_with(
     names = [case_of(out, series) for series in studies]
     assert patients[names[0]] == patients[names[2]] != patients[names[1]]
     assert set(patients.values()) == {"patient_0001", "patient_0002"}
+
+
+@pytest.mark.peer("nnunet")
+def test_nnunet_is_content_with_the_dataset_and_knows_no_exclusion(
+    tmp_path: Path, studies: list[PhantomSeries]
+) -> None:
+    """numTraining goes on counting what lies in imagesTr."""
+    out = tmp_path / "raw" / NAME
+    assert convert(tmp_path / "source", out).exit_code == 0
+    excluded = ["dataset", "exclude", "case_0002", str(out), "--reason", "motion"]
+    assert CliRunner().invoke(app, excluded).exit_code == 0
+    assert nnunet("verify", tmp_path, dataset=NAME) == {"cases": ["case_0001", "case_0002", "case_0003"]}
 
 
 def test_nothing_in_the_dataset_says_who_it_is(tmp_path: Path, studies: list[PhantomSeries]) -> None:
@@ -274,7 +289,8 @@ def test_contours_between_slices_go_to_the_nearest_where_asked(tmp_path: Path) -
 
 def _two_channels(source: Path, index: int, **second: Any) -> tuple[PhantomSeries, PhantomSeries]:
     first = write_study(source / "t1", index, modality="MR", series_description="T1 ax", series_number=1)
-    other = {"modality": "MR", "series_description": "FLAIR ax", "series_number": 2, "rescale": "none"} | second
+    other: dict[str, Any] = {"series_description": "FLAIR ax", "series_number": 2, "rescale": "none"}
+    other |= {"modality": "MR"} | second
     return first, write_study(source / "flair", index, **other)
 
 
@@ -473,18 +489,15 @@ def test_folders_that_would_be_mixed_up_are_refused(tmp_path: Path, studies: lis
 def test_a_full_disk_stops_with_an_error_and_what_is_made_stays(
     tmp_path: Path, studies: list[PhantomSeries], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gateway.training_data import case_conversion
-
     written: list[str] = []
-    real = case_conversion.write_image
 
     def full(array: Any, geometry: Any, path: Path) -> None:
-        real(array, geometry, path)
+        write_image(array, geometry, path)
         written.append(path.name)
         if len(written) > 3:
             os.truncate(path, path.stat().st_size // 2)
 
-    monkeypatch.setattr(case_conversion, "write_image", full)
+    monkeypatch.setattr("gateway.training_data.case_conversion.write_image", full)
     source, out = tmp_path / "source", tmp_path / "raw" / NAME
     ran = convert(source, out, "--json")
     assert "is the disk full?" in shown(ran, 1)["error"]
@@ -509,8 +522,6 @@ def test_a_patient_with_ct_mr_and_pet_is_converted_by_a_list(tmp_path: Path, sha
         document = shown(convert(source, out, "--cases", str(listed), *words))
         assert document["channels"] == [{"CT": "CT", "MR_T1": "MR", "PET": "PET"}[modality]]
         _check(out)
-        from engine.nifti import read_label_map, read_nifti
-
         twin = read_label_map(source / modality / "nifti" / "mask" / "mask.nii.gz")
         image = read_nifti([source / modality / "nifti" / "image" / "image.nii.gz"])
         labels = read_label_map(out / "labelsTr" / "case_0001.nii.gz")
@@ -523,9 +534,6 @@ def test_a_patient_with_ct_mr_and_pet_is_converted_by_a_list(tmp_path: Path, sha
 @pytest.mark.requirement("ART-01")
 @pytest.mark.peer("shared-data")
 def test_ct_with_nifti_labels_of_other_voxel_order_are_converted(tmp_path: Path, shared_data: Path) -> None:
-    from engine.nifti import read_label_map
-    from engine.volume import reorientation
-
     dicom = shared_data / "dicom"
     torso_labels = shared_data / "nifti" / "totalsegmentator" / "example_seg_fast_force_split.nii.gz"
     source = tmp_path / "source"

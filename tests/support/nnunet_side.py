@@ -34,6 +34,16 @@ def plan_and_preprocess(root: str, dataset: str, configurations: list[str], plan
     return {}
 
 
+def verify(root: str, dataset: str) -> Any:
+    """nnU-Net's own check of a raw dataset, which raises; and the cases that it sees."""
+    from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
+    from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
+    folder = os.path.join(root, "raw", dataset)
+    verify_dataset_integrity(folder, num_processes=1)
+    return {"cases": sorted(get_filenames_of_train_images_and_targets(folder))}
+
+
 def dump(root: str, folder: str, out: str) -> Any:
     """The arrays of a preprocessed folder as .npy."""
     import blosc2
@@ -103,7 +113,7 @@ def continue_training(root: str, dataset: str, configuration: str, checkpoint: s
     }
 
 
-COMMANDS: dict[str, Any] = {f.__name__: f for f in (plan_and_preprocess, dump, predict, continue_training)}
+COMMANDS: dict[str, Any] = {f.__name__: f for f in (plan_and_preprocess, verify, dump, predict, continue_training)}
 
 if __name__ == "__main__":
     command, where, arguments = sys.argv[1:]
