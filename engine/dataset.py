@@ -7,7 +7,8 @@ at a time.
       labelsTr/CASE.nii.gz
 
 A key `dataset` in dataset.json ({case: {"images": [...], "label": "..."}}) replaces the two folders. The key `patients`
-({case: patient}) is ours and ignored by nnU-Net: cases of one patient are kept together when a dataset is split.
+({case: patient}) is ours and ignored by nnU-Net: cases of one patient are kept together when a dataset is split. Cases
+in exclusions.json (engine/exclusions.py) are not used.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from engine.errors import DatasetInvalid, ImportRefused, InputRejected
+from engine.exclusions import Exclusion, read_exclusions
 from engine.json_reader import Reader, read_json
 from engine.labels import LabelManager
 from engine.nifti import read_label_map, read_nifti, read_spacing_mm
@@ -55,7 +57,8 @@ _CASE_FILE = r"(?P<case>.+)_(?P<channel>\d{4})"
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetJson:
-    """What dataset.json says. `document` is the file's content; `patients` is empty when it names none."""
+    """What dataset.json says. `document` is the file's content; `patients` is empty when it names none. An opened
+    dataset's `num_training` is without the cases that are excluded."""
 
     document: Mapping[str, Any]
     channel_names: tuple[str, ...]
@@ -87,11 +90,20 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class RawDataset:
-    """A dataset's folder with its cases, sorted by name as nnU-Net does (explicit lists: in the file's order)."""
+    """A dataset's folder with its cases, sorted by name as nnU-Net does (explicit lists: in the file's order).
+
+    `excluded` are cases that are there and not used; `exclusions` says why, and may name cases that are gone."""
 
     folder: Path
     json: DatasetJson
     cases: tuple[Case, ...]
+    excluded: tuple[Case, ...] = ()
+    exclusions: Mapping[str, Exclusion] = field(default_factory=dict)
+
+    @property
+    def excluded_names(self) -> frozenset[str]:
+        """Cases that splits and fingerprints made earlier may still name."""
+        return frozenset(self.exclusions)
 
     @property
     def name(self) -> str:
@@ -140,7 +152,8 @@ def read_dataset_json(path: Path) -> DatasetJson:
 def open_dataset(folder: Path) -> RawDataset:
     """The dataset with the files that its cases need; no image is opened, and a file that is absent is no error yet.
 
-    Raises DatasetInvalid when dataset.json is at fault, its file ending cannot be read here, or there is no case.
+    Cases in exclusions.json are set apart. Raises DatasetInvalid when dataset.json or exclusions.json is at fault, the
+    file ending cannot be read here, or there is no case.
     """
     dataset_json = read_dataset_json(folder / DATASET_JSON)
     if dataset_json.image_reader_writer not in _READ_HERE:
@@ -155,14 +168,26 @@ def open_dataset(folder: Path) -> RawDataset:
         raise DatasetInvalid(
             f"{IMAGES} holds no file CASE_0000{dataset_json.file_ending}; there is nothing to train on"
         )
-    return RawDataset(folder=folder, json=dataset_json, cases=tuple(cases))
+    exclusions = read_exclusions(folder)
+    used = tuple(case for case in cases if case.name not in exclusions)
+    excluded = tuple(case for case in cases if case.name in exclusions)
+    if not used:
+        raise DatasetInvalid(f"all {len(cases)} cases are excluded; there is nothing to train on")
+    return RawDataset(
+        folder=folder,
+        json=replace(dataset_json, num_training=dataset_json.num_training - len(excluded)),
+        cases=used,
+        excluded=excluded,
+        exclusions=exclusions,
+    )
 
 
 def unused_files(dataset: RawDataset) -> tuple[list[Path], list[Path]]:
     """Files with the dataset's ending that belong to no case: in imagesTr, and in labelsTr."""
     if "dataset" in dataset.json.document:
         return [], []
-    used = {path for case in dataset.cases for path in (*case.channels.values(), case.label)}
+    cases = (*dataset.cases, *dataset.excluded)
+    used = {path for case in cases for path in (*case.channels.values(), case.label)}
     images, labels = (
         [path for path in _files(folder, dataset.json.file_ending) if path not in used] if folder.is_dir() else []
         for folder in (dataset.folder / IMAGES, dataset.folder / LABELS)

@@ -26,6 +26,7 @@ from engine.dataset import (
     unused_files,
 )
 from engine.errors import DatasetInvalid, InputRejected, NotFinite
+from engine.exclusions import EXCLUSIONS_JSON, Exclusion
 from engine.nifti import read_label_map, read_nifti
 from engine.parallel import Progress, map_cases
 from engine.splits import SPLITS_JSON, read_splits
@@ -55,6 +56,7 @@ KINDS: Mapping[str, tuple[Severity, str]] = MappingProxyType(
         "duplicate-name": (_WARNING, "rename one: on some file systems they are one file"),
         "duplicate-image": (_WARNING, "remove one: a copy in training and validation makes the validation too good"),
         "unknown-patient-case": (_WARNING, "correct the case's name under `patients` in dataset.json"),
+        "unknown-excluded-case": (_WARNING, "correct the case's name: `seggate dataset exclude CASE --undo`"),
         "splits": (_ERROR, "correct splits_final.json, or remove it so that a new one is made"),
         "channel-count": (_ERROR, "give every case one file per channel, CASE_0000 and on, as channel_names says"),
         "missing-image": (_ERROR, "restore the file, or correct its path in dataset.json"),
@@ -98,10 +100,12 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckReport:
-    """All findings, those of the whole dataset first, then by case; `num_cases` is how many were read."""
+    """All findings, those of the whole dataset first, then by case; `num_cases` is how many were read. Excluded cases
+    are not."""
 
     num_cases: int
     findings: tuple[Finding, ...]
+    excluded: tuple[Exclusion, ...] = ()
 
     @property
     def is_usable(self) -> bool:
@@ -126,15 +130,17 @@ def check_dataset(folder: Path, *, processes: int, progress: Progress | None = N
         findings += case.findings
         if case.thin and not all(other.thin for other in seen):
             findings.append(Finding(kind="thin-volume", case=case.name, cause=f"one voxel along {case.thin}"))
-    return CheckReport(num_cases=len(dataset.cases), findings=tuple(findings))
+    excluded = tuple(dataset.exclusions[case.name] for case in dataset.excluded)
+    return CheckReport(num_cases=len(dataset.cases), findings=tuple(findings), excluded=excluded)
 
 
 def _check_names(dataset: RawDataset) -> Iterable[Finding]:
     if not _NNUNET_NAME.fullmatch(dataset.name):
         yield Finding(kind="dataset-name", cause=f"the folder {dataset.name} is not called DatasetNNN_Name")
-    found = len(dataset.cases)
-    if dataset.json.num_training != found:
-        cause = f"numTraining is {dataset.json.num_training}, {found} cases were found"
+    # Excluded cases count: nnU-Net compares numTraining with the files, and does not know exclusions.json.
+    stated, found = (n + len(dataset.excluded) for n in (dataset.json.num_training, len(dataset.cases)))
+    if stated != found:
+        cause = f"numTraining is {stated}, {found} cases were found"
         yield Finding(kind="num-training", cause=cause, file=DATASET_JSON)
     images, labels = unused_files(dataset)
     for path in images:
@@ -142,7 +148,7 @@ def _check_names(dataset: RawDataset) -> Iterable[Finding]:
     for path in labels:
         yield Finding(kind="label-without-image", cause="no image belongs to it", file=path.name)
     lower: dict[str, str] = {}
-    for case in dataset.cases:
+    for case in (*dataset.cases, *dataset.excluded):
         first = lower.setdefault(case.name.casefold(), case.name)
         if first != case.name:
             yield Finding(kind="duplicate-name", case=case.name, cause=f"differs from {first} in capital letters only")
@@ -158,14 +164,19 @@ def _check_references(dataset: RawDataset) -> Iterable[Finding]:
                 yield Finding(kind="duplicate-case", case=case.name, file=path.name, cause=cause)
             used.setdefault(path.resolve(), case.name)
     names = {case.name for case in dataset.cases}
+    there = names | {case.name for case in dataset.excluded}
+    for name in dataset.exclusions:
+        if name not in there:
+            cause = f"{name} is excluded, which is no case"
+            yield Finding(kind="unknown-excluded-case", file=EXCLUSIONS_JSON, cause=cause)
     for name in dataset.json.patients:
-        if name not in names:
+        if name not in there:
             cause = f"`patients` names {name}, which is no case"
             yield Finding(kind="unknown-patient-case", file=DATASET_JSON, cause=cause)
     splits = dataset.folder / SPLITS_JSON
     if splits.exists():
         try:
-            read_splits(splits, sorted(names))
+            read_splits(splits, sorted(names), excluded=dataset.excluded_names)
         except DatasetInvalid as error:
             yield Finding(kind="splits", file=SPLITS_JSON, cause=str(error))
 

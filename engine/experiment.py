@@ -76,10 +76,12 @@ class Experiment:
         return splits[int(fold)]
 
     def splits(self) -> tuple[Split, ...]:
+        """The folds without the cases that were excluded since they were made. Raises DatasetInvalid."""
         path = self.folder / SPLITS_JSON
         if not path.exists():
             raise DatasetInvalid(f"{self.name}: there is no {SPLITS_JSON}; only the fold `{ALL}` can be trained")
-        return read_splits(path, [case.name for case in self.dataset.cases])
+        names = [case.name for case in self.dataset.cases]
+        return read_splits(path, names, excluded=self.dataset.excluded_names)
 
     def job(self, configurations: Sequence[str]) -> PreprocessJob:
         """What preprocessing these configurations needs; those that share their data are made once."""

@@ -112,15 +112,28 @@ def read_orientation(path: Path) -> str:
 
 def write_nifti(labels: LabelMap, path: Path) -> None:
     """The label map as a file with its own geometry; ValueError on a sheared grid, which NIfTI by ITK cannot hold."""
-    geometry = labels.geometry
+    write_image(labels.array, labels.geometry, path)
+
+
+def write_image(array_ZYX: NDArray[Any], geometry: Geometry, path: Path) -> None:
+    """One channel or label map (Z, Y, X) as a file, in the type of its array. ValueError on a sheared grid, as above;
+    OSError when the file cannot be written."""
     direction = geometry.direction
     if np.abs(direction.T @ direction - np.eye(3)).max() > _ORTHOGONALITY:
         raise ValueError(f"{path.name}: the grid is sheared (gantry tilt) and cannot be written by ITK")
-    image = sitk.GetImageFromArray(labels.array)
+    image = sitk.GetImageFromArray(array_ZYX)
     image.SetSpacing(geometry.spacing_mm[::-1])
     image.SetOrigin(geometry.origin_mm)
     image.SetDirection(direction.ravel().tolist())
-    sitk.WriteImage(image, str(path), True)
+    try:
+        sitk.WriteImage(image, str(path), True)
+    except RuntimeError as error:
+        raise OSError(f"{path.name}: cannot be written; is the disk full?") from error
+
+
+def check_stored(path: Path) -> None:
+    """Refuses (InputRejected, NotFinite) a NIfTI-1 file that is cut short or stores NaN or infinity."""
+    _stored_voxels(path)
 
 
 def _read(path: Path) -> tuple[Any, Geometry]:

@@ -185,10 +185,13 @@ class _Selecting:
         folder = model / f"crossval_results_folds_{'_'.join(self.folds)}"
         self._begin(folder)
         entries = []
-        self._fold_of_case()
+        wanted = self._fold_of_case()
+        ending = self.experiment.dataset.json.file_ending
         for fold in self.folds:
             for entry in read_summary(model / f"fold_{fold}" / VALIDATION / SUMMARY)["metric_per_case"]:
                 name = Path(entry["prediction_file"]).name
+                if name.removesuffix(ending) not in wanted:
+                    continue  # excluded since
                 # The folder may have been moved since its summary was written.
                 shutil.copy2(model / f"fold_{fold}" / VALIDATION / name, folder / name)
                 entries.append({**entry, "prediction_file": str(folder / name)})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -131,6 +132,8 @@ def plan_folder(options: PlanOptions, folder: Path, *, hide_bar: bool) -> dict[s
     notes: list[str] = []
     planned = _planned(options, name, dataset.json, fingerprint, notes, hide_bar=hide_bar)
     target = options.preprocessed / name
+    if dataset.excluded:
+        notes.append(f"{len(dataset.excluded)} excluded case(s) are left out")
     written = {"fingerprint": target / FINGERPRINT_JSON}
     splits = _splits(options, dataset, fingerprint, target / SPLITS_JSON, notes)
     fingerprint.write(target / FINGERPRINT_JSON)
@@ -233,14 +236,15 @@ def _splits(
     was trained on them would no longer fit.
     """
     names = [case.name for case in dataset.cases]
+    read = partial(read_splits, cases=names, excluded=dataset.excluded_names)
     own = dataset.folder / SPLITS_JSON
     wanted: tuple[Split, ...] = ()
     if own.exists():
         if options.splits is not None:
             raise DatasetInvalid(f"--splits: the dataset brings its own {SPLITS_JSON}; remove it to make others")
-        wanted = read_splits(own, names)
+        wanted = read(own)
     elif options.splits is None and target.exists():
-        wanted = read_splits(target, names)
+        wanted = read(target)
     elif len(names) < FOLDS and options.splits is None:
         notes.append(f"no {SPLITS_JSON}: {len(names)} case(s), {FOLDS} are needed; train the fold `all`")
         return ()
@@ -248,7 +252,7 @@ def _splits(
         wanted = stratified_splits(fingerprint.cases, patients=dataset.json.patients)
     else:
         wanted = nnunet_splits(names)
-    if target.exists() and read_splits(target, names) != wanted:
+    if target.exists() and read(target) != wanted:
         raise DatasetInvalid(
             f"{target}: other splits are already there; remove the file, and train again what was trained on them"
         )

@@ -53,6 +53,16 @@ def plan(root: str, datasets: list[str], planner: str) -> Any:
     return plans
 
 
+def verify(root: str, dataset: str) -> Any:
+    """nnU-Net's own check of a raw dataset, which raises; and the cases that it sees."""
+    from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
+    from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
+    folder = os.path.join(root, "raw", dataset)
+    verify_dataset_integrity(folder, num_processes=1)
+    return {"cases": sorted(get_filenames_of_train_images_and_targets(folder))}
+
+
 def dump(root: str, folder: str, out: str) -> Any:
     """The arrays of a preprocessed folder as .npy."""
     import blosc2
@@ -152,7 +162,7 @@ def continue_training(root: str, dataset: str, configuration: str, checkpoint: s
 
 
 COMMANDS: dict[str, Any] = {
-    f.__name__: f for f in (plan_and_preprocess, plan, dump, predict, validate, continue_training)
+    f.__name__: f for f in (plan_and_preprocess, plan, verify, dump, predict, validate, continue_training)
 }
 
 if __name__ == "__main__":
