@@ -29,8 +29,9 @@ from engine.errors import DatasetInvalid, InputRejected, NotFinite
 from engine.exclusions import EXCLUSIONS_JSON, Exclusion
 from engine.nifti import read_label_map, read_nifti
 from engine.parallel import Progress, map_cases
+from engine.sides import ONE_ORIENTATION, lateral_direction, paired_labels, unpaired_labels
 from engine.splits import SPLITS_JSON, read_splits
-from engine.volume import Geometry, LabelMap
+from engine.volume import AS_STORED, Geometry, LabelMap
 
 _NNUNET_NAME = re.compile(r"Dataset\d{3}_.+")
 _AXES = ("z", "y", "x")
@@ -74,6 +75,13 @@ KINDS: Mapping[str, tuple[Severity, str]] = MappingProxyType(
         ),
         "all-zero": (_ERROR, "remove the case, or export its image again"),
         "empty-foreground": (_WARNING, "keep it only if nothing is to be found in this image; it teaches background"),
+        "orientation": (_WARNING, f"the network then learns every one of them, with less of each. {ONE_ORIENTATION}"),
+        "mixed-sides": (_ERROR, f"a network cannot know which side is which. {ONE_ORIENTATION}"),
+        "unpaired-side": (
+            _WARNING,
+            "it is mirrored like any other label; name its other side alike, or state `pairs` in dataset.json ([] for "
+            "none)",
+        ),
         "thin-volume": (_WARNING, "remove the case if it is no 2D image: a single slice has no context to learn from"),
         "flat-dataset": (_WARNING, "expected for 2D images; otherwise export the whole volumes"),
     }
@@ -124,6 +132,7 @@ def check_dataset(folder: Path, *, processes: int, progress: Progress | None = N
     check = partial(_check_case, dataset_json=dataset.json)
     seen = map_cases(check, dataset.cases, processes=processes, progress=progress)
     findings += _check_copies(dataset, seen)
+    findings += _check_orientations(dataset, seen)
     if all(case.thin for case in seen):
         findings.append(Finding(kind="flat-dataset", cause="every volume is one voxel thin: 2D is all that is planned"))
     for case in seen:
@@ -155,7 +164,12 @@ def _check_names(dataset: RawDataset) -> Iterable[Finding]:
 
 
 def _check_references(dataset: RawDataset) -> Iterable[Finding]:
-    """Explicit lists may name a file twice; `patients` and splits_final.json may name cases that are not there."""
+    """Explicit lists may name a file twice; `patients` and splits_final.json may name cases that are not there, `pairs`
+    labels."""
+    paired_labels(dataset.json)
+    for name in unpaired_labels(dataset.json):
+        cause = f"the label {name!r} says left or right, and no label is its other side"
+        yield Finding(kind="unpaired-side", file=DATASET_JSON, cause=cause)
     used: dict[Path, str] = {}
     for case in dataset.cases:
         for path in (*case.channels.values(), case.label):
@@ -183,12 +197,32 @@ def _check_references(dataset: RawDataset) -> Iterable[Finding]:
 
 @dataclass(frozen=True, kw_only=True)
 class _CheckedCase:
-    """`thin`: names of the axes with one voxel. `digest`: of the image's values; None when not all can be read."""
+    """`thin`: names of the axes with one voxel. `orientation`: of its first image; None when that cannot be read.
+    `digest`: of the image's values; None when not all can be read."""
 
     name: str
     findings: tuple[Finding, ...]
     thin: str
+    orientation: str | None
     digest: str | None
+
+
+def _check_orientations(dataset: RawDataset, seen: list[_CheckedCase]) -> Iterable[Finding]:
+    if dataset.json.orientation != AS_STORED:
+        return
+    cases: dict[str, list[str]] = {}
+    for case in seen:
+        if case.orientation is not None:
+            cases.setdefault(case.orientation, []).append(case.name)
+    if len(cases) < 2:
+        return
+    differs = len({lateral_direction(code) for code in cases}) > 1
+    kind = "mixed-sides" if differs and paired_labels(dataset.json) else "orientation"
+    described = (
+        f"{code} in {len(names)} ({', '.join(names[:_MOST_NAMED])}{' and more' if len(names) > _MOST_NAMED else ''})"
+        for code, names in cases.items()
+    )
+    yield Finding(kind=kind, cause=f"the cases' voxels do not run in the same directions: {'; '.join(described)}")
 
 
 def _check_copies(dataset: RawDataset, seen: list[_CheckedCase]) -> Iterable[Finding]:
@@ -242,6 +276,7 @@ def _check_case(case: Case, *, dataset_json: DatasetJson) -> _CheckedCase:
         name=case.name,
         findings=tuple(findings),
         thin=thin,
+        orientation=None if grid is None else grid.orientation,
         digest=digest.hexdigest() if read == len(case.channels) else None,
     )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 
 from engine.dataset_check import KINDS, CheckReport, Severity, check_dataset
 from tests.support.raw_datasets import write_array, write_dataset, write_faulty_dataset
@@ -191,3 +192,44 @@ def test_the_hippocampus_set_is_clean(shared_data: Path) -> None:
     report = check_dataset(shared_data / "Dataset004_Hippocampus", processes=2)
     assert report.findings == ()
     assert report.num_cases == 200
+
+
+def _mirror(folder: Path, name: str) -> None:
+    for path in (folder / "imagesTr" / f"{name}_0000.nii.gz", folder / "labelsTr" / f"{name}.nii.gz"):
+        image = sitk.ReadImage(str(path))
+        image.SetDirection((-1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0))
+        sitk.WriteImage(image, str(path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [
+        ({"labels": {"background": 0, "kidney_left": 1, "kidney_right": 2}}, "mixed-sides"),
+        ({"pairs": [["first", "second"]]}, "mixed-sides"),
+        ({}, "orientation"),
+        ({"pairs": [["first", "second"]], "overwrite_image_reader_writer": "SimpleITKIOWithReorient"}, None),
+    ],
+)
+def test_cases_that_are_mirror_images_as_stored_are_found(
+    tmp_path: Path, changes: dict[str, object], kind: str | None
+) -> None:
+    folder = write_dataset(tmp_path / "Dataset001_Mixed", cases=4, **changes)
+    for name in ("case_01", "case_03"):
+        _mirror(folder, name)
+    report = _check(folder)
+    assert _kinds(report) == ({(kind, None)} if kind else set())
+    assert report.is_usable == (kind != "mixed-sides")
+    if kind:
+        assert "LPS in 2 (case_00, case_02); RPS in 2 (case_01, case_03)" in report.findings[0].cause
+
+
+def test_a_label_that_says_a_side_without_its_other_is_found(tmp_path: Path) -> None:
+    labels = {"background": 0, "left_kidney": 1, "liver": 2}
+    folder = write_dataset(tmp_path / "Dataset001_One", labels=labels)
+    report = _check(folder)
+    assert _kinds(report) == {("unpaired-side", None)}
+    assert report.is_usable
+    _edit_json(folder, pairs=[])
+    assert _check(folder).findings == ()
+    _edit_json(folder, pairs=[["left_kidney", "nothing"]])
+    assert _kinds(_check(folder)) == {("dataset-json", None)}
