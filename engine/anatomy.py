@@ -251,7 +251,7 @@ def _readings(words: tuple[str, ...]) -> set[tuple[Laterality, tuple[str, ...]]]
     for position, word in enumerate(words):
         if word in _SHORT_SIDES and len(words) > 1:
             found.add((_SHORT_SIDES[word], words[:position] + words[position + 1 :]))
-    for text, side in (_SIDES | _SHORT_SIDES).items():
+    for text, side in {**_SIDES, **_SHORT_SIDES}.items():
         for position, rest in ((0, words[0].removeprefix(text)), (len(words) - 1, words[-1].removesuffix(text))):
             if rest != words[position] and len(rest) >= _LEAST_WORD:
                 found.add((side, (*words[:position], rest, *words[position + 1 :])))

@@ -62,6 +62,11 @@ class ChosenForward:
     def is_compiled(self) -> bool:
         return self._forward is not self._network
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether what is in use now stays in use."""
+        return self._is_settled
+
     def before_step(self, rehearse: Callable[[Forward], None]) -> None:
         """To be called before each step. `rehearse` runs a forward pass it is given, and backward, without a trace in
         the training: that is when compilation happens, and fails."""

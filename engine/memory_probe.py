@@ -83,6 +83,8 @@ def measure_step(setup: TrainingSetup, *, label_entries: int, planner: str | Non
     `experiment_planner_used`; both are for the estimate. `alike` processes will share a processor's memory."""
     configuration = setup.configuration
     if setup.device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
         name = torch.cuda.get_device_name(setup.device)
         available, total = torch.cuda.mem_get_info(setup.device)
         peak = _peak_on_gpu(setup)
@@ -184,22 +186,33 @@ def _made_up_batch(setup: TrainingSetup, inputs: int) -> Batch:
 
 def _peak_on_gpu(setup: TrainingSetup) -> int | None:
     """What the allocator took from the GPU at most; None where that was not enough."""
-    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(setup.device)
     before = torch.cuda.memory_reserved(setup.device)
     benchmark = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = not setup.deterministic
+    fits = True
     try:
         with tempfile.TemporaryDirectory() as folder:
             run_steps(setup, Path(folder))
         torch.cuda.synchronize(setup.device)
-        return torch.cuda.max_memory_reserved(setup.device) - before
-    except torch.OutOfMemoryError:
-        return None
+    except RuntimeError as error:
+        if not _is_of_memory(error):
+            raise
+        fits = False
     finally:
         torch.backends.cudnn.benchmark = benchmark
-        gc.collect()
-        torch.cuda.empty_cache()
+    peak = torch.cuda.max_memory_reserved(setup.device) - before
+    # Only now does no error hold the tensors of the steps any more.
+    gc.collect()
+    torch.cuda.empty_cache()
+    return peak if fits else None
+
+
+def _is_of_memory(error: Exception) -> bool:
+    """torch's allocators, cuBLAS and oneDNN each say it in their own way."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return any(words in str(error).lower() for words in ("alloc", "out of memory", "not enough memory"))
 
 
 def _peak_in_child(setup: TrainingSetup, most_bytes: int) -> int | None:
@@ -221,7 +234,7 @@ def _peak_here(setup: TrainingSetup, most_bytes: int, threads: int) -> int | Non
         with tempfile.TemporaryDirectory() as folder, freed_memory_kept():
             run_steps(setup, Path(folder))
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, MemoryError) or "alloc" in str(error) or "memory" in str(error):
+        if _is_of_memory(error):
             return None
         raise
     return max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - memory.rss)

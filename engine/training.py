@@ -235,6 +235,11 @@ class Trainer:
             (self.folder / LATEST).unlink(missing_ok=True)
         return True
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether all further steps are of one kind, compiled or not (engine/compilation.py)."""
+        return self._forward.is_settled
+
     def progress(self) -> float:
         """The part of the schedule that is over, from 0 to 1; 1 when its patience is."""
         patience = self.setup.schedule.patience

@@ -11,7 +11,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from gateway.training_cli import Phantoms, Weights, dataset, evaluate, export, plan, select, train
+from gateway.dataset_cli import dataset
+from gateway.training_cli import Phantoms, Weights, evaluate, export, plan, select, train
 
 CONFIG_HELP = "Folder with gateway.toml, routes.toml, destinations.toml, logging.toml."
 Config = Annotated[Path, typer.Option("--config", envvar="SEGGATE_CONFIG", help=CONFIG_HELP, show_default=True)]

@@ -9,10 +9,9 @@ import pytest
 
 from engine.bundle import Bundle, load_bundle
 from engine.dataset import open_dataset, read_case
-from engine.experiment import SPLITS_JSON
 from engine.metrics import CaseMetrics, composite_score, evaluated_regions, measure_case
 from engine.predictor import Predictor
-from engine.splits import read_splits
+from engine.splits import SPLITS_JSON, read_splits
 from gateway.demo.make_model import CONFIGURATION, MODEL
 
 FIVE_FOLDS = ["0", "1", "2", "3", "4"]

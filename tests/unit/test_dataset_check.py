@@ -211,7 +211,7 @@ def _mirror(folder: Path, name: str) -> None:
     ],
 )
 def test_cases_that_are_mirror_images_as_stored_are_found(
-    tmp_path: Path, changes: dict[str, object], kind: str | None
+    tmp_path: Path, changes: dict[str, Any], kind: str | None
 ) -> None:
     folder = write_dataset(tmp_path / "Dataset001_Mixed", cases=4, **changes)
     for name in ("case_01", "case_03"):

@@ -38,7 +38,7 @@ def choice(*, batch_size: int = 4, most_voxels: float = 1e9) -> SizeChoice:
     )
 
 
-@pytest.mark.requirement("ART-06", open="a search on a GPU")
+@pytest.mark.requirement("ART-06", open="a probe on a GPU")
 @pytest.mark.parametrize("batch_size", [2, 3, 7, 19, 20, 150])
 def test_the_batch_grows_until_the_memory_is_full(batch_size: int) -> None:
     device = Device((batch_size + 0.5) * 96**3)

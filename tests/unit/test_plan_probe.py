@@ -95,7 +95,7 @@ def plan(profile: ProfileName, *, fits: bool) -> tuple[dict[str, Any], dict[str,
     return plans, probe.add_to(plans)
 
 
-@pytest.mark.requirement("ART-06", open="a search on a GPU")
+@pytest.mark.requirement("ART-06", open="a probe on a GPU")
 @pytest.mark.parametrize("total", [TOTAL, TOTAL // 4, 20 * TOTAL])
 def test_the_article_fills_nine_tenths_of_the_device(gpu: MadeUpGpu, total: int) -> None:
     gpu.total = total

@@ -77,7 +77,7 @@ def test_cases_whose_left_lies_elsewhere_in_the_array_are_refused_where_labels_a
     tmp_path: Path, other: tuple[float, ...], policy: SidesPolicy, mirror: MirrorPolicy
 ) -> None:
     dataset = _dataset(tmp_path / "d", (STRAIGHT, other))
-    with pytest.raises(DatasetInvalid, match="case_00 is stored LPS and case_01 .*SimpleITKIOWithReorient"):
+    with pytest.raises(DatasetInvalid, match=r"case_00 is stored LPS and case_01 .*SimpleITKIOWithReorient"):
         plan_mirroring(dataset, *_plans(), policy, mirror)
     assert plan_mirroring(dataset, *_plans(), "ignore").axes == (0, 1, 2)
 
@@ -95,7 +95,7 @@ def test_an_oblique_image_lies_as_its_nearest_axes_do(tmp_path: Path) -> None:
     turned = (0.866, -0.5, 0.0, 0.5, 0.866, 0.0, 0.0, 0.0, 1.0)
     turned_mirrored = (-0.866, -0.5, 0.0, -0.5, 0.866, 0.0, 0.0, 0.0, 1.0)
     assert _mirroring(_dataset(tmp_path / "alike", (STRAIGHT, turned))).axes == (0, 1)
-    with pytest.raises(DatasetInvalid, match="case_00 is stored LPS and case_01 RPS"):
+    with pytest.raises(DatasetInvalid, match=r"case_00 is stored LPS and case_01 RPS"):
         _mirroring(_dataset(tmp_path / "mirrored", (turned, turned_mirrored)))
 
 
