@@ -1,7 +1,7 @@
 """Starts the processes of one training on this machine and ends them together (`seggate train --devices N`).
 
-Each runs the command that was typed, with torchrun's variables in its environment, so that torchrun itself can be used as
-well. They meet over a file in a private folder and this machine's own network interface.
+Each runs the command that was typed, with torchrun's variables in its environment, so that torchrun itself can be used
+as well. They meet over a file in a private folder and this machine's own network interface.
 """
 
 from __future__ import annotations
