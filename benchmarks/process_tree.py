@@ -17,13 +17,15 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Self
 
 ROOT = Path(__file__).resolve().parents[1]
 # prctl.h
 _PR_SET_CHILD_SUBREAPER = 36
+# Between two samples; they take time themselves, some 10 ms for each GB.
 _PAUSE_S = 0.01
 
 
@@ -31,15 +33,15 @@ _PAUSE_S = 0.01
 class Usage:
     """`wall_s` until the command itself ended, `cpu_s` user and system time of the whole tree.
 
-    `peak_pss_mb` (MB = 2^20 bytes) is the largest sum of the tree's proportional set sizes, None where memory was not
-    sampled; `sample_gap_s` the longest time between two samples.
+    `peak_pss_mb` (MB = 2^20 bytes) is the largest sum of the tree's proportional set sizes, 0 where memory was not
+    sampled; `samples_per_s` says how often it was.
     """
 
     exit_code: int
     wall_s: float
     cpu_s: float
-    peak_pss_mb: float | None = None
-    sample_gap_s: float | None = None
+    peak_pss_mb: float = 0.0
+    samples_per_s: float = 0.0
 
 
 def measure(command: Sequence[str], *, log: Path, environment: Mapping[str, str], memory: bool = False) -> Usage:
@@ -49,7 +51,7 @@ def measure(command: Sequence[str], *, log: Path, environment: Mapping[str, str]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.process_tree", *options],
         cwd=ROOT,
-        env={**environment, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])},
+        env=environment,
         stdout=subprocess.PIPE,
         text=True,
         check=True,
@@ -87,12 +89,12 @@ class PeakMemory:
 
     def __init__(self, pid: int) -> None:
         self.peak = 0
-        self.longest_gap_s = 0.0
+        self.samples = 0
         self._pid = pid
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def __enter__(self) -> PeakMemory:
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
@@ -101,11 +103,9 @@ class PeakMemory:
         self._thread.join()
 
     def _watch(self) -> None:
-        last = time.monotonic()
         while not self._ended.wait(_PAUSE_S):
             self.peak = max(self.peak, pss_bytes(descendants(self._pid)))
-            now = time.monotonic()
-            self.longest_gap_s, last = max(self.longest_gap_s, now - last), now
+            self.samples += 1
 
 
 def main() -> int:
@@ -125,22 +125,20 @@ def _run(command: Sequence[str], log: Path, *, memory: bool) -> Usage:
     with log.open("wb") as output:
         began = time.monotonic()
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
-    if memory:
-        watched.__enter__()
-    wall_s, cpu_s, exit_code = 0.0, 0.0, 1
-    with suppress(ChildProcessError):  # until there is no child left
+    cpu_s, exit_code, wall_s = 0.0, 0, 0.0
+    with watched if memory else nullcontext(), suppress(ChildProcessError):  # until there is no child left
         while True:
             pid, status, used = os.wait4(-1, 0)
             cpu_s += used.ru_utime + used.ru_stime
             if pid == process.pid:
                 wall_s = time.monotonic() - began
                 exit_code = process.returncode = os.waitstatus_to_exitcode(status)
-    if not memory:
-        return Usage(exit_code=exit_code, wall_s=wall_s, cpu_s=cpu_s)
-    watched.__exit__()
-    peak_mb = watched.peak / 2**20
     return Usage(
-        exit_code=exit_code, wall_s=wall_s, cpu_s=cpu_s, peak_pss_mb=peak_mb, sample_gap_s=watched.longest_gap_s
+        exit_code=exit_code,
+        wall_s=wall_s,
+        cpu_s=cpu_s,
+        peak_pss_mb=watched.peak / 2**20,
+        samples_per_s=watched.samples / (time.monotonic() - began),
     )
 
 

@@ -15,7 +15,7 @@ from engine.plans import Configuration
 from engine.preprocessed import PreprocessJob
 from engine.preprocessing import network_shape
 
-_FLOAT32, _FLOAT64, _INT16 = 4, 8, 2
+_FLOAT32, _FLOAT64, _INT16, _INT64 = 4, 8, 2, 8
 # An interpreter with its libraries, beyond what workers share, and small arrays.
 _WORKER = 96 * 2**20
 
@@ -43,8 +43,8 @@ def case_peak_bytes(job: PreprocessJob, shape_after_crop: Sequence[int], spacing
         reading = source * (image + _INT16 + 8)
         # A channel that is resampled in its planes, in float64, and the finished ones.
         resampling = source * (image + _INT16) + between * _FLOAT64 + made * image
-        # Half of the voxels are listed when those of a class are drawn.
-        locating = (source + made) * (image + _INT16) + made * _FLOAT64 // 2
+        # Which voxels are of a class, and a list of them, taken as half of all.
+        locating = (source + made) * (image + _INT16) + made * (1 + _INT64 // 2)
         peak = max(peak, reading, resampling, locating)
     return peak + _WORKER
 
