@@ -129,7 +129,7 @@ def test_the_bundle_can_be_imported_and_serves(tmp_path: Path, exported: Any) ->
     [row] = json.loads(verified.stdout)
     assert [case["changed"] for case in row["sanity"]["cases"]] == [0, 0, 0]
     shown_to_people = CliRunner().invoke(app, ["models", "show", "tiny", "--config", str(config)])
-    for text in ("Training data", "CC-BY-SA 4.0", "Intensity baseline: 6 cases", "plans-grid", "seconds a window"):
+    for text in ("Training data", "CC-BY-SA 4.0", "Intensity baseline: 22 cases", "plans-grid", "seconds a window"):
         assert text in shown_to_people.stdout
 
 
@@ -138,17 +138,17 @@ def test_the_bundle_can_be_imported_and_serves(tmp_path: Path, exported: Any) ->
 def test_the_bundle_brings_baseline_sanity_cases_and_provenance(selected: Path, exported: Any) -> None:
     evidence = load_bundle(Path(exported["bundle"])).evidence
     assert evidence.baseline is not None
-    assert (evidence.baseline.cases, evidence.baseline.labels) == (6, ("first", "second"))
-    assert exported["baseline_cases"] == 6
+    assert (evidence.baseline.cases, evidence.baseline.labels) == (22, ("first", "second"))
+    assert exported["baseline_cases"] == 22
     assert evidence.sanity is not None
     assert [case.name for case in evidence.sanity.cases] == ["plans-grid", "thick-slices", "turned"]
     assert evidence.provenance is not None
     data = evidence.provenance.data
-    assert (data.licence, data.reference, data.cases) == ("CC-BY-SA 4.0", "made by a test", 6)
-    assert data.cases_digest == cases_digest(f"case_{index:02}" for index in range(6))
+    assert (data.licence, data.reference, data.cases) == ("CC-BY-SA 4.0", "made by a test", 22)
+    assert data.cases_digest == cases_digest(f"case_{index:02}" for index in range(22))
     for fold in evidence.provenance.training:
         assert (fold.epochs, fold.planned_epochs, fold.iterations, fold.precision) == (4, 4, 10, "float32")
-        assert (fold.training_cases, fold.validation_cases, fold.deterministic) == (3, 3, True)
+        assert (fold.training_cases, fold.validation_cases, fold.deterministic) == (11, 11, True)
         assert fold.software == evidence.provenance.exported_by
     assert not any("case_0" in path.read_text() for path in Path(exported["bundle"]).rglob("*.json"))
 
