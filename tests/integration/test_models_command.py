@@ -195,14 +195,16 @@ def test_a_bundle_that_was_changed_is_not_imported(config: Path, tmp_path: Path)
 @pytest.mark.requirement("ART-13", open="a GPU")
 def test_a_model_of_unknown_voxel_order_waits_until_it_is_stated(config: Path, shared_root: Path) -> None:
     folder = shared_root / "models" / "Dataset004_Hippocampus" / "nnUNetTrainer__nnUNetSmallPlans__2d"
-    unstated = _run(config, "import", str(folder), "--name", "hippo", "--json")
+    unstated = _run(config, "import", str(folder), "--name", "hippo", "--no-phantoms", "--json")
     assert unstated.exit_code == 0
     document = json.loads(unstated.stdout)
     assert document["state"] == "candidate"
     assert any("orientation" in note for note in document["notes"])
     assert _run(config, "show", "hippo").exit_code == 1
 
-    stated = _run(config, "import", str(folder), "--name", "hippo", "--semver", "1.0.1", "--orientation", "RAS")
+    stated = _run(
+        config, "import", str(folder), "--name", "hippo", "--semver", "1.0.1", "--orientation", "RAS", "--no-phantoms"
+    )
     assert stated.exit_code == 0
     assert "hippo 1.0.1 serves from now on" in stated.output
 
