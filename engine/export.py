@@ -160,19 +160,20 @@ def _export_all(
     for source in result.configurations:
         planned = result.plans.configurations[source.name]
         folds: list[Fold] = []
-        axes: tuple[int, ...] | None = None
+        axes: list[tuple[int, ...]] = []
         for fold in source.folds:
             report(done / total, f"{source.name}, fold {fold.fold}")
             file, own_axes, measured = _export_fold(result, source, fold, planned, staging)
-            if axes is not None and own_axes != axes:
-                tell(f"{source.name}: fold {fold.fold} was trained with other mirror axes; those of the first are used")
-            axes = own_axes if axes is None else axes
+            axes.append(own_axes)
             folds.append(Fold(fold=fold.fold, file=file))
             parity.append(measured)
             done += 1
+        common = tuple(axis for axis in axes[0] if all(axis in own for own in axes))
+        if any(own != common for own in axes):
+            tell(f"{source.name}: its folds have different mirror axes; those that all have are used: {list(common)}")
         exported.append(
             BundleConfiguration(
-                name=source.name, folds=tuple(folds), mirror_axes=axes or (), previous_stage=planned.previous_stage
+                name=source.name, folds=tuple(folds), mirror_axes=common, previous_stage=planned.previous_stage
             )
         )
     return tuple(exported), tuple(parity)

@@ -48,6 +48,7 @@ from engine.nifti import read_label_map
 from engine.parallel import Progress
 from engine.preprocessed import open_case
 from engine.schedule import Schedule
+from engine.sibling_folds import refuse_other_mirroring
 from engine.sides import Mirroring, MirrorPolicy, SidesPolicy, plan_mirroring
 from engine.splits import Split, hold_out
 from engine.training import Precision, Trainer, TrainingSetup
@@ -140,6 +141,7 @@ class _Fold:
         self.mirroring = plan_mirroring(
             self.experiment.dataset, self.experiment.plans, self.configuration, request.sides, request.mirror
         )
+        refuse_other_mirroring(request.folder, self.mirroring.axes, self.mirror_axes)
         self._drawn = 0.0
 
     def run(self) -> bool:

@@ -95,9 +95,9 @@ def plan_mirroring(
 ) -> Mirroring:
     """Axes of `mirror`, less what paired labels forbid.
 
-    Raises DatasetInvalid, naming two cases, when labels are paired and one case is stored from left to right and another
-    otherwise: nothing would tell the network which side is which (not with `ignore`, where it does not know anyway);
-    and when labels of several values shall change places.
+    Raises DatasetInvalid, naming two cases, when labels are paired and one case is stored from left to right and
+    another otherwise: nothing would tell the network which side is which (not with `ignore`, where it does not know
+    anyway); and when labels of several values shall change places.
     """
     if policy != "ignore" and paired_labels(dataset.json):
         _refuse_mixed_sides(dataset)
