@@ -179,20 +179,21 @@ def _export_all(result: ResultFolder, staging: Path, weights: Weights, report: P
     for source in result.configurations:
         planned = result.plans.configurations[source.name]
         folds: list[Fold] = []
-        axes: tuple[int, ...] | None = None
+        axes: list[tuple[int, ...]] = []
         for fold in source.folds:
             report(_NETWORKS * len(done) / total, f"{source.name}, fold {fold.fold}")
             exported = _export_fold(result, source, fold, planned, staging, weights)
             for note in exported.measured.notes:
                 tell(note)
-            if axes is not None and exported.mirror_axes != axes:
-                tell(f"{source.name}: fold {fold.fold} was trained with other mirror axes; those of the first are used")
-            axes = exported.mirror_axes if axes is None else axes
+            axes.append(exported.mirror_axes)
             folds.append(Fold(fold=fold.fold, file=exported.file))
             done.append(exported)
+        common = tuple(axis for axis in axes[0] if all(axis in own for own in axes))
+        if any(own != common for own in axes):
+            tell(f"{source.name}: its folds have different mirror axes; those that all have are used: {list(common)}")
         configurations.append(
             BundleConfiguration(
-                name=source.name, folds=tuple(folds), mirror_axes=axes or (), previous_stage=planned.previous_stage
+                name=source.name, folds=tuple(folds), mirror_axes=common, previous_stage=planned.previous_stage
             )
         )
     return _Exported(

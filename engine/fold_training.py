@@ -57,6 +57,7 @@ from engine.parallel import Progress
 from engine.preprocessed import open_case
 from engine.provenance import this_software
 from engine.schedule import Schedule
+from engine.sibling_folds import refuse_other_mirroring
 from engine.sides import Mirroring, MirrorPolicy, SidesPolicy, plan_mirroring
 from engine.splits import Split, hold_out
 from engine.training import Precision, Trainer, TrainingSetup
@@ -181,6 +182,7 @@ class _Fold:
         self.mirroring = plan_mirroring(
             self.experiment.dataset, self.experiment.plans, self.configuration, request.sides, request.mirror
         )
+        refuse_other_mirroring(request.folder, self.mirroring.axes, self.mirror_axes)
         self._drawn = 0.0
         self._memory: StepMemory | None = None
 

@@ -29,7 +29,14 @@ from engine.labels import LabelManager  # noqa: E402
 from engine.onnx_graph import write_onnx  # noqa: E402
 from engine.parity import check_parity  # noqa: E402
 from engine.plans import Configuration, read_plans  # noqa: E402
-from tests.support.nnunet_results import TWO_D, TrainedModel, dataset_json, plans_json, write_results  # noqa: E402
+from tests.support.nnunet_results import (  # noqa: E402
+    TWO_D,
+    TrainedModel,
+    checkpoint_content,
+    dataset_json,
+    plans_json,
+    write_results,
+)
 
 RESIDUAL = TrainedModel(network="ResidualEncoderUNet")
 REGIONS = TrainedModel(
@@ -59,6 +66,18 @@ def test_every_kind_of_network_is_exported_with_proven_parity(tmp_path: Path, mo
         assert parity.max_abs_difference < 1e-3
         assert parity.argmax_agreement >= 0.9999
     assert load_bundle(bundle.root).weights_digest == bundle.weights_digest
+
+
+def test_folds_with_different_mirror_axes_are_mirrored_along_those_that_all_have(tmp_path: Path) -> None:
+    model = TrainedModel()
+    folder = write_results(tmp_path / "D", model, folds=(0, 1))
+    other = checkpoint_content(replace(model, mirror_axes=(0, 1)), plans=plans_json(model), fold=1)
+    torch.save(other, folder / "fold_1" / "checkpoint_final.pth")
+    notices: list[str] = []
+    bundle = import_model(tmp_path / "D", tmp_path / "bundle", notice=notices.append)
+    assert len(bundle.configurations[0].folds) == 2
+    assert bundle.configurations[0].mirror_axes == (0, 1)
+    assert any("different mirror axes" in notice for notice in notices)
 
 
 def test_cascade_brings_its_previous_stage_and_one_channel_per_label(tmp_path: Path) -> None:
