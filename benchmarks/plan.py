@@ -187,7 +187,7 @@ def largest_difference(one: Any, other: Any) -> float:
     if one == other:
         return 0.0
     if all(isinstance(value, int | float) and not isinstance(value, bool) for value in (one, other)):
-        return abs(one - other) / max(abs(one), abs(other))
+        return float(abs(one - other) / max(abs(one), abs(other)))
     return float("inf")
 
 

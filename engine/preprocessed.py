@@ -177,7 +177,7 @@ def locate(labels_ZYX: NDArray[np.integer[Any]], manager: LabelManager) -> dict[
 
 def _is_any_of(values: NDArray[np.integer[Any]], wanted: Sequence[int]) -> NDArray[np.bool_]:
     """`np.isin` for few values, in the time of a comparison each."""
-    found = values == wanted[0]
+    found: NDArray[np.bool_] = values == wanted[0]
     for value in wanted[1:]:
         found |= values == value
     return found
