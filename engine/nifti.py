@@ -6,9 +6,10 @@ import gzip
 import math
 import zlib
 from collections.abc import Sequence
+from io import BufferedIOBase
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
@@ -186,7 +187,7 @@ def _stored_voxels(path: Path) -> NDArray[Any] | None:
     return None
 
 
-def _voxels_after(file: BinaryIO | gzip.GzipFile, fields: Any, order: Any, path: Path) -> NDArray[Any] | None:
+def _voxels_after(file: BufferedIOBase, fields: Any, order: Any, path: Path) -> NDArray[Any] | None:
     """`file` stands behind the header of which `fields` are."""
     axes, kind = int(fields["dim"][0]), np.dtype(f"V{max(1, int(fields['bitpix']) // 8)}")
     if int(fields["datatype"]) in _NIFTI_TYPES:

@@ -260,19 +260,17 @@ def _labels_by_linear_share(labels: NDArray[Any], new_shape: Sequence[int]) -> N
     that one. Elsewhere their weights are summed up per label, in scipy's order of operations."""
     along_z, along_y, along_x = (_Neighbours.of(size, new) for size, new in zip(labels.shape, new_shape, strict=True))
     result = np.empty(new_shape, dtype=labels.dtype)
-    corners: dict[int, list[NDArray[Any]]] = {}  # of a plane of voxels; neighbouring samples share planes
+    corners: dict[int, list[NDArray[Any]]] = {}  # by plane of voxels; neighbouring samples share planes
+
+    def corners_of(z: int) -> list[NDArray[Any]]:
+        if z in corners:
+            return corners[z]
+        rows = [labels[z].take(y, axis=0) for y in (along_y.low, along_y.high)]
+        return [row.take(x, axis=1) for row in rows for x in (along_x.low, along_x.high)]
+
     for index, plane in enumerate(result):
         below, above = int(along_z.low[index]), int(along_z.high[index])
-        corners = {
-            z: corners[z]
-            if z in corners
-            else [
-                labels[z].take(y, axis=0).take(x, axis=1)
-                for y in (along_y.low, along_y.high)
-                for x in (along_x.low, along_x.high)
-            ]
-            for z in (below, above)
-        }
+        corners = {z: corners_of(z) for z in (below, above)}
         around = [*corners[below], *corners[above]]
         mixed = np.zeros(plane.shape, dtype=np.bool_)
         for corner in around[1 : 4 if below == above else 8]:

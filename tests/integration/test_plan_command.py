@@ -177,6 +177,21 @@ def test_a_disk_that_is_too_small_is_refused_with_numbers_and_nothing_is_preproc
     assert not list(made.glob("*_3d_fullres/*"))
 
 
+def test_memory_decides_how_many_cases_are_made_at_once_and_too_little_is_refused(
+    tmp_path: Path, folder: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.experiment.available_bytes", lambda: 10 * 2**20)
+    ran = _plan(tmp_path, str(folder), "--processes", "2", "--json")
+    assert ran.exit_code == 1
+    assert re.search(r"largest case needs about \d+ MiB and 10 MiB are free", json.loads(ran.stdout)["error"])
+    assert not list(made.glob("*_3d_fullres/*"))
+    monkeypatch.setattr("engine.experiment.available_bytes", lambda: 150 * 2**20)
+    ran = _plan(tmp_path, str(folder), "--processes", "2", "--json")
+    assert ran.exit_code == 0, ran.output
+    assert "1 of 2 processes: free memory" in ran.stderr
+    assert len(case_names(made / "nnUNetPlans_3d_fullres")) == 6
+
+
 def test_an_unknown_configuration_is_named_with_those_that_there_are(tmp_path: Path, folder: Path) -> None:
     ran = _plan(tmp_path, str(folder), "--configuration", "4d", "--processes", "1", "--json")
     assert ran.exit_code == 1
