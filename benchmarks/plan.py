@@ -1,6 +1,6 @@
 """`seggate plan` and nnU-Net's `nnUNetv2_plan_and_preprocess`, the whole commands in turns, on one machine.
 
-    python -m benchmarks.plan --nnunet-python PYTHON [--json] [--rounds N] [--ct-rounds N] [--processes N]
+    python -m benchmarks.plan [--nnunet-python PYTHON] [--json] [--rounds N] [--ct-rounds N] [--processes N]
 
 Two datasets: the hippocampus cases of the shared data, and its torso CT on three grids, the largest of 25 million
 voxels (`large`, 1.14 mm; the plans resample it to the 1.5 mm of `own`; `thick` has slices of 5 mm). Both commands do
@@ -43,14 +43,18 @@ MOST_IMAGE, MOST_NUMBER = 1e-5, 1e-6
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plan", description=__doc__)
-    parser.add_argument("--nnunet-python", default=os.environ.get("SEGGATE_NNUNET_PYTHON"))
+    parser.add_argument(
+        "--nnunet-python",
+        type=Path,
+        default=os.environ.get("SEGGATE_NNUNET_PYTHON", ROOT / ".venv-nnunet" / "bin" / "python"),
+    )
     parser.add_argument("--rounds", type=int, default=3, help="counted turns with the hippocampus cases")
     parser.add_argument("--ct-rounds", type=int, default=1, help="counted turns with the CT")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--json", action="store_true", help="only the JSON object")
     options = parser.parse_args()
-    if options.nnunet_python is None:
-        parser.error("--nnunet-python or SEGGATE_NNUNET_PYTHON must name a Python that has nnunetv2")
+    if not options.nnunet_python.exists():
+        parser.error("run `make nnunet-peer`, or name a Python that has nnunetv2 with --nnunet-python")
     with tempfile.TemporaryDirectory(prefix="seggate-plan-") as scratch:
         report = Benchmark(options, Path(scratch)).report()
     print(json.dumps(report))
