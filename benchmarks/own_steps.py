@@ -30,8 +30,11 @@ def main() -> None:
     torch.set_num_threads(int(threads))
     trainer = make_trainer(Path(raw), Path(plans_file), name, precision, Path(folder))
     stream = BatchStream(trainer.source("training"), threads=trainer.setup.loader_threads)
+    torch.backends.cudnn.benchmark = True  # as in a training
     with freed_memory_kept(), stream:
         batches = (batch for epoch in count() for batch in stream.epoch(epoch, trainer.setup.schedule.iterations))
+        while not trainer.is_settled:
+            trainer.step(next(batches))
         for line in sys.stdin:
             started = time.perf_counter()
             for _ in range(int(line)):

@@ -157,6 +157,10 @@ _PARTS: Mapping[str, Mapping[str, tuple[str, Colour]]] = MappingProxyType(
     {"hippocampus": {"anterior": ("hippocampus", (88, 106, 215)), "posterior": ("hippocampus", (110, 184, 209))}}
 )
 _SIDES: Mapping[str, Laterality] = MappingProxyType({"left": "left", "right": "right", "l": "left", "r": "right"})
+_SHORT_SIDES: Mapping[str, Laterality] = MappingProxyType({"l": "left", "r": "right", "lt": "left", "rt": "right"})
+# What is left of a word that begins or ends with a side must be long enough to be a word.
+_LEAST_WORD = 3
+_CAPITAL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +175,7 @@ class Anatomy:
 
 
 def describe(name: str, *, index: int, dataset_name: str = "") -> Anatomy:
-    """Code, side and colour for a label's name (English, any case, words apart by blanks, - or _).
+    """Code, side and colour for a label's name (English, any case, words apart by blanks, -, _ or a capital letter).
 
     An unknown name gets the generic type "Anatomical Structure" and the `index`-th colour of an even palette.
     """
@@ -181,7 +185,8 @@ def describe(name: str, *, index: int, dataset_name: str = "") -> Anatomy:
         if word in dataset_name.casefold() and "_".join(rest) in parts:
             whole, colour = parts["_".join(rest)]
             return _entry(whole, side, colour)
-    for candidate, laterality in ((words, None), (rest, side)):
+    sided = [(without, other) for other, without in sorted(_readings(words))] if side is None else [(rest, side)]
+    for candidate, laterality in ((_plain_words(name), None), (words, None), *sided):
         key = _find(candidate)
         if key is not None:
             return _entry(key, laterality, ANATOMY[key][2])
@@ -194,18 +199,29 @@ def describe(name: str, *, index: int, dataset_name: str = "") -> Anatomy:
 
 
 def pairs(names: list[str]) -> dict[str, str]:
-    """Label names that differ in nothing but the side, each mapped to the other."""
-    sided: dict[tuple[tuple[str, ...], Laterality], list[str]] = {}
-    for name in names:
-        side, rest = split_side(_words(name))
-        if side is not None:
-            sided.setdefault((rest, side), []).append(name)
+    """Label names that differ in nothing but the side, each mapped to the other.
+
+    Beside what `split_side` knows, l, r, lt and rt count anywhere, and a side that is written together with another
+    word (lhippocampus), where both sides are there.
+    """
     found: dict[str, str] = {}
-    for (rest, side), own in sided.items():
-        other = sided.get((rest, "right" if side == "left" else "left"), [])
-        if len(own) == 1 and len(other) == 1:
-            found[own[0]] = other[0]
+    for read in (_stated_side, _readings):
+        sided: dict[tuple[Laterality, tuple[str, ...]], list[str]] = {}
+        for name in names:
+            if name not in found:
+                for reading in read(_words(name)):
+                    sided.setdefault(reading, []).append(name)
+        for (side, rest), own in sided.items():
+            other = sided.get(("right" if side == "left" else "left", rest), [])
+            if len(own) == 1 and len(other) == 1:
+                found[own[0]] = other[0]
     return found
+
+
+def unpaired(names: list[str]) -> list[str]:
+    """Names that say left or right, of which no other name is the other side."""
+    paired = pairs(names)
+    return [name for name in names if name not in paired and _says_side(_words(name))]
 
 
 def split_side(words: tuple[str, ...]) -> tuple[Laterality | None, tuple[str, ...]]:
@@ -221,7 +237,40 @@ def split_side(words: tuple[str, ...]) -> tuple[Laterality | None, tuple[str, ..
     return _SIDES[words[found[0]]], words[: found[0]] + words[found[0] + 1 :]
 
 
+def _stated_side(words: tuple[str, ...]) -> set[tuple[Laterality, tuple[str, ...]]]:
+    side, rest = split_side(words)
+    return set() if side is None else {(side, rest)}
+
+
+def _readings(words: tuple[str, ...]) -> set[tuple[Laterality, tuple[str, ...]]]:
+    """Sides with the other words, as the words may be meant; what `split_side` finds is the only one where it finds
+    any. A short form means nothing for itself: "lung" could be the left "ung"."""
+    found = _stated_side(words)
+    if found or not words:
+        return found
+    for position, word in enumerate(words):
+        if word in _SHORT_SIDES and len(words) > 1:
+            found.add((_SHORT_SIDES[word], words[:position] + words[position + 1 :]))
+    for text, side in {**_SIDES, **_SHORT_SIDES}.items():
+        for position, rest in ((0, words[0].removeprefix(text)), (len(words) - 1, words[-1].removesuffix(text))):
+            if rest != words[position] and len(rest) >= _LEAST_WORD:
+                found.add((side, (*words[:position], rest, *words[position + 1 :])))
+    return found
+
+
+def _says_side(words: tuple[str, ...]) -> bool:
+    ends = {word for word in words if len(word) >= _LEAST_WORD + len("left")}
+    return bool(_stated_side(words)) or any(
+        word.startswith(side) or word.endswith(side) for word in ends for side in ("left", "right")
+    )
+
+
 def _words(name: str) -> tuple[str, ...]:
+    """Words apart by anything that is no letter or digit, or by a capital letter (LeftKidney)."""
+    return _plain_words(_CAPITAL.sub(" ", name))
+
+
+def _plain_words(name: str) -> tuple[str, ...]:
     return tuple(word for word in re.split(r"[^a-z0-9]+", name.casefold()) if word)
 
 

@@ -6,6 +6,7 @@ training that was resumed sees what it would have seen.
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,6 +34,8 @@ Batch = tuple[Tensor, Tensor]
 """Images (B, C, *patch) float32, in a cascade with the previous stage's channels after their own, and labels
 (B, *patch) int16, none negative."""
 
+AHEAD = 3
+"""Batches that are made, or in the making, before they are asked for."""
 _OPEN_CASES = 200  # each has two files mapped, or three in a cascade, and a process may have about a thousand
 
 
@@ -89,7 +92,9 @@ class BatchSource:
         return self._tensor(image), self._tensor(labels)
 
     def _tensor(self, array: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        # Only from pinned memory is a copy to a GPU asynchronous.
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
     def _open_case(self, name: str) -> PreprocessedCase:
         case = open_case(self.folder, name, self.labels)
@@ -106,12 +111,14 @@ class BatchSource:
 class BatchStream:
     """The batches of an epoch in order, `ahead` of them in the making by `threads`. To be closed, or used as a context.
 
-    With 0 threads each batch is made when it is asked for.
+    With 0 threads each batch is made when it is asked for. On a GPU each thread has a stream of its own, so that it
+    never waits for the network's step.
     """
 
-    def __init__(self, source: BatchSource, *, threads: int = 1, ahead: int = 3) -> None:
+    def __init__(self, source: BatchSource, *, threads: int = 1, ahead: int = AHEAD) -> None:
         self._source = source
         self._ahead = ahead
+        self._streams = threading.local()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="batches") if threads else None
 
     def epoch(self, epoch: int, iterations: int, *, first: int = 0) -> Iterator[Batch]:
@@ -122,17 +129,33 @@ class BatchStream:
                 yield self._source.batch(epoch, iteration)
             return
         waiting: deque[Future[Batch]] = deque(
-            self._pool.submit(self._source.batch, epoch, iteration) for iteration in islice(places, self._ahead)
+            self._pool.submit(self._make, epoch, iteration) for iteration in islice(places, self._ahead)
         )
         try:
             while waiting:
                 batch = waiting.popleft().result()
                 for iteration in islice(places, 1):
-                    waiting.append(self._pool.submit(self._source.batch, epoch, iteration))
+                    waiting.append(self._pool.submit(self._make, epoch, iteration))
+                for tensor in batch:
+                    if tensor.is_cuda:  # its memory must not be used again before the network's stream is done with it
+                        tensor.record_stream(torch.cuda.current_stream(tensor.device))
                 yield batch
         finally:
             for future in waiting:
                 future.cancel()
+
+    def _make(self, epoch: int, iteration: int) -> Batch:
+        """In a thread."""
+        device = self._source.device
+        if device.type != "cuda":
+            return self._source.batch(epoch, iteration)
+        if not hasattr(self._streams, "own"):
+            torch.cuda.set_device(device)
+            self._streams.own = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self._streams.own):
+            batch = self._source.batch(epoch, iteration)
+        self._streams.own.synchronize()
+        return batch
 
     def close(self) -> None:
         if self._pool is not None:

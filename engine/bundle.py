@@ -11,12 +11,14 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from engine.calibration_file import CALIBRATION_JSON, read_calibration
 from engine.errors import BundleInvalid, ImportRefused
+from engine.evidence import Evidence, is_outside_configuration, read_evidence
 from engine.json_reader import Reader, read_json
 from engine.labels import LabelManager
 from engine.manifest import (
@@ -31,6 +33,7 @@ from engine.manifest import (
     safe_path,
 )
 from engine.plans import Plans, read_plans
+from engine.quality_estimate import Calibration
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -38,7 +41,8 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 @dataclass(frozen=True, kw_only=True)
 class Bundle(Manifest):
     """A loaded bundle. `weights_digest` identifies the networks, `configuration_digest` everything else that
-    changes a result (docs/model-bundle.md)."""
+    changes a result, `evidence_digest` the rest: sanity cases, provenance, figures of backends (docs/model-bundle.md).
+    `calibration` is None where no quality is estimated."""
 
     root: Path
     plans: Plans
@@ -47,6 +51,9 @@ class Bundle(Manifest):
     postprocessing: Mapping[str, Any] | None
     weights_digest: str
     configuration_digest: str
+    evidence: Evidence = field(default_factory=Evidence)
+    evidence_digest: str = ""
+    calibration: Calibration | None = None
 
     def configuration(self, name: str) -> BundleConfiguration:
         """Raises BundleInvalid when the bundle has no configuration of that name."""
@@ -104,6 +111,9 @@ def load_bundle(root: Path, *, verify: bool = True) -> Bundle:
         postprocessing=None if postprocessing is None else MappingProxyType(postprocessing),
         weights_digest=_digest({path: sha for path, sha in files.items() if _is_weights(path)}),
         configuration_digest=_configuration_digest(document, files),
+        evidence=read_evidence(root, files, manifest),
+        evidence_digest=_digest({path: sha for path, sha in files.items() if is_outside_configuration(path)}),
+        calibration=_calibration(root, files, manifest),
     )
 
 
@@ -115,6 +125,7 @@ def write_bundle(
     dataset_json: Mapping[str, Any],
     postprocessing: Mapping[str, Any] | None = None,
     fingerprint_json: Mapping[str, Any] | None = None,
+    calibration_json: Mapping[str, Any] | None = None,
 ) -> Bundle:
     """Complete a directory in which the ONNX files already lie: writes the JSON files and bundle.json last, flushes
     every file and folder to disk, and returns the bundle as `load_bundle` reads it back.
@@ -127,6 +138,7 @@ def write_bundle(
         "dataset.json": dataset_json,
         "postprocessing.json": postprocessing,
         "fingerprint.json": fingerprint_json,
+        CALIBRATION_JSON: calibration_json,
     }
     for name, content in documents.items():
         if content is not None:
@@ -141,6 +153,13 @@ def write_bundle(
 
 def _pretty(document: Mapping[str, Any]) -> str:
     return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _calibration(root: Path, files: Mapping[str, str], manifest: Manifest) -> Calibration | None:
+    if CALIBRATION_JSON not in files:
+        return None
+    document = read_json(root / CALIBRATION_JSON, error=BundleInvalid)
+    return read_calibration(document, [label.name for label in manifest.labels])
 
 
 def _listed_files(reader: Reader) -> dict[str, str]:
@@ -207,7 +226,7 @@ def _digest(files: Mapping[str, str]) -> str:
 def _configuration_digest(document: Mapping[str, Any], files: Mapping[str, str]) -> str:
     kept = {key: value for key, value in document.items() if key not in {"files", "parity", "description"}}
     canonical = json.dumps(kept, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    others = {path: sha for path, sha in files.items() if not _is_weights(path)}
+    others = {path: sha for path, sha in files.items() if not _is_weights(path) and not is_outside_configuration(path)}
     return _digest({**others, MANIFEST: hashlib.sha256(canonical.encode()).hexdigest()})
 
 

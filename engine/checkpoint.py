@@ -25,6 +25,7 @@ from engine.network import PlainConvUNet, ResidualEncoderUNet, build_network
 
 MAX_CHECKPOINT_BYTES = 16 * 2**30
 _MAX_ENTRIES = 100_000
+_MAX_EPOCHS = 10**9
 _PREFIXES = ("module.", "_orig_mod.")
 _COPIES = ((".all_modules.0.", ".conv."), (".all_modules.1.", ".norm."))
 _REFUSED_GLOBAL = re.compile(r"GLOBAL ([A-Za-z0-9_.]{1,200})")
@@ -33,13 +34,15 @@ _REFUSED_GLOBAL = re.compile(r"GLOBAL ([A-Za-z0-9_.]{1,200})")
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """`weights`: name to tensor as stored, copies dropped. `mirror_axes`: spatial axes in network order, () when
-    the model was trained without mirroring. `configuration` and `fold` as the trainer noted them, if it did."""
+    the model was trained without mirroring. `configuration`, `fold` and the number of `epochs` that were trained as
+    the trainer noted them, if it did."""
 
     weights: Mapping[str, Tensor]
     trainer: str
     configuration: str | None
     fold: str | None
     mirror_axes: tuple[int, ...]
+    epochs: int | None = None
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -64,6 +67,7 @@ def load_checkpoint_file(path: Path) -> tuple[Mapping[str, Any], Checkpoint]:
         configuration=arguments.text_or_none("configuration"),
         fold=None if fold is None else str(fold)[:16],
         mirror_axes=_mirror_axes(reader),
+        epochs=_epochs(reader.raw("current_epoch", None)),
     )
 
 
@@ -189,6 +193,10 @@ def _canonical(name: str) -> str:
     for copy, original in _COPIES:
         name = name.replace(copy, original)
     return name
+
+
+def _epochs(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MAX_EPOCHS else None
 
 
 def _mirror_axes(reader: Reader) -> tuple[int, ...]:

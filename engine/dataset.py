@@ -7,15 +7,16 @@ at a time.
       labelsTr/CASE.nii.gz
 
 A key `dataset` in dataset.json ({case: {"images": [...], "label": "..."}}) replaces the two folders. The key `patients`
-({case: patient}) is ours and ignored by nnU-Net: cases of one patient are kept together when a dataset is split.
+({case: patient}) is ours and ignored by nnU-Net: cases of one patient are kept together when a dataset is split. Cases
+in exclusions.json (engine/exclusions.py) are not used.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from engine.errors import DatasetInvalid, ImportRefused, InputRejected
+from engine.exclusions import Exclusion, read_exclusions
 from engine.json_reader import Reader, read_json
 from engine.labels import LabelManager
 from engine.nifti import read_label_map, read_nifti, read_spacing_mm
@@ -55,7 +57,8 @@ _CASE_FILE = r"(?P<case>.+)_(?P<channel>\d{4})"
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetJson:
-    """What dataset.json says. `document` is the file's content; `patients` is empty when it names none."""
+    """What dataset.json says. `document` is the file's content; `patients` is empty when it names none. An opened
+    dataset's `num_training` is without the cases that are excluded."""
 
     document: Mapping[str, Any]
     channel_names: tuple[str, ...]
@@ -87,11 +90,20 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class RawDataset:
-    """A dataset's folder with its cases, sorted by name as nnU-Net does (explicit lists: in the file's order)."""
+    """A dataset's folder with its cases, sorted by name as nnU-Net does (explicit lists: in the file's order).
+
+    `excluded` are cases that are there and not used; `exclusions` says why, and may name cases that are gone."""
 
     folder: Path
     json: DatasetJson
     cases: tuple[Case, ...]
+    excluded: tuple[Case, ...] = ()
+    exclusions: Mapping[str, Exclusion] = field(default_factory=dict)
+
+    @property
+    def excluded_names(self) -> frozenset[str]:
+        """Cases that splits and fingerprints made earlier may still name."""
+        return frozenset(self.exclusions)
 
     @property
     def name(self) -> str:
@@ -140,7 +152,8 @@ def read_dataset_json(path: Path) -> DatasetJson:
 def open_dataset(folder: Path) -> RawDataset:
     """The dataset with the files that its cases need; no image is opened, and a file that is absent is no error yet.
 
-    Raises DatasetInvalid when dataset.json is at fault, its file ending cannot be read here, or there is no case.
+    Cases in exclusions.json are set apart. Raises DatasetInvalid when dataset.json or exclusions.json is at fault, the
+    file ending cannot be read here, or there is no case.
     """
     dataset_json = read_dataset_json(folder / DATASET_JSON)
     if dataset_json.image_reader_writer not in _READ_HERE:
@@ -155,14 +168,26 @@ def open_dataset(folder: Path) -> RawDataset:
         raise DatasetInvalid(
             f"{IMAGES} holds no file CASE_0000{dataset_json.file_ending}; there is nothing to train on"
         )
-    return RawDataset(folder=folder, json=dataset_json, cases=tuple(cases))
+    exclusions = read_exclusions(folder)
+    used = tuple(case for case in cases if case.name not in exclusions)
+    excluded = tuple(case for case in cases if case.name in exclusions)
+    if not used:
+        raise DatasetInvalid(f"all {len(cases)} cases are excluded; there is nothing to train on")
+    return RawDataset(
+        folder=folder,
+        json=replace(dataset_json, num_training=dataset_json.num_training - len(excluded)),
+        cases=used,
+        excluded=excluded,
+        exclusions=exclusions,
+    )
 
 
 def unused_files(dataset: RawDataset) -> tuple[list[Path], list[Path]]:
     """Files with the dataset's ending that belong to no case: in imagesTr, and in labelsTr."""
     if "dataset" in dataset.json.document:
         return [], []
-    used = {path for case in dataset.cases for path in (*case.channels.values(), case.label)}
+    cases = (*dataset.cases, *dataset.excluded)
+    used = {path for case in cases for path in (*case.channels.values(), case.label)}
     images, labels = (
         [path for path in _files(folder, dataset.json.file_ending) if path not in used] if folder.is_dir() else []
         for folder in (dataset.folder / IMAGES, dataset.folder / LABELS)
@@ -181,26 +206,40 @@ def read_case(case: Case, dataset_json: DatasetJson) -> LoadedCase:
         found = ", ".join(f"{index:04}" for index in case.channels)
         raise InputRejected(f"{case.name}: channels {found}; the dataset has {wanted}, from 0000 on")
     try:
-        volumes = [read_nifti([path]) for path in case.channels.values()]
+        volume = _read_channels(list(case.channels.values()))
         labels = read_label_map(case.label)
+        _check_grid(volume.geometry, labels.geometry, case.label)
         spacing = read_spacing_mm(case.channels[0])
     except InputRejected as error:
         raise type(error)(f"{case.name}: {error}") from error
-    grid = volumes[0].geometry
-    others = [(path.name, v.geometry) for path, v in zip(case.channels.values(), volumes, strict=True)]
-    for file, other in (*others, (case.label.name, labels.geometry)):
-        difference = grid_difference(grid, other)
-        if difference is not None and difference.is_error:
-            raise InputRejected(f"{case.name}: {file}: {difference.text}")
     # Where positions differ a little the label takes the image's: nnU-Net matches voxels by index.
-    array = volumes[0].array if wanted == 1 else np.concatenate([v.array for v in volumes])
-    change = reorientation(grid, dataset_json.orientation)
+    change = reorientation(volume.geometry, dataset_json.orientation)
     return LoadedCase(
         name=case.name,
-        volume=Volume(array=change.apply(array), geometry=change.target),
+        volume=Volume(array=change.apply(volume.array), geometry=change.target),
         labels=LabelMap(array=change.apply(labels.array), geometry=change.target),
         spacing_mm=(spacing[change.axes[0]], spacing[change.axes[1]], spacing[change.axes[2]]),
     )
+
+
+def _read_channels(paths: Sequence[Path]) -> Volume:
+    """All channels in one array; they may lie apart by what `grid_difference` lets pass."""
+    first = read_nifti(paths[:1])
+    if len(paths) == 1:
+        return first
+    array = np.empty((len(paths), *first.geometry.shape), dtype=np.float32)
+    array[0] = first.array[0]
+    for index, path in enumerate(paths[1:], start=1):
+        channel = read_nifti([path])
+        _check_grid(first.geometry, channel.geometry, path)
+        array[index] = channel.array[0]
+    return Volume(array=array, geometry=first.geometry)
+
+
+def _check_grid(image: Geometry, other: Geometry, path: Path) -> None:
+    difference = grid_difference(image, other)
+    if difference is not None and difference.is_error:
+        raise InputRejected(f"{path.name}: {difference.text}")
 
 
 def count_labels(labels: LabelMap) -> dict[int, int]:

@@ -26,10 +26,12 @@ from engine.dataset import (
     unused_files,
 )
 from engine.errors import DatasetInvalid, InputRejected, NotFinite
+from engine.exclusions import EXCLUSIONS_JSON, Exclusion
 from engine.nifti import read_label_map, read_nifti
 from engine.parallel import Progress, map_cases
+from engine.sides import ONE_ORIENTATION, lateral_direction, paired_labels, unpaired_labels
 from engine.splits import SPLITS_JSON, read_splits
-from engine.volume import Geometry, LabelMap
+from engine.volume import AS_STORED, Geometry, LabelMap
 
 _NNUNET_NAME = re.compile(r"Dataset\d{3}_.+")
 _AXES = ("z", "y", "x")
@@ -55,6 +57,7 @@ KINDS: Mapping[str, tuple[Severity, str]] = MappingProxyType(
         "duplicate-name": (_WARNING, "rename one: on some file systems they are one file"),
         "duplicate-image": (_WARNING, "remove one: a copy in training and validation makes the validation too good"),
         "unknown-patient-case": (_WARNING, "correct the case's name under `patients` in dataset.json"),
+        "unknown-excluded-case": (_WARNING, "correct the case's name: `seggate dataset exclude CASE --undo`"),
         "splits": (_ERROR, "correct splits_final.json, or remove it so that a new one is made"),
         "channel-count": (_ERROR, "give every case one file per channel, CASE_0000 and on, as channel_names says"),
         "missing-image": (_ERROR, "restore the file, or correct its path in dataset.json"),
@@ -72,6 +75,13 @@ KINDS: Mapping[str, tuple[Severity, str]] = MappingProxyType(
         ),
         "all-zero": (_ERROR, "remove the case, or export its image again"),
         "empty-foreground": (_WARNING, "keep it only if nothing is to be found in this image; it teaches background"),
+        "orientation": (_WARNING, f"the network then learns every one of them, with less of each. {ONE_ORIENTATION}"),
+        "mixed-sides": (_ERROR, f"a network cannot know which side is which. {ONE_ORIENTATION}"),
+        "unpaired-side": (
+            _WARNING,
+            "it is mirrored like any other label; name its other side alike, or state `pairs` in dataset.json ([] for "
+            "none)",
+        ),
         "thin-volume": (_WARNING, "remove the case if it is no 2D image: a single slice has no context to learn from"),
         "flat-dataset": (_WARNING, "expected for 2D images; otherwise export the whole volumes"),
     }
@@ -98,10 +108,12 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckReport:
-    """All findings, those of the whole dataset first, then by case; `num_cases` is how many were read."""
+    """All findings, those of the whole dataset first, then by case; `num_cases` is how many were read. Excluded cases
+    are not."""
 
     num_cases: int
     findings: tuple[Finding, ...]
+    excluded: tuple[Exclusion, ...] = ()
 
     @property
     def is_usable(self) -> bool:
@@ -120,21 +132,24 @@ def check_dataset(folder: Path, *, processes: int, progress: Progress | None = N
     check = partial(_check_case, dataset_json=dataset.json)
     seen = map_cases(check, dataset.cases, processes=processes, progress=progress)
     findings += _check_copies(dataset, seen)
+    findings += _check_orientations(dataset, seen)
     if all(case.thin for case in seen):
         findings.append(Finding(kind="flat-dataset", cause="every volume is one voxel thin: 2D is all that is planned"))
     for case in seen:
         findings += case.findings
         if case.thin and not all(other.thin for other in seen):
             findings.append(Finding(kind="thin-volume", case=case.name, cause=f"one voxel along {case.thin}"))
-    return CheckReport(num_cases=len(dataset.cases), findings=tuple(findings))
+    excluded = tuple(dataset.exclusions[case.name] for case in dataset.excluded)
+    return CheckReport(num_cases=len(dataset.cases), findings=tuple(findings), excluded=excluded)
 
 
 def _check_names(dataset: RawDataset) -> Iterable[Finding]:
     if not _NNUNET_NAME.fullmatch(dataset.name):
         yield Finding(kind="dataset-name", cause=f"the folder {dataset.name} is not called DatasetNNN_Name")
-    found = len(dataset.cases)
-    if dataset.json.num_training != found:
-        cause = f"numTraining is {dataset.json.num_training}, {found} cases were found"
+    # Excluded cases count: nnU-Net compares numTraining with the files, and does not know exclusions.json.
+    stated, found = (n + len(dataset.excluded) for n in (dataset.json.num_training, len(dataset.cases)))
+    if stated != found:
+        cause = f"numTraining is {stated}, {found} cases were found"
         yield Finding(kind="num-training", cause=cause, file=DATASET_JSON)
     images, labels = unused_files(dataset)
     for path in images:
@@ -142,14 +157,19 @@ def _check_names(dataset: RawDataset) -> Iterable[Finding]:
     for path in labels:
         yield Finding(kind="label-without-image", cause="no image belongs to it", file=path.name)
     lower: dict[str, str] = {}
-    for case in dataset.cases:
+    for case in (*dataset.cases, *dataset.excluded):
         first = lower.setdefault(case.name.casefold(), case.name)
         if first != case.name:
             yield Finding(kind="duplicate-name", case=case.name, cause=f"differs from {first} in capital letters only")
 
 
 def _check_references(dataset: RawDataset) -> Iterable[Finding]:
-    """Explicit lists may name a file twice; `patients` and splits_final.json may name cases that are not there."""
+    """Explicit lists may name a file twice; `patients` and splits_final.json may name cases that are not there, `pairs`
+    labels."""
+    paired_labels(dataset.json)
+    for name in unpaired_labels(dataset.json):
+        cause = f"the label {name!r} says left or right, and no label is its other side"
+        yield Finding(kind="unpaired-side", file=DATASET_JSON, cause=cause)
     used: dict[Path, str] = {}
     for case in dataset.cases:
         for path in (*case.channels.values(), case.label):
@@ -158,26 +178,51 @@ def _check_references(dataset: RawDataset) -> Iterable[Finding]:
                 yield Finding(kind="duplicate-case", case=case.name, file=path.name, cause=cause)
             used.setdefault(path.resolve(), case.name)
     names = {case.name for case in dataset.cases}
+    there = names | {case.name for case in dataset.excluded}
+    for name in dataset.exclusions:
+        if name not in there:
+            cause = f"{name} is excluded, which is no case"
+            yield Finding(kind="unknown-excluded-case", file=EXCLUSIONS_JSON, cause=cause)
     for name in dataset.json.patients:
-        if name not in names:
+        if name not in there:
             cause = f"`patients` names {name}, which is no case"
             yield Finding(kind="unknown-patient-case", file=DATASET_JSON, cause=cause)
     splits = dataset.folder / SPLITS_JSON
     if splits.exists():
         try:
-            read_splits(splits, sorted(names))
+            read_splits(splits, sorted(names), excluded=dataset.excluded_names)
         except DatasetInvalid as error:
             yield Finding(kind="splits", file=SPLITS_JSON, cause=str(error))
 
 
 @dataclass(frozen=True, kw_only=True)
 class _CheckedCase:
-    """`thin`: names of the axes with one voxel. `digest`: of the image's values; None when not all can be read."""
+    """`thin`: names of the axes with one voxel. `orientation`: of its first image; None when that cannot be read.
+    `digest`: of the image's values; None when not all can be read."""
 
     name: str
     findings: tuple[Finding, ...]
     thin: str
+    orientation: str | None
     digest: str | None
+
+
+def _check_orientations(dataset: RawDataset, seen: list[_CheckedCase]) -> Iterable[Finding]:
+    if dataset.json.orientation != AS_STORED:
+        return
+    cases: dict[str, list[str]] = {}
+    for case in seen:
+        if case.orientation is not None:
+            cases.setdefault(case.orientation, []).append(case.name)
+    if len(cases) < 2:
+        return
+    differs = len({lateral_direction(code) for code in cases}) > 1
+    kind = "mixed-sides" if differs and paired_labels(dataset.json) else "orientation"
+    described = (
+        f"{code} in {len(names)} ({', '.join(names[:_MOST_NAMED])}{' and more' if len(names) > _MOST_NAMED else ''})"
+        for code, names in cases.items()
+    )
+    yield Finding(kind=kind, cause=f"the cases' voxels do not run in the same directions: {'; '.join(described)}")
 
 
 def _check_copies(dataset: RawDataset, seen: list[_CheckedCase]) -> Iterable[Finding]:
@@ -231,6 +276,7 @@ def _check_case(case: Case, *, dataset_json: DatasetJson) -> _CheckedCase:
         name=case.name,
         findings=tuple(findings),
         thin=thin,
+        orientation=None if grid is None else grid.orientation,
         digest=digest.hexdigest() if read == len(case.channels) else None,
     )
 

@@ -48,7 +48,7 @@ class ParityFailed(EngineError):
 
 
 class MemoryExceeded(EngineError):
-    """The estimated peak does not fit into what is free; the message has both numbers."""
+    """The estimated or measured peak does not fit into what is free; the message has both numbers."""
 
 
 class BackendFailed(EngineError):

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,11 @@ from engine.errors import DatasetInvalid, DiskTooSmall, ImportRefused
 from engine.fingerprint import FINGERPRINT_JSON, Fingerprint, read_fingerprint
 from engine.json_reader import read_json
 from engine.json_writer import write_json
+from engine.memory import available_bytes
 from engine.parallel import Progress
 from engine.plans import Configuration, Plans, read_plans
-from engine.preprocessed import PreprocessJob, needed_bytes, preprocess_dataset
+from engine.preprocessed import PreprocessJob, preprocess_dataset
+from engine.preprocessing_needs import fitting_processes, needed_bytes
 from engine.split_extension import uncovered
 from engine.splits import SPLITS_JSON, Split, read_splits
 
@@ -30,6 +32,8 @@ REQUEST, LOG, EPOCHS = "training.json", "training_log.txt", "training_log.jsonl"
 PROGRESS, BEST_CASE, WORST_CASE = "progress.png", "overlay_best.png", "overlay_worst.png"
 VALIDATION, LOGITS = "validation", "validation_logits"
 """Of a fold's folder (engine/fold_training.py)."""
+OWN = "seggate"
+"""The key in plans.json of what nnU-Net does not know."""
 ALL = "all"
 """nnU-Net's name of the fold that is trained and validated on every case."""
 
@@ -74,10 +78,12 @@ class Experiment:
         return splits[int(fold)]
 
     def splits(self) -> tuple[Split, ...]:
+        """The folds without the cases that were excluded since they were made. Raises DatasetInvalid."""
         path = self.folder / SPLITS_JSON
         if not path.exists():
             raise DatasetInvalid(f"{self.name}: there is no {SPLITS_JSON}; only the fold `{ALL}` can be trained")
-        return read_splits(path, [case.name for case in self.dataset.cases])
+        names = [case.name for case in self.dataset.cases]
+        return read_splits(path, names, excluded=self.dataset.excluded_names)
 
     def job(self, configurations: Sequence[str]) -> PreprocessJob:
         """What preprocessing these configurations needs; those that share their data are made once."""
@@ -152,17 +158,30 @@ def open_experiment(raw: Path, preprocessed: Path, *, plans_name: str | None, na
 
 
 def preprocess_experiment(
-    experiment: Experiment, configurations: Sequence[str], *, processes: int, progress: Progress | None = None
+    experiment: Experiment,
+    configurations: Sequence[str],
+    *,
+    processes: int,
+    tell: Callable[[str], None],
+    progress: Progress | None = None,
 ) -> int:
-    """Makes the preprocessed cases that are not there yet; returns how many cases something was made for.
+    """Makes the preprocessed cases that are not there yet; returns how many cases something was made for. Takes fewer
+    processes where memory would not do for all, and says so by `tell`.
 
-    Raises DiskTooSmall with the numbers before anything is written, and what `preprocess_dataset` raises.
+    Raises DiskTooSmall or MemoryExceeded with the numbers before anything is written, and what `preprocess_dataset`
+    raises.
     """
     job = experiment.job(configurations)
     fingerprint = experiment.fingerprint()
-    needed = needed_bytes(job, fingerprint.shapes_after_crop, fingerprint.spacings)
+    cases = (fingerprint.shapes_after_crop, fingerprint.spacings)
+    needed = needed_bytes(job, *cases)
     there = sum(path.stat().st_size for folder in job.folders.values() for path in folder.glob("*.npy"))
-    check_disk(experiment.folder, needed - there, "the preprocessed cases")
+    if needed > there:
+        check_disk(experiment.folder, needed - there, "the preprocessed cases")
+        fitting = fitting_processes(job, *cases, processes=processes, free_bytes=available_bytes())
+        if fitting < min(processes, len(experiment.dataset.cases)):
+            tell(f"{fitting} of {processes} processes: free memory does not do for more of the largest cases at once")
+        processes = fitting
     return preprocess_dataset(job, experiment.dataset.cases, processes=processes, progress=progress)
 
 
@@ -191,8 +210,8 @@ def _only_plans(folder: Path) -> Path:
 
 
 def _relevant(document: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a network that was trained depends on: of dataset.json its labels and channels, of plans all."""
+    """What a network that was trained depends on: of dataset.json its labels and channels, of plans all but `OWN`."""
     if "configurations" in document:
-        return document
+        return {key: value for key, value in document.items() if key != OWN}
     keys = ("labels", "regions_class_order", "channel_names", "modality", "file_ending")
     return {key: document[key] for key in keys if key in document}

@@ -7,35 +7,47 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from engine.backends import OnnxBackend
+from engine.backend_figures import BackendFigure, BackendFigures, this_machine
 from engine.bundle import Bundle, write_bundle
+from engine.calibration_file import calibration_document
 from engine.checkpoint import load_network, read_checkpoint
-from engine.errors import ImportRefused, MemoryExceeded, ParityFailed
-from engine.labels import LabelManager
-from engine.manifest import BundleConfiguration, Ensemble, Fold, Manifest, Parity, check_identity, check_semver
+from engine.errors import ImportRefused, MemoryExceeded
+from engine.evidence import Evidence, write_evidence
+from engine.intensity_baseline import IntensityBaseline
+from engine.manifest import BundleConfiguration, Ensemble, Fold, Manifest, Parity, Weights, check_identity, check_semver
 from engine.memory import available_bytes
 from engine.model_card import ModelCard, describe_model, read_channels
-from engine.network import UNet
 from engine.onnx_graph import write_onnx
+from engine.parity import MeasuredNetwork, check_parity
 from engine.plans import Configuration
+from engine.predictor import Predictor
+from engine.provenance import (
+    FoldTraining,
+    Provenance,
+    data_origin,
+    describe_fold,
+    public_dataset_json,
+    public_fingerprint_json,
+    this_software,
+)
+from engine.quality_estimate import Calibration
 from engine.result_folder import ResultConfiguration, ResultFold, ResultFolder, open_result
+from engine.sanity_check import check_sanity
+from engine.sanity_making import SiteCase, make_sanity, read_site_folder, refuse_disagreement
+from engine.validation import TorchBackend
 
 Progress = Callable[[float, str], None]
 Notice = Callable[[str], None]
 
-# Two float32 implementations add in different orders; the error grows with the size of the logits (measured about
-# 1e-5 of the largest on trained networks).
-MAX_ABS_DIFFERENCE = 1e-3
-MAX_RELATIVE_DIFFERENCE = 1e-4
-MIN_ARGMAX_AGREEMENT = 0.9999
-_PARITY_SEED = 20_230_817
+# Shares of the progress: networks written and compared, then sanity cases by torch, then by ONNX Runtime.
+_NETWORKS, _TORCH = 0.3, 0.65
 
 
 def import_model(
@@ -48,14 +60,22 @@ def import_model(
     configurations: Collection[str] | None = None,
     folds: Collection[str] | None = None,
     ensemble: Ensemble = "probabilities",
+    weights: Weights = "float32",
+    baseline: IntensityBaseline | None = None,
+    phantoms: bool = True,
+    site_cases: Sequence[SiteCase] = (),
+    site_folder: Path | None = None,
+    calibrate: Callable[[Bundle], tuple[Calibration, str]] | None = None,
     progress: Progress | None = None,
     notice: Notice | None = None,
 ) -> Bundle:
     """Import what `path` holds (engine/result_folder.py) and write the bundle `out_dir`, which must not exist.
 
-    `name` and `semver` go before the card's; without either the dataset's name and 1.0.0 are taken. `progress` gets the
-    share that is done and a text; `notice` gets what was chosen and what a person should look at. The same input
-    gives the same bytes. `out_dir` appears complete or not at all.
+    `name` and `semver` go before the card's; without either the dataset's name and 1.0.0 are taken. `phantoms`,
+    `site_cases` and those in `site_folder` become the sanity cases: ONNX Runtime must give torch's labels on each.
+    `calibrate` gets the bundle before it is in its place, and gives its calibration and a text for its description.
+    `progress` gets the share that is done and a text; `notice` gets what was chosen and what a person should look at.
+    The same input gives the same bytes but for the times in backends.json. `out_dir` appears complete or not at all.
 
     Raises ImportRefused (unsafe, unknown or inconsistent input), ParityFailed, MemoryExceeded, BundleInvalid.
     """
@@ -67,6 +87,8 @@ def import_model(
         raise ImportRefused(f"{out_dir.name}: exists already; give another version or remove it")
     chosen_semver = semver or card.semver or "1.0.0"
     check_semver(chosen_semver, error=ImportRefused)  # before the long work
+    if weights == "fp16" and not (phantoms or site_cases or site_folder):
+        raise ImportRefused("weights in fp16 are proven on the sanity cases; there are none")
     with open_result(path, configurations=configurations, folds=folds) as result:
         chosen_name = name or card.name or _name_from_dataset(result.plans.dataset_name)
         check_identity(chosen_name, chosen_semver, error=ImportRefused)
@@ -76,10 +98,13 @@ def import_model(
         licence = card.licence or _licence(result)
         if not licence:
             tell("no licence is known for this model. Give `licence` in a card.")
+        given = list(site_cases)
+        if site_folder is not None:
+            given += read_site_folder(site_folder, channels=len(description.channels))
         out_dir.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-", dir=out_dir.parent))
         try:
-            exported, parity = _export_all(result, staging, report, tell)
+            exported = _export_all(result, staging, weights, report, tell)
             manifest = Manifest(
                 name=chosen_name,
                 semver=chosen_semver,
@@ -89,98 +114,115 @@ def import_model(
                 channels=description.channels,
                 labels=description.labels,
                 contract=description.contract,
-                configurations=exported,
+                configurations=exported.configurations,
                 ensemble=ensemble,
                 step_size=card.step_size,
-                parity=parity,
+                parity=exported.parity,
                 quality=description.quality,
+                weights=weights,
             )
             staging.chmod(0o755)
-            bundle = write_bundle(
-                staging,
-                manifest,
-                plans_json=result.plans_json,
-                dataset_json=result.dataset_json,
-                postprocessing=result.postprocessing,
-                fingerprint_json=result.fingerprint_json,
+            evidence = Evidence(
+                baseline=baseline,
+                provenance=_provenance(result, card, exported.training),
+                backends=BackendFigures(machine=this_machine(), figures=exported.figures),
             )
+            bundle = _write(staging, manifest, result, evidence)
+            if phantoms or given:
+                sanity = make_sanity(
+                    bundle,
+                    exported.networks,
+                    phantoms=phantoms,
+                    site_cases=given,
+                    progress=lambda share, text: report(_NETWORKS + (_TORCH - _NETWORKS) * share, text),
+                )
+                exported.networks.clear()
+                evidence = replace(evidence, sanity=sanity)
+                bundle = _write(staging, manifest, result, evidence)
+                _prove(bundle, lambda share: report(_TORCH + (1 - _TORCH) * share, "sanity cases, ONNX Runtime"), tell)
+            if calibrate is not None:
+                calibration, text = calibrate(bundle)
+                if calibration.labels:
+                    manifest = replace(manifest, description=f"{manifest.description} {text}".strip())
+                    bundle = _write(staging, manifest, result, evidence, calibration)
             report(1.0, "done")
             return _publish(bundle, staging, out_dir)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def check_parity(
-    network: UNet,
-    onnx_file: Path,
-    configuration: Configuration,
-    *,
-    channels: int,
-    label_manager: LabelManager,
-    fold: str,
-) -> Parity:
-    """Compare torch and ONNX Runtime on seeded noise and on a smooth structured image of the patch's size.
-
-    Raises ParityFailed when the largest difference exceeds both limits of this module, or when fewer than
-    MIN_ARGMAX_AGREEMENT of the voxels get the same label.
-    """
-    where = f"{configuration.name} fold {fold}"
-    largest, magnitude, equal, voxels = 0.0, 0.0, 0, 0
-    backend = OnnxBackend(onnx_file, channels=channels, patch_size=configuration.patch_size, device="cpu")
-    try:
-        for image_CZYX in _parity_images(channels, configuration.patch_size):
-            with torch.inference_mode():
-                expected = network(torch.from_numpy(image_CZYX[None])).numpy()[0]
-            found = backend.run(image_CZYX[None])[0]
-            if found.shape != expected.shape or not np.isfinite(found).all() or not np.isfinite(expected).all():
-                raise ParityFailed(f"{where}: the exported network gives another shape or values that are not finite")
-            largest = max(largest, float(np.abs(found - expected).max()))
-            magnitude = max(magnitude, float(np.abs(expected).max()))
-            same = label_manager.logits_to_labels(found) == label_manager.logits_to_labels(expected)
-            equal, voxels = equal + int(same.sum()), voxels + same.size
-    finally:
-        backend.close()
-    agreement = equal / voxels
-    limit = max(MAX_ABS_DIFFERENCE, MAX_RELATIVE_DIFFERENCE * magnitude)
-    if largest > limit or agreement < MIN_ARGMAX_AGREEMENT:
-        raise ParityFailed(
-            f"{where}: ONNX Runtime differs from torch by {largest:.2e} (limit {limit:.2e}); {agreement:.6f} of the "
-            f"voxels get the same label (limit {MIN_ARGMAX_AGREEMENT})"
-        )
-    return Parity(configuration=configuration.name, fold=fold, max_abs_difference=largest, argmax_agreement=agreement)
+def _prove(bundle: Bundle, progress: Callable[[float], None], tell: Notice) -> None:
+    """The bundle's own files give torch's labels on its sanity cases; raises ParityFailed with the figures."""
+    cases = bundle.evidence.sanity.cases if bundle.evidence.sanity is not None else ()
+    if not any(any(case.voxels.values()) for case in cases):
+        tell("the model finds nothing in its sanity cases, so they prove little; give cases of your own")
+    with Predictor(bundle, device="cpu") as predictor:
+        found = check_sanity(predictor, progress=progress)
+    refuse_disagreement(found, f"the networks in ONNX Runtime, weights in {bundle.weights},")
 
 
-def _export_all(
-    result: ResultFolder, staging: Path, report: Progress, tell: Notice
-) -> tuple[tuple[BundleConfiguration, ...], tuple[Parity, ...]]:
+@dataclass(frozen=True, kw_only=True)
+class _Exported:
+    """What came of the networks. `networks` are torch's, as they were trained, by configuration and fold."""
+
+    configurations: tuple[BundleConfiguration, ...]
+    parity: tuple[Parity, ...]
+    figures: tuple[BackendFigure, ...]
+    training: tuple[tuple[FoldTraining, frozenset[str]], ...]
+    networks: dict[tuple[str, str], TorchBackend]
+
+
+def _export_all(result: ResultFolder, staging: Path, weights: Weights, report: Progress, tell: Notice) -> _Exported:
     total = sum(len(configuration.folds) for configuration in result.configurations)
-    done = 0
-    exported: list[BundleConfiguration] = []
-    parity: list[Parity] = []
+    configurations: list[BundleConfiguration] = []
+    done: list[_ExportedFold] = []
     for source in result.configurations:
         planned = result.plans.configurations[source.name]
         folds: list[Fold] = []
-        axes: tuple[int, ...] | None = None
+        axes: list[tuple[int, ...]] = []
         for fold in source.folds:
-            report(done / total, f"{source.name}, fold {fold.fold}")
-            file, own_axes, measured = _export_fold(result, source, fold, planned, staging)
-            if axes is not None and own_axes != axes:
-                tell(f"{source.name}: fold {fold.fold} was trained with other mirror axes; those of the first are used")
-            axes = own_axes if axes is None else axes
-            folds.append(Fold(fold=fold.fold, file=file))
-            parity.append(measured)
-            done += 1
-        exported.append(
+            report(_NETWORKS * len(done) / total, f"{source.name}, fold {fold.fold}")
+            exported = _export_fold(result, source, fold, planned, staging, weights)
+            for note in exported.measured.notes:
+                tell(note)
+            axes.append(exported.mirror_axes)
+            folds.append(Fold(fold=fold.fold, file=exported.file))
+            done.append(exported)
+        common = tuple(axis for axis in axes[0] if all(axis in own for own in axes))
+        if any(own != common for own in axes):
+            tell(f"{source.name}: its folds have different mirror axes; those that all have are used: {list(common)}")
+        configurations.append(
             BundleConfiguration(
-                name=source.name, folds=tuple(folds), mirror_axes=axes or (), previous_stage=planned.previous_stage
+                name=source.name, folds=tuple(folds), mirror_axes=common, previous_stage=planned.previous_stage
             )
         )
-    return tuple(exported), tuple(parity)
+    return _Exported(
+        configurations=tuple(configurations),
+        parity=tuple(exported.measured.parity for exported in done),
+        figures=tuple(figure for exported in done for figure in exported.measured.figures),
+        training=tuple((exported.training, exported.cases) for exported in done),
+        networks={(exported.training.configuration, exported.training.fold): exported.network for exported in done},
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ExportedFold:
+    file: Path
+    mirror_axes: tuple[int, ...]
+    measured: MeasuredNetwork
+    training: FoldTraining
+    cases: frozenset[str]
+    network: TorchBackend
 
 
 def _export_fold(
-    result: ResultFolder, source: ResultConfiguration, fold: ResultFold, planned: Configuration, staging: Path
-) -> tuple[Path, tuple[int, ...], Parity]:
+    result: ResultFolder,
+    source: ResultConfiguration,
+    fold: ResultFold,
+    planned: Configuration,
+    staging: Path,
+    weights: Weights,
+) -> _ExportedFold:
     where = f"{source.name} fold {fold.fold}"
     labels = result.label_manager
     channels = len(read_channels(result.dataset_json))
@@ -205,31 +247,67 @@ def _export_fold(
     file = folder / f"fold_{fold.fold}.onnx"
     if file.exists():
         raise ImportRefused(f"{where}: two configurations have names too much alike")
-    weights: dict[str, NDArray[np.float32]] = {name: value.numpy() for name, value in network.state_dict().items()}
+    parameters: dict[str, NDArray[np.float32]] = {name: value.numpy() for name, value in network.state_dict().items()}
     for written in write_onnx(
         file,
         planned.architecture,
-        weights,
+        parameters,
         channels=channels,
         heads=labels.num_heads,
         patch_size=planned.patch_size,
+        half=weights == "fp16",
     ):
         written.chmod(0o644)
-    measured = check_parity(network, file, planned, channels=channels, label_manager=labels, fold=fold.fold)
-    return file, checkpoint.mirror_axes, measured
+    training, cases = describe_fold(
+        fold.checkpoint.parent,
+        configuration=source.name,
+        fold=fold.fold,
+        trainer=checkpoint.trainer,
+        checkpoint=fold.kind,
+        epochs=checkpoint.epochs,
+        error=ImportRefused,
+    )
+    return _ExportedFold(
+        file=file,
+        mirror_axes=checkpoint.mirror_axes,
+        measured=check_parity(
+            network, file, planned, channels=channels, label_manager=labels, fold=fold.fold, weights=weights
+        ),
+        training=training,
+        cases=cases,
+        network=TorchBackend(network),
+    )
 
 
-def _parity_images(channels: int, patch_size: tuple[int, ...]) -> list[NDArray[np.float32]]:
-    """Noise, and smooth waves with one bright box: both have about the mean 0 and deviation 1 of normalised images."""
-    random = np.random.default_rng(_PARITY_SEED)
-    noise = random.standard_normal((channels, *patch_size), dtype=np.float32)
-    grids = np.meshgrid(*(np.linspace(0.0, 1.0, edge) for edge in patch_size), indexing="ij")
-    structured = np.zeros((channels, *patch_size), dtype=np.float32)
-    for channel in range(channels):
-        for grid in grids:
-            structured[channel] += np.sin(2 * np.pi * (random.uniform(0.5, 3.0) * grid + random.uniform()))
-    structured[:, *(slice(edge // 3, 2 * edge // 3 + 1) for edge in patch_size)] += 2.0
-    return [noise, structured]
+def _provenance(
+    result: ResultFolder, card: ModelCard, training: Sequence[tuple[FoldTraining, frozenset[str]]]
+) -> Provenance:
+    names = frozenset[str]().union(*(cases for _, cases in training))
+    return Provenance(
+        data=data_origin(result.dataset_json, card.data, names, dataset_name=result.plans.dataset_name),
+        training=tuple(fold for fold, _ in training),
+        exported_by=this_software(),
+    )
+
+
+def _write(
+    staging: Path,
+    manifest: Manifest,
+    result: ResultFolder,
+    evidence: Evidence,
+    calibration: Calibration | None = None,
+) -> Bundle:
+    """Everything but the networks and the sanity cases' arrays, without the names of cases."""
+    write_evidence(staging, evidence)
+    return write_bundle(
+        staging,
+        manifest,
+        plans_json=result.plans_json,
+        dataset_json=public_dataset_json(result.dataset_json),
+        postprocessing=result.postprocessing,
+        fingerprint_json=public_fingerprint_json(result.fingerprint_json),
+        calibration_json=None if calibration is None else calibration_document(calibration),
+    )
 
 
 def _check_memory(planned: Configuration, *, channels: int, heads: int, where: str) -> None:

@@ -22,6 +22,7 @@ from engine.errors import DatasetInvalid
 from engine.json_reader import Reader, read_json
 from engine.json_writer import write_json
 from engine.parallel import Progress, map_cases
+from engine.volume import nonzero_box
 
 FINGERPRINT_JSON = "dataset_fingerprint.json"
 
@@ -29,7 +30,9 @@ FINGERPRINT_JSON = "dataset_fingerprint.json"
 _SAMPLES = 10**8
 _SEED = 1234
 # Draws at a time; the sequence is the same however it is cut.
-_BLOCK = 2**20
+_BLOCK = 2**18
+# The bit of a float32's sign.
+_SIGN = np.uint32(2**31)
 # Values that may be sorted in one array when a percentile is looked for.
 _FEW = 2**16
 # The key of what nnU-Net does not have; it ignores it.
@@ -165,8 +168,9 @@ class _SeenCase:
 
 def _analyze(case: Case, *, dataset_json: DatasetJson, num_samples: int) -> _SeenCase:
     loaded = read_case(case, dataset_json)
-    box = _nonzero_box(loaded)
-    image = loaded.volume.array[(slice(None), *box)]
+    whole = tuple(slice(0, size) for size in loaded.labels.array.shape)
+    # Where all is 0 nothing is cropped, as in nnU-Net.
+    box = nonzero_box(loaded.volume.array) or (whole[0], whole[1], whole[2])
     foreground = loaded.labels.array[box] > 0
     shape = foreground.shape
     drawn: tuple[_Drawn, ...] = ()
@@ -174,7 +178,8 @@ def _analyze(case: Case, *, dataset_json: DatasetJson, num_samples: int) -> _See
         # One state for all channels of a case, as in nnU-Net: the second channel goes on where the first stopped.
         state = np.random.RandomState(_SEED)
         drawn = tuple(
-            _count_values(channel[foreground], _draw(state, num_foreground, num_samples)) for channel in image
+            _count_values(channel[box][foreground], _draw(state, num_foreground, num_samples))
+            for channel in loaded.volume.array
         )
     return _SeenCase(
         spacing_mm=loaded.spacing_mm,
@@ -185,32 +190,29 @@ def _analyze(case: Case, *, dataset_json: DatasetJson, num_samples: int) -> _See
     )
 
 
-def _nonzero_box(loaded: LoadedCase) -> tuple[slice, slice, slice]:
-    """The smallest box around what is not 0 in any channel; the whole grid when all is 0, as in nnU-Net."""
-    nonzero = (loaded.volume.array != 0).any(axis=0)
-    box = []
-    for axis in range(3):
-        found = np.flatnonzero(nonzero.any(axis=tuple(other for other in range(3) if other != axis)))
-        box.append(slice(int(found[0]), int(found[-1]) + 1) if found.size else slice(None))
-    return box[0], box[1], box[2]
-
-
-def _draw(state: np.random.RandomState, population: int, num_samples: int) -> NDArray[np.int64]:
+def _draw(state: np.random.RandomState, population: int, num_samples: int) -> NDArray[np.uint32]:
     """How often each of `population` items is drawn with replacement: the draws of nnU-Net's `state.choice`."""
-    counts = np.zeros(population, dtype=np.int64)
+    counts = np.zeros(population, dtype=np.uint32)
     for start in range(0, num_samples, _BLOCK):
-        drawn = state.randint(0, population, size=min(_BLOCK, num_samples - start))
-        counts += np.bincount(drawn, minlength=population)
+        np.add.at(counts, state.randint(0, population, size=min(_BLOCK, num_samples - start)), np.uint32(1))
     return counts
 
 
-def _count_values(values: NDArray[np.float32], counts: NDArray[np.int64]) -> _Drawn:
-    was_drawn = counts > 0
-    distinct, position = np.unique(values[was_drawn], return_inverse=True)
-    # Sums below 2**53, hence exact in float64.
-    sums = np.bincount(position, weights=counts[was_drawn])
-    kind = np.min_scalar_type(int(sums.max()))
-    return _Drawn(values=distinct, counts=sums.astype(kind))
+def _count_values(values: NDArray[np.float32], counts: NDArray[np.uint32]) -> _Drawn:
+    """Value and count are sorted together as one integer: the bits of a float32, changed so that they ascend with it,
+    and the count below them."""
+    bits = (values + np.float32(0.0)).view(np.uint32)  # -0.0 becomes 0.0
+    ascending = np.where(bits & _SIGN, ~bits, bits | _SIGN)
+    keys = ascending.astype(np.uint64)[counts > 0]
+    keys <<= np.uint64(32)
+    keys |= counts[counts > 0]
+    keys.sort()
+    ascending = (keys >> np.uint64(32)).astype(np.uint32)
+    first = np.flatnonzero(np.concatenate([[True], ascending[1:] != ascending[:-1]]))
+    sums = np.add.reduceat(keys & np.uint64(2**32 - 1), first)
+    found = ascending[first]
+    distinct = np.where(found & _SIGN, found ^ _SIGN, ~found).view(np.float32)
+    return _Drawn(values=distinct, counts=sums.astype(np.min_scalar_type(int(sums.max()))))
 
 
 def _summarize(loaded: LoadedCase, ignore_label: int | None) -> CaseSummary:

@@ -22,7 +22,8 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +34,7 @@ from torch import nn
 from engine.augmentation_profile import AugmentationPlan
 from engine.cascade_stage import StageFold
 from engine.case_pictures import draw_best_and_worst
+from engine.compilation import Compile
 from engine.data_digest import data_digest
 from engine.errors import DatasetInvalid
 from engine.experiment import (
@@ -49,19 +51,23 @@ from engine.experiment import (
 )
 from engine.finished_fold import DATA, IDENTITY, refuse_other_training
 from engine.json_writer import write_json
+from engine.memory_probe import StepMemory, check_step, measure_step
 from engine.metrics import CompositeScore, composite_score
 from engine.parallel import Progress
 from engine.prediction_record import claim_predictions, forget_predictions
 from engine.preprocessed import open_case
+from engine.provenance import this_software
 from engine.schedule import Schedule
+from engine.sibling_folds import refuse_other_mirroring
 from engine.sides import Mirroring, MirrorPolicy, SidesPolicy, plan_mirroring
 from engine.sliding_window import WindowGrid
 from engine.splits import Split, hold_out
 from engine.training import Precision, Trainer, TrainingSetup
-from engine.training_checkpoint import LATEST, init_args, weights_digest
+from engine.training_checkpoint import FINAL, LATEST, init_args, weights_digest
 from engine.training_lock import is_asked_to_stop, training_lock
 from engine.training_log import EpochRecord, write_epochs
 from engine.training_plots import draw_progress
+from engine.training_processes import TrainingProcesses
 from engine.training_profile import TrainingProfile
 from engine.validation import STEP_SIZE, ModelInTraining, TorchBackend, cases_named, measure_on, validate
 
@@ -76,7 +82,8 @@ _BYTES = 8
 class FoldRequest:
     """What is to be trained. The fold's own seed is `seed` plus its number, so that the members of an ensemble start
     differently. `keeps_logits`: for ensembles of configurations (engine/selection.py). `any_precision`: a fold that is
-    finished may have been trained in another one."""
+    finished may have been trained in another one. `probes`: a step's memory is measured before the first
+    (engine/memory_probe.py)."""
 
     experiment: Experiment
     results: Path
@@ -93,6 +100,8 @@ class FoldRequest:
     keeps_logits: bool = True
     loader_threads: int = 1
     any_precision: bool = False
+    compile: Compile = "auto"
+    probes: bool = True
 
     @property
     def model_folder(self) -> Path:
@@ -124,25 +133,33 @@ class FoldReport:
 
 
 def train_fold(
-    request: FoldRequest, *, stop: Callable[[], bool] = lambda: False, report: FoldReport | None = None
+    request: FoldRequest,
+    *,
+    stop: Callable[[], bool] = lambda: False,
+    report: FoldReport | None = None,
+    processes: TrainingProcesses | None = None,
 ) -> bool:
     """True when the fold is trained and validated, False when it was told to stop: then it goes on when called again.
 
+    Several `processes` call this together; the first one writes all but the validation's cases, which they divide.
+
     Raises TrainingRefused (another process trains it, it is finished or half done and of another training, or the stage
-    before it is not trained), TrainingDiverged, DatasetInvalid, InputRejected, DiskTooSmall, OSError; the last
-    checkpoint stays.
+    before it is not trained), TrainingDiverged, DatasetInvalid, InputRejected, DiskTooSmall, MemoryExceeded,
+    WorkerDied, OSError; the last checkpoint stays.
     """
-    report = report or FoldReport()
+    processes, report = processes or TrainingProcesses(), report or FoldReport()
 
     def asked() -> bool:
         return stop() or is_asked_to_stop(request.folder)
 
-    with training_lock(request.folder):
-        request.experiment.prepare_model_folder(request.model_folder)
-        fold = _Fold(request, asked, report)
+    with training_lock(request.folder) if processes.is_first else nullcontext():
+        processes.on_first(lambda: request.experiment.prepare_model_folder(request.model_folder))
+        fold = _Fold(request, asked, report, processes)
         try:
-            if fold.is_finished():
-                return request.stage.complete(device=request.device, stop=asked, progress=report.case)
+            if processes.on_first(fold.is_finished):
+                return processes.on_first(
+                    lambda: request.stage.complete(device=request.device, stop=asked, progress=report.case)
+                )
             return fold.run()
         except Exception as error:
             fold.log(f"failed: {error}")
@@ -152,8 +169,10 @@ def train_fold(
 class _Fold:
     """One run of `train_fold`; its parts share the request."""
 
-    def __init__(self, request: FoldRequest, stop: Callable[[], bool], report: FoldReport) -> None:
-        self.request, self.stop, self.report = request, stop, report
+    def __init__(
+        self, request: FoldRequest, stop: Callable[[], bool], report: FoldReport, processes: TrainingProcesses
+    ) -> None:
+        self.request, self.stop, self.report, self.processes = request, stop, report, processes
         self.experiment = request.experiment
         self.configuration = request.experiment.configuration(request.configuration)
         self.labels = self.experiment.dataset.json.labels
@@ -164,7 +183,9 @@ class _Fold:
         self.mirroring = plan_mirroring(
             self.experiment.dataset, self.experiment.plans, self.configuration, request.sides, request.mirror
         )
+        refuse_other_mirroring(request.folder, self.mirroring.axes, self.mirror_axes)
         self._drawn = 0.0
+        self._memory: StepMemory | None = None
 
     def is_finished(self) -> bool:
         """Trained and validated, with all that was asked for. Raises TrainingRefused where it is of another training
@@ -176,10 +197,12 @@ class _Fold:
         return not self.request.keeps_logits or all((folder / LOGITS / f"{n}.npy").exists() for n in self.split.val)
 
     def run(self) -> bool:
-        request = self.request
-        trainer = Trainer(self._setup(), request.folder)
-        self._check_disk(trainer.network)
-        self._begin(trainer)
+        request, setup = self.request, self._setup()
+        self.processes.on_first(lambda: self._check_memory(setup))
+        trainer = Trainer(setup, request.folder, processes=self.processes, note=self.log)
+        if self.processes.is_first:
+            self._check_disk(trainer.network)
+            self._begin(trainer)
         judge = self._judge if self.held_out else None
         if not trainer.run(
             stop=self.stop,
@@ -187,14 +210,16 @@ class _Fold:
             judge=judge,
             judge_batches=self._judge_batches(),
         ):
-            self._write_epochs(trainer.records)
+            if self.processes.is_first:
+                self._write_epochs(trainer.records)
             self.log(f"stopped in epoch {trainer.epoch}; a checkpoint is written")
             return False
-        self._write_epochs(trainer.records)
-        self._draw(trainer.records)
+        if self.processes.is_first:
+            self._write_epochs(trainer.records)
+            self._draw(trainer.records)
         self.log(f"trained for {len(trainer.records)} epochs; {len(self.split.val)} cases are validated")
         weights = weights_digest(trainer.network.state_dict())
-        self._claim_predictions(weights)
+        self.processes.on_first(lambda: self._claim_predictions(weights))
         measured = validate(
             self._model(trainer.network, self.mirror_axes),
             self.experiment.dataset,
@@ -204,14 +229,16 @@ class _Fold:
             next_stages=self.next_stages,
             stop=self.stop,
             progress=self.report.case,
+            processes=self.processes,
         )
         if measured is None:
             self.log("stopped while cases were validated")
             return False
-        draw_best_and_worst(self.experiment.dataset, self.split.val, measured, request.folder)
         score = composite_score(measured)
         self.log(f"validated: {describe(score)}")
-        write_json({**self._request_json(), "weights": weights, "result": asdict(score)}, request.folder / REQUEST)
+        if self.processes.is_first:
+            draw_best_and_worst(self.experiment.dataset, self.split.val, measured, request.folder)
+            write_json({**self._request_json(), "weights": weights, "result": asdict(score)}, request.folder / REQUEST)
         return True
 
     @property
@@ -219,7 +246,9 @@ class _Fold:
         return self._augmentation().inference_mirror_axes
 
     def log(self, text: str) -> None:
-        """A line with its time in the fold's log, and to whoever listens."""
+        """A line with its time in the fold's log, and to whoever listens; the first process's alone."""
+        if not self.processes.is_first:
+            return
         with (self.request.folder / LOG).open("a", encoding="utf-8") as file:
             file.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')} {text}\n")
         self.report.line(text)
@@ -275,6 +304,7 @@ class _Fold:
             init_args=init_args(experiment.plans_json, request.configuration, fold, experiment.dataset.json.document),
             loader_threads=request.loader_threads,
             previous=self.previous,
+            compile=request.compile,
         )
 
     def _model(self, network: nn.Module, mirror_axes: tuple[int, ...]) -> ModelInTraining:
@@ -292,7 +322,25 @@ class _Fold:
         if epoch % self.request.profile.hold_out_every:
             return None
         model = self._model(network, ())
-        return composite_score(measure_on(model, self.experiment.dataset, self.held_out, stop=self.stop))
+        measured = measure_on(model, self.experiment.dataset, self.held_out, stop=self.stop, processes=self.processes)
+        return composite_score(measured)
+
+    def _check_memory(self, setup: TrainingSetup) -> None:
+        """A step is measured, by the first process, with the largest share of a batch that a process has. Raises
+        MemoryExceeded."""
+        if not self.request.probes or (self.request.folder / FINAL).exists():
+            return
+        place, batch_size = self.processes.place, setup.configuration.batch_size
+        share = math.ceil(batch_size / self.processes.size)
+        probed = replace(setup, configuration=replace(setup.configuration, batch_size=share))
+        self._memory = measure_step(
+            probed,
+            label_entries=self.experiment.dataset.json.num_label_entries,
+            planner=self.experiment.plans_json.get("experiment_planner_used"),
+            alike=place.local_size,
+        )
+        self.log(str(self._memory))
+        check_step(self._memory)
 
     def _judge_batches(self) -> int:
         """How many batches the hold-out's cases are as long as."""
@@ -340,6 +388,7 @@ class _Fold:
     def _request_json(self) -> dict[str, object]:
         request = self.request
         return {
+            "software": this_software(),
             "profile": request.profile.name,
             "configuration": request.configuration,
             "fold": request.fold,
@@ -347,6 +396,7 @@ class _Fold:
             "seed": request.seed,
             "precision": request.precision,
             "deterministic": request.deterministic,
+            "memory": None if self._memory is None else self._memory.as_plain(),
             "mirror_axes": list(self.mirroring.axes),
             "inference_mirror_axes": list(self.mirror_axes),
             "train": list(self.split.train),
@@ -366,8 +416,9 @@ class _Fold:
             forget_predictions(request.folder / VALIDATION, request.folder / LOGITS, file_ending=ending)
         self.log(
             f"{request.configuration}, fold {request.fold}: {where} at epoch {trainer.epoch} of {schedule.epochs} on "
-            f"{request.device.type} in {request.precision}; {len(self.split.train)} cases to train on, "
-            f"{len(self.held_out)} held out, {len(self.split.val)} to validate on"
+            f"{request.device.type} in {request.precision}, {self.processes.size} process(es); "
+            f"{len(self.split.train)} cases to train on, {len(self.held_out)} held out, {len(self.split.val)} to "
+            "validate on"
         )
         for note in (self.mirroring.note, *self._notes()):
             if note:

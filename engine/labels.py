@@ -105,6 +105,11 @@ class LabelManager:
         return self.values[1:]
 
     @property
+    def highest_value(self) -> int:
+        """The highest value that a reference or a result may hold, the ignore label included."""
+        return max(*self.values, *(self.regions_class_order or (0,)), self.ignore_label or 0)
+
+    @property
     def dtype(self) -> type[np.uint8] | type[np.uint16]:
         """Type of a label map that holds every value (nnU-Net: uint8 while all values are below 255)."""
         highest = max(*self.values, *(self.regions_class_order or (0,)))

@@ -9,11 +9,12 @@ Shape legend: B batch, K heads, V voxels of a level, S spatial axes of the full 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
@@ -22,15 +23,27 @@ from engine.labels import LabelManager
 _SMOOTH = 1e-5
 
 
-def deep_supervision_weights(outputs: int, *, distributed: bool = False) -> tuple[float, ...]:
+@dataclass(frozen=True, kw_only=True)
+class BatchShare:
+    """What this process has of the batch: this `part` of its samples. `add_up` adds a tensor of every process to that
+    of this one, in place. The default is a process alone."""
+
+    part: float = 1.0
+    add_up: Callable[[Tensor], object] = lambda _tensor: None
+
+
+WHOLE = BatchShare()
+
+
+def deep_supervision_weights(outputs: int) -> tuple[float, ...]:
     """Weight of each output, full resolution first: halved from one to the next, the lowest 0, the sum 1.
 
-    A network with a single output has weight 1 (nnU-Net divides 0 by 0 there). In distributed training the lowest has
-    1e-6 before the division, so that every head takes part in the gradient.
+    A network with a single output has weight 1 (nnU-Net divides 0 by 0 there). nnU-Net gives the lowest 1e-6 where
+    several processes train, because torch's DDP waits for a gradient of every head; here none does.
     """
     weights = [0.5**level for level in range(outputs)]
     if outputs > 1:
-        weights[-1] = 1e-6 if distributed else 0.0
+        weights[-1] = 0.0
     total = sum(weights)
     return tuple(weight / total for weight in weights)
 
@@ -49,16 +62,21 @@ class SegmentationLoss(nn.Module):
     """The loss of all outputs of a network.
 
     `weights` has one entry per output (`deep_supervision_weights`); outputs of weight 0 are not looked at. With
-    `batch_dice` one Dice is computed over the batch (over the batches of all processes in distributed training),
-    otherwise one per sample.
+    `batch_dice` one Dice is computed over the batch, otherwise one per sample.
+
+    Where several processes share a batch, the value is this process's part of the batch's loss: values and gradients of
+    all processes add up to those of one process that has the whole batch, however the samples are divided.
     """
 
-    def __init__(self, labels: LabelManager, *, batch_dice: bool, weights: Sequence[float]) -> None:
+    def __init__(
+        self, labels: LabelManager, *, batch_dice: bool, weights: Sequence[float], share: BatchShare = WHOLE
+    ) -> None:
         super().__init__()
         if not any(weights):
             raise ValueError("at least one output needs a weight")
         self.weights = tuple(weights)
         self.batch_dice = batch_dice
+        self.share = share
         self.ignore_label = labels.ignore_label
         self.regions: Tensor | None
         if labels.has_regions:
@@ -87,37 +105,42 @@ class SegmentationLoss(nn.Module):
         if annotated is not None:
             labels = labels * annotated
         kind: Any = _LabelLoss if self.regions is None else _RegionLoss
-        loss: Tensor = kind.apply(logits, labels, annotated, self.batch_dice, self.regions)
+        loss: Tensor = kind.apply(logits, labels, annotated, self.batch_dice, self.share, self.regions)
         return loss
 
 
 class _Dice(NamedTuple):
-    """The mean soft Dice, and its derivative by the probability of a voxel: `everywhere` + `inside` where the voxel
-    belongs to the class. Both (B, K) or, with batch Dice, (1, K)."""
+    """This process's part of the mean soft Dice, and the mean's derivative by the probability of a voxel: `everywhere`
+    and `inside` more where the voxel belongs to the class. Both (B, K) or, with batch Dice, (1, K)."""
 
     mean: Tensor
     inside: Tensor
     everywhere: Tensor
 
 
-def _soft_dice(intersection: Tensor, predicted: Tensor, expected: Tensor, batch_dice: bool) -> _Dice:
+def _soft_dice(intersection: Tensor, predicted: Tensor, expected: Tensor, batch_dice: bool, share: BatchShare) -> _Dice:
     """From sums (B, K) over voxels."""
-    processes = 1
+    samples = share.part
     if batch_dice:
         sums = torch.stack((intersection, predicted, expected)).sum(1, keepdim=True)
-        if distributed.is_available() and distributed.is_initialized():
-            distributed.all_reduce(sums)
-            # Gradients are averaged over processes afterwards; each process holds a part of the sums only.
-            processes = distributed.get_world_size()
+        share.add_up(sums)
         intersection, predicted, expected = sums
+        samples = 1.0  # the sums are the batch's, and so is the Dice that a voxel of this process changes
     numerator = 2 * intersection + _SMOOTH
     denominator = (expected + predicted + _SMOOTH).clamp_min(1e-8)
-    share = processes / numerator.numel()
+    each = samples / numerator.numel()
     return _Dice(
-        mean=(numerator / denominator).mean(),
-        inside=2 * share / denominator,
-        everywhere=-share * numerator / denominator.square(),
+        mean=(numerator / denominator).mean() * share.part,
+        inside=2 * each / denominator,
+        everywhere=-each * numerator / denominator.square(),
     )
+
+
+def _annotated_voxels(annotated: Tensor, share: BatchShare) -> Tensor:
+    """Of the whole batch; at least 1."""
+    voxels = annotated.sum()
+    share.add_up(voxels)
+    return voxels.clamp_min(1).to(torch.float32)
 
 
 class _LabelLoss(torch.autograd.Function):
@@ -125,7 +148,13 @@ class _LabelLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, annotated: Tensor | None, batch_dice: bool, regions: None
+        ctx: Any,
+        logits: Tensor,
+        labels: Tensor,
+        annotated: Tensor | None,
+        batch_dice: bool,
+        share: BatchShare,
+        regions: None,
     ) -> Tensor:
         with torch.autocast(logits.device.type, enabled=False):
             # log_p first: the entropy of a voxel that is far off stays finite and exact.
@@ -142,12 +171,12 @@ class _LabelLoss(torch.autograd.Function):
                 sums[0, :, label], sums[2, :, label] = hit.sum(1), is_label.sum(1)
                 seen = p[:, label] if annotated is None else torch.mul(p[:, label], annotated, out=hit)
                 sums[1, :, label] = seen.sum(1)
-            dice = _soft_dice(sums[0, :, 1:], sums[1, :, 1:], sums[2, :, 1:], batch_dice)
+            dice = _soft_dice(sums[0, :, 1:], sums[1, :, 1:], sums[2, :, 1:], batch_dice, share)
             if annotated is None:
-                voxels = p.new_full((), entropy.numel())
-                cross_entropy = entropy.mean()
+                voxels = p.new_full((), entropy.numel() / share.part)
+                cross_entropy = entropy.mean() * share.part
             else:
-                voxels = annotated.sum().clamp_min(1).to(torch.float32)
+                voxels = _annotated_voxels(annotated, share)
                 cross_entropy = (entropy * annotated).sum() / voxels
         ctx.p, ctx.labels, ctx.annotated, ctx.dice, ctx.voxels = p, labels, annotated, dice, voxels
         ctx.shape, ctx.dtype = logits.shape, logits.dtype
@@ -180,7 +209,7 @@ class _LabelLoss(torch.autograd.Function):
                 p[:, label].sub_(is_label.mul_(each))
                 if ctx.annotated is not None:
                     p[:, label].mul_(ctx.annotated)
-        return p.view(ctx.shape).to(ctx.dtype), None, None, None, None
+        return p.view(ctx.shape).to(ctx.dtype), None, None, None, None, None
 
 
 class _RegionLoss(torch.autograd.Function):
@@ -188,7 +217,13 @@ class _RegionLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, annotated: Tensor | None, batch_dice: bool, regions: Tensor
+        ctx: Any,
+        logits: Tensor,
+        labels: Tensor,
+        annotated: Tensor | None,
+        batch_dice: bool,
+        share: BatchShare,
+        regions: Tensor,
     ) -> Tensor:
         with torch.autocast(logits.device.type, enabled=False):
             z = logits.to(torch.float32, memory_format=torch.contiguous_format).flatten(2)
@@ -196,14 +231,16 @@ class _RegionLoss(torch.autograd.Function):
             entropy = functional.binary_cross_entropy_with_logits(z, inside, reduction="none")
             p = z.sigmoid()
             if annotated is None:
-                dice = _soft_dice((p * inside).sum(2), p.sum(2), inside.sum(2), batch_dice)
-                voxels = p.new_full((), entropy.numel())
-                cross_entropy = entropy.mean()
+                dice = _soft_dice((p * inside).sum(2), p.sum(2), inside.sum(2), batch_dice, share)
+                voxels = p.new_full((), entropy.numel() / share.part)
+                cross_entropy = entropy.mean() * share.part
             else:
                 mask = annotated[:, None]
-                dice = _soft_dice((p * inside * mask).sum(2), (p * mask).sum(2), (inside * mask).sum(2), batch_dice)
+                dice = _soft_dice(
+                    (p * inside * mask).sum(2), (p * mask).sum(2), (inside * mask).sum(2), batch_dice, share
+                )
                 # nnU-Net divides by annotated voxels, not by voxels times regions.
-                voxels = annotated.sum().clamp_min(1).to(torch.float32)
+                voxels = _annotated_voxels(annotated, share)
                 cross_entropy = (entropy * mask).sum() / voxels
         ctx.p, ctx.inside, ctx.annotated, ctx.dice, ctx.voxels = p, inside, annotated, dice, voxels
         ctx.shape, ctx.dtype = logits.shape, logits.dtype
@@ -219,4 +256,4 @@ class _RegionLoss(torch.autograd.Function):
             gradient.add_((p - ctx.inside) / ctx.voxels).mul_(upstream)
             if ctx.annotated is not None:
                 gradient.mul_(ctx.annotated[:, None])
-        return gradient.view(ctx.shape).to(ctx.dtype), None, None, None, None
+        return gradient.view(ctx.shape).to(ctx.dtype), None, None, None, None, None

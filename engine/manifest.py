@@ -28,6 +28,8 @@ Laterality = Literal["left", "right"]
 Ensemble = Literal["probabilities", "probabilities-of-folds"]
 """How networks are joined. `probabilities`: the folds of a configuration by the mean of their logits, configurations by
 the mean of their probabilities (nnU-Net). `probabilities-of-folds`: all networks by the mean of their probabilities."""
+Weights = Literal["float32", "fp16"]
+"""How the convolutions' weights are stored. All else, and all arithmetic, is float32."""
 SliceAxis = Literal["axial", "sagittal", "coronal"]
 
 
@@ -102,7 +104,7 @@ class BundleConfiguration:
 
 @dataclass(frozen=True, kw_only=True)
 class Parity:
-    """How far the exported network is from the original on the test input of the export."""
+    """How far the exported network is from the original, torch's in float32, on the test input of the export."""
 
     configuration: str
     fold: str
@@ -137,6 +139,7 @@ class Manifest:
     step_size: float
     parity: tuple[Parity, ...]
     quality: QualityThresholds
+    weights: Weights = "float32"
 
 
 def manifest_document(manifest: Manifest, root: Path) -> dict[str, Any]:
@@ -185,6 +188,7 @@ def manifest_document(manifest: Manifest, root: Path) -> dict[str, Any]:
         "step_size": manifest.step_size,
         "parity": [vars(parity) for parity in manifest.parity],
         "quality": {**vars(manifest.quality), "max_components": dict(manifest.quality.max_components)},
+        **({} if manifest.weights == "float32" else {"weights": manifest.weights}),
     }
 
 
@@ -194,6 +198,9 @@ def read_manifest(reader: Reader, root: Path) -> Manifest:
     ensemble = reader.text("ensemble")
     if ensemble not in get_args(Ensemble):
         raise reader.fail("ensemble", f"{ensemble[:40]!r} is not one of {', '.join(get_args(Ensemble))}")
+    weights = reader.text("weights", "float32")
+    if weights not in get_args(Weights):
+        raise reader.fail("weights", f"{weights[:40]!r} is not one of {', '.join(get_args(Weights))}")
     quality = reader.child("quality")
     components = quality.child("max_components", {})
     return Manifest(
@@ -230,6 +237,7 @@ def read_manifest(reader: Reader, root: Path) -> Manifest:
                 {key: components.integer(key, 1, 10**6) for key in components.keys()}  # noqa: SIM118
             ),
         ),
+        weights=cast(Weights, weights),
     )
 
 

@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from types import MappingProxyType
@@ -78,6 +78,15 @@ class CompositeScore:
 
 
 CaseMetrics = Mapping[Region, RegionMetrics]
+
+
+def as_plain(case: CaseMetrics) -> list[Any]:
+    """Values that JSON has; `from_plain` undoes it."""
+    return [[list(region), asdict(metrics)] for region, metrics in case.items()]
+
+
+def from_plain(plain: Sequence[Any]) -> CaseMetrics:
+    return MappingProxyType({tuple(region): RegionMetrics(**metrics) for region, metrics in plain})
 
 
 def evaluated_regions(labels: LabelManager) -> tuple[Region, ...]:

@@ -8,6 +8,8 @@ overrides any of them. docs/model-bundle.md describes the fields; a card has the
     description = "..."
     licence = "..."
     origin = "..."
+    [data]
+    licence = "..."
     [contract]
     orientation = "RAS"
     [labels.Anterior]
@@ -44,9 +46,10 @@ from engine.manifest import (
     read_volume_range,
 )
 from engine.plans import Plans
+from engine.provenance import DATA_KEYS
 
 _CARD_KEYS = frozenset(
-    {"name", "semver", "description", "licence", "origin", "step_size", "contract", "labels", "quality"}
+    {"name", "semver", "description", "licence", "origin", "step_size", "data", "contract", "labels", "quality"}
 )
 _CONTRACT_KEYS = frozenset(
     {
@@ -77,7 +80,8 @@ _REORIENTING = frozenset({"NibabelIOWithReorient", "SimpleITKIOWithReorient"})
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCard:
-    """The overrides of a card, checked for known keys; the values are checked where they are used."""
+    """The overrides of a card, checked for known keys; the values are checked where they are used. `data`: licence and
+    origin of the training data, where dataset.json does not say them."""
 
     name: str | None = None
     semver: str | None = None
@@ -88,6 +92,7 @@ class ModelCard:
     contract: Mapping[str, Any] = field(default_factory=dict)
     labels: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     quality: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +127,8 @@ def parse_card(document: Mapping[str, Any], *, where: str = "card") -> ModelCard
     """A card from its content. Raises ImportRefused."""
     card = Reader(document, where=where, error=ImportRefused)
     card.only(_CARD_KEYS)
-    contract, labels, quality = (card.child(key, {}) for key in ("contract", "labels", "quality"))
+    contract, labels, quality, data = (card.child(key, {}) for key in ("contract", "labels", "quality", "data"))
+    data.only(frozenset(DATA_KEYS))
     contract.only(_CONTRACT_KEYS)
     quality.only(_QUALITY_KEYS)
     for name in labels.keys():  # noqa: SIM118 - Reader is no mapping; keys() checks each key
@@ -137,6 +143,7 @@ def parse_card(document: Mapping[str, Any], *, where: str = "card") -> ModelCard
         contract=dict(card.raw("contract", {})),
         labels={name: dict(labels.raw(name)) for name in labels.keys()},  # noqa: SIM118
         quality=dict(card.raw("quality", {})),
+        data={key: data.text(key) for key in data.keys()},  # noqa: SIM118
     )
 
 

@@ -23,7 +23,24 @@ _TRANSPOSED: dict[int, type[nn.ConvTranspose2d] | type[nn.ConvTranspose3d]] = {
     3: nn.ConvTranspose3d,
 }
 _NORM: dict[int, type[nn.InstanceNorm2d] | type[nn.InstanceNorm3d]] = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
-_POOL: dict[int, type[nn.AvgPool2d] | type[nn.AvgPool3d]] = {2: nn.AvgPool2d, 3: nn.AvgPool3d}
+
+
+class BlockPool3d(nn.AvgPool3d):
+    """The mean of each block of voxels. torch has no deterministic gradient of its own pooling on a GPU."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        if features.is_cuda and features.requires_grad and torch.are_deterministic_algorithms_enabled():
+            return block_mean(features, self.kernel_size)  # type: ignore[arg-type]
+        return super().forward(features)
+
+
+def block_mean(features: Tensor, block: Sequence[int]) -> Tensor:
+    """(B, C, *size) → (B, C, *size // block); each size is a multiple of the block's."""
+    sizes = [n for size, edge in zip(features.shape[2:], block, strict=True) for n in (size // edge, edge)]
+    return features.reshape(*features.shape[:2], *sizes).mean(tuple(range(3, 3 + 2 * len(block), 2)))
+
+
+_POOL: dict[int, type[nn.AvgPool2d] | type[nn.AvgPool3d]] = {2: nn.AvgPool2d, 3: BlockPool3d}
 
 
 class ConvNorm(nn.Module):

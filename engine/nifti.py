@@ -6,15 +6,33 @@ import gzip
 import math
 import zlib
 from collections.abc import Sequence
+from io import BufferedIOBase
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
+from numpy.typing import NDArray
 
 from engine.errors import InputRejected, NotFinite
 from engine.volume import Geometry, LabelMap, Volume
 
+# nifti1.h: what is read here of the header, and the types with one number a voxel.
+_NIFTI1 = np.dtype(
+    {
+        "names": ["size", "dim", "datatype", "bitpix", "offset", "slope", "intercept"],
+        "formats": ["<i4", "<8i2", "<i2", "<i2", "<f4", "<f4", "<f4"],
+        "offsets": [0, 40, 70, 72, 108, 112, 116],
+        "itemsize": 348,
+    }
+)
+_NIFTI_TYPES = MappingProxyType(
+    {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
+)
+_CHUNK = 2**20
+# Deflate makes at most 1032 bytes of one.
+_MOST_DEFLATED = 1100
 # ITK refuses directions that are not orthonormal; the header itself holds float32.
 _ORTHOGONALITY = 1e-4
 
@@ -35,13 +53,13 @@ def read_nifti(paths: Sequence[Path]) -> Volume:
             geometry = grid
         elif not geometry.same_grid(grid):
             raise InputRejected(f"{path.name}: lies on another grid than {paths[0].name}; all channels must share one")
-        values = array.astype(np.float32)
-        if not np.isfinite(values).all():
+        values = array.astype(np.float32, copy=False)
+        if np.issubdtype(array.dtype, np.floating) and not _all_finite(values):
             raise NotFinite(f"{path.name}: holds NaN or infinity, correct it at the source")
         channels.append(values)
     if geometry is None:
         raise InputRejected("no image file was given")
-    return Volume(array=np.stack(channels), geometry=geometry)
+    return Volume(array=channels[0][None] if len(channels) == 1 else np.stack(channels), geometry=geometry)
 
 
 def read_label_map(path: Path) -> LabelMap:
@@ -49,11 +67,10 @@ def read_label_map(path: Path) -> LabelMap:
     NotFinite when that is NaN or infinity."""
     array, geometry = _read(path)
     if np.issubdtype(array.dtype, np.floating):
-        if not np.isfinite(array).all():
+        if not _all_finite(array):
             raise NotFinite(f"{path.name}: holds NaN or infinity, correct it at the source")
-        if not np.array_equal(array, np.rint(array)):
+        if not all(np.array_equal(plane, np.rint(plane)) for plane in array):
             raise InputRejected(f"{path.name}: a label map holds whole numbers only")
-        array = array.astype(np.int64)
     low, high = int(array.min()), int(array.max())
     if low < 0 or high > 65535:
         raise InputRejected(f"{path.name}: labels from {low} to {high}; 0 to 65535 are allowed")
@@ -96,65 +113,106 @@ def read_orientation(path: Path) -> str:
 
 def write_nifti(labels: LabelMap, path: Path) -> None:
     """The label map as a file with its own geometry; ValueError on a sheared grid, which NIfTI by ITK cannot hold."""
-    geometry = labels.geometry
+    write_image(labels.array, labels.geometry, path)
+
+
+def write_image(array_ZYX: NDArray[Any], geometry: Geometry, path: Path) -> None:
+    """One channel or label map (Z, Y, X) as a file, in the type of its array. ValueError on a sheared grid, as above;
+    OSError when the file cannot be written."""
     direction = geometry.direction
     if np.abs(direction.T @ direction - np.eye(3)).max() > _ORTHOGONALITY:
         raise ValueError(f"{path.name}: the grid is sheared (gantry tilt) and cannot be written by ITK")
-    image = sitk.GetImageFromArray(labels.array)
+    image = sitk.GetImageFromArray(array_ZYX)
     image.SetSpacing(geometry.spacing_mm[::-1])
     image.SetOrigin(geometry.origin_mm)
     image.SetDirection(direction.ravel().tolist())
-    sitk.WriteImage(image, str(path), True)
-
-
-def _check_stored(path: Path) -> None:
-    """Refuses a NIfTI-1 file that ends before its last voxel, or that stores NaN or infinity as floating point: ITK
-    reads both as 0, without a word."""
-    if not path.name.endswith((".nii", ".nii.gz")):
-        return
     try:
-        content = path.read_bytes()
-        if path.name.endswith(".gz"):
-            content = gzip.decompress(content)
-        for order in "<>":
-            header = np.dtype(
-                {
-                    "names": ["size", "dim", "datatype", "bitpix", "offset"],
-                    "formats": [f"{order}i4", f"8{order}i2", f"{order}i2", f"{order}i2", f"{order}f4"],
-                    "offsets": [0, 40, 70, 72, 108],
-                    "itemsize": 348,
-                }
-            )
-            fields = np.frombuffer(content, header, count=1)[0]
-            if int(fields["size"]) != 348:
-                continue
-            stored = memoryview(content)[int(fields["offset"]) :]
-            size = math.prod(int(n) for n in fields["dim"][1 : 1 + int(fields["dim"][0])]) * int(fields["bitpix"]) // 8
-            if len(stored) < size:
-                raise InputRejected(f"{path.name}: ends before its last voxel ({len(stored)} of {size} bytes)")
-            kind = {16: f"{order}f4", 64: f"{order}f8"}.get(int(fields["datatype"]))
-            if kind is not None and not np.isfinite(np.frombuffer(stored[:size], kind)).all():
-                raise NotFinite(f"{path.name}: holds NaN or infinity, correct it at the source")
-            return
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise InputRejected(f"{path.name}: not readable as an image") from error
+        sitk.WriteImage(image, str(path), True)
+    except RuntimeError as error:
+        raise OSError(f"{path.name}: cannot be written; is the disk full?") from error
+
+
+def check_stored(path: Path) -> None:
+    """Refuses (InputRejected, NotFinite) a NIfTI-1 file that is cut short or stores NaN or infinity."""
+    _stored_voxels(path)
 
 
 def _read(path: Path) -> tuple[Any, Geometry]:
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
     try:
-        image = sitk.ReadImage(str(path))
+        reader.ReadImageInformation()
     except RuntimeError as error:
         raise InputRejected(f"{path.name}: not readable as an image") from error
-    if image.GetNumberOfComponentsPerPixel() != 1 or image.GetDimension() not in (2, 3):
+    dimensions = reader.GetDimension()
+    if reader.GetNumberOfComponents() != 1 or dimensions not in (2, 3):
         raise InputRejected(
-            f"{path.name}: {image.GetDimension()} axes with {image.GetNumberOfComponentsPerPixel()} values a voxel; "
+            f"{path.name}: {dimensions} axes with {reader.GetNumberOfComponents()} values a voxel; "
             "a 2D or 3D image with one value a voxel is needed"
         )
-    _check_stored(path)
-    array = sitk.GetArrayFromImage(image)
-    if array.ndim == 2:
-        image, array = sitk.JoinSeries(image), array[None]
     affine = np.eye(4)
-    affine[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * np.array(image.GetSpacing())
-    affine[:3, 3] = image.GetOrigin()
+    affine[:dimensions, :dimensions] = np.reshape(reader.GetDirection(), (dimensions, dimensions))
+    affine[:dimensions, :dimensions] *= reader.GetSpacing()
+    affine[:dimensions, 3] = reader.GetOrigin()
+    array = _stored_voxels(path)
+    if array is None or array.size != math.prod(reader.GetSize()):
+        try:
+            array = sitk.GetArrayFromImage(reader.Execute())
+        except RuntimeError as error:
+            raise InputRejected(f"{path.name}: not readable as an image") from error
+    array = array.reshape((1, *reader.GetSize()[1::-1]) if dimensions == 2 else reader.GetSize()[::-1])
     return array, Geometry(shape=array.shape, affine_lps=affine)
+
+
+def _stored_voxels(path: Path) -> NDArray[Any] | None:
+    """The voxels of a NIfTI-1 file, flat, as it stores them; None where ITK must read them, because they are to be
+    scaled or the file is of another kind.
+
+    Reads to the end of the file, so that a compressed one is checked. Refuses one that ends before its last voxel or
+    that stores NaN or infinity as floating point: ITK reads both as 0, without a word.
+    """
+    if not path.name.endswith((".nii", ".nii.gz")):
+        return None
+    try:
+        with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as file:
+            start = file.read(_NIFTI1.itemsize)
+            if len(start) < _NIFTI1.itemsize:
+                return None
+            for header in (_NIFTI1, _NIFTI1.newbyteorder()):
+                fields = np.frombuffer(start, header)[0]
+                if int(fields["size"]) == header.itemsize:
+                    return _voxels_after(file, fields, header["dim"].base.byteorder, path)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise InputRejected(f"{path.name}: not readable as an image") from error
+    return None
+
+
+def _voxels_after(file: BufferedIOBase, fields: Any, order: Any, path: Path) -> NDArray[Any] | None:
+    """`file` stands behind the header of which `fields` are."""
+    axes, kind = int(fields["dim"][0]), np.dtype(f"V{max(1, int(fields['bitpix']) // 8)}")
+    if int(fields["datatype"]) in _NIFTI_TYPES:
+        kind = np.dtype(_NIFTI_TYPES[int(fields["datatype"])]).newbyteorder(order)
+    size = kind.itemsize * math.prod(int(n) for n in fields["dim"][1 : 1 + axes])
+    if size > _MOST_DEFLATED * path.stat().st_size:
+        raise InputRejected(f"{path.name}: ends before its last voxel: {size} bytes cannot be in so small a file")
+    file.read(max(0, int(fields["offset"]) - _NIFTI1.itemsize))
+    content = np.empty(size, np.uint8)
+    found = 0
+    while found < size and (part := file.read(min(_CHUNK, size - found))):
+        content[found : found + len(part)] = np.frombuffer(part, np.uint8)
+        found += len(part)
+    if found < size:
+        raise InputRejected(f"{path.name}: ends before its last voxel ({found} of {size} bytes)")
+    while file.read(_CHUNK):
+        continue
+    array = content.view(kind)
+    if kind.kind == "f" and not _all_finite(array):
+        raise NotFinite(f"{path.name}: holds NaN or infinity, correct it at the source")
+    is_plain = float(fields["slope"]) in (0.0, 1.0) and float(fields["intercept"]) == 0.0
+    return array.astype(kind.newbyteorder("="), copy=False) if is_plain and kind.kind != "V" and axes <= 3 else None
+
+
+def _all_finite(array: NDArray[Any]) -> bool:
+    """Part by part: the answer for each voxel would be as many bytes again."""
+    flat = array.reshape(-1)
+    return all(np.isfinite(flat[start : start + _CHUNK]).all() for start in range(0, flat.size, _CHUNK))

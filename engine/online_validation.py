@@ -15,20 +15,20 @@ from engine.labels import LabelManager
 
 
 class OnlineDice:
-    """Collects batches; `per_class` is their Dice."""
+    """Collects batches; `per_class` is their Dice. `counts` (3, classes) are voxels in both, found, there."""
 
     def __init__(self, labels: LabelManager) -> None:
         self._labels = labels
-        self._counts = np.zeros((3, len(labels.foreground)), dtype=np.int64)
+        self.counts = np.zeros((3, len(labels.foreground)), dtype=np.int64)
 
     def add(self, logits: Tensor, target: Tensor) -> None:
         """`logits` (B, K, *patch), `target` (B, *patch)."""
-        self._counts += count_overlap(logits, target, self._labels)
+        self.counts += count_overlap(logits, target, self._labels)
 
     @property
     def per_class(self) -> tuple[float | None, ...]:
         """Per foreground class or region; None where neither network nor reference ever had it."""
-        both, found, there = self._counts
+        both, found, there = self.counts
         size = found + there
         return tuple(float(2 * b / s) if s else None for b, s in zip(both, size, strict=True))
 

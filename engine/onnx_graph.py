@@ -1,9 +1,10 @@
 """Writes one of nnU-Net's U-Nets as an ONNX graph, straight from the architecture and the weights.
 
-Same input gives the same bytes on every machine and with every release of torch: no tracing, no paths, no time. Six
+Same input gives the same bytes on every machine and with every release of torch: no tracing, no paths, no time. Seven
 operators are used: Conv, ConvTranspose, InstanceNormalization, LeakyRelu, Concat, and for residual encoders Add and
-AveragePool. Heads of deep supervision other than the full resolution's are left out. Whether the graph computes what
-the original network does is checked by engine/export.py for every file.
+AveragePool. Where kernels are stored as float16, Cast makes them float32 again, so that all arithmetic, and everything
+about InstanceNormalization, stays float32. Heads of deep supervision other than the full resolution's are left out.
+Whether the graph computes what the original network does is checked by engine/parity.py for every file.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from engine.architecture import Architecture
+from engine.errors import ParityFailed
 
 OPSET = 17
 IR_VERSION = 8  # the oldest that goes with opset 17
@@ -35,14 +37,17 @@ def write_onnx(
     channels: int,
     heads: int,
     patch_size: Sequence[int],
+    half: bool = False,
     external_data_bytes: int = EXTERNAL_DATA_BYTES,
 ) -> list[Path]:
     """Write `path` (and `path` + ".data" when the weights exceed `external_data_bytes`); returns what was written.
 
+    `half`: the kernels of convolutions are stored as float16. Raises ParityFailed for one that float16 cannot hold.
+
     Input `image` float32 (batch, channels, *patch_size), output `logits` float32 (batch, heads, *patch_size); only
     the batch is free. `weights` by the names of engine/network.py, complete.
     """
-    graph = _Graph(architecture, weights)
+    graph = _Graph(architecture, weights, half=half)
     features, skips = INPUT, []
     if architecture.network == "residual":
         features = graph.conv_norm("encoder.stem.convs.0", features, stride=graph.one)
@@ -93,16 +98,30 @@ def write_onnx(
     return [path, data]
 
 
+def is_kernel(name: str, array: NDArray[Any]) -> bool:
+    """Whether a parameter is the kernel of a convolution: the only ones that are ever stored as float16."""
+    return name.endswith(".weight") and array.ndim > 1
+
+
+def to_float16(name: str, array: NDArray[np.float32]) -> NDArray[np.float16]:
+    """Rounded to float16. Raises ParityFailed where the largest value is beyond it."""
+    largest = float(np.abs(array).max(initial=0.0))
+    if largest > float(np.finfo(np.float16).max):
+        raise ParityFailed(f"parameter {name}: {largest:.3g} is beyond float16; store the weights as float32")
+    return array.astype(np.float16)
+
+
 class _Graph:
     """Nodes and initialisers in the order of computation; every value is named by the node that makes it."""
 
-    def __init__(self, architecture: Architecture, weights: Mapping[str, NDArray[np.float32]]) -> None:
+    def __init__(self, architecture: Architecture, weights: Mapping[str, NDArray[np.float32]], *, half: bool) -> None:
         self.architecture = architecture
+        self.half = half
         self.weights = weights
         self.one = (1,) * architecture.dimensions
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
-        self.used: dict[str, NDArray[np.float32]] = {}
+        self.used: dict[str, NDArray[Any]] = {}
 
     def node(self, operator: str, inputs: list[str], *, output: str | None = None, **attributes: Any) -> str:
         output = output or f"{operator}_{len(self.nodes)}"
@@ -110,13 +129,19 @@ class _Graph:
         return output
 
     def parameters(self, name: str) -> list[str]:
-        """Weight and, if there is one, bias, as initialisers."""
+        """Weight and, if there is one, bias, as initialisers; a kernel that is stored as float16, as the value that it
+        is cast to."""
         names = [f"{name}.weight"] + ([f"{name}.bias"] if f"{name}.bias" in self.weights else [])
+        values = []
         for key in names:
-            array = np.ascontiguousarray(self.weights[key], dtype=np.float32)
+            array: NDArray[Any] = np.ascontiguousarray(self.weights[key], dtype=np.float32)
+            is_half = self.half and is_kernel(key, array)
+            if is_half:
+                array = to_float16(key, array)
             self.used[key] = array
             self.initializers.append(numpy_helper.from_array(array, key))
-        return names
+            values.append(self.node("Cast", [key], output=f"{key}.float32", to=TensorProto.FLOAT) if is_half else key)
+        return values
 
     def conv(self, name: str, features: str, *, stride: Sequence[int], output: str | None = None) -> str:
         kernel = self.weights[f"{name}.weight"].shape[2:]

@@ -94,13 +94,15 @@ class Profile:
     The full resolution is, if its patch has more than `fullres_above_voxels`; the low resolution, if that patch covers
     less than `lowres_below` of the median image. Its spacing is the full one times `lowres_step` on every axis, once;
     or, with `lowres_until_covered`, step by step, coarse axes last, until the patch covers that share, and dropped
-    where the image has then not shrunk to half its voxels.
+    where the image has then not shrunk to half its voxels. `fills_device`: patch and batch are those that fill the
+    device on which the training will run, where it can be measured (engine/memory_fit.py).
     """
 
     fullres_above_voxels: int
     lowres_below: float
     lowres_step: float
     lowres_until_covered: bool
+    fills_device: bool
     plans_name_part: str
 
 
@@ -111,6 +113,7 @@ PROFILES: Mapping[ProfileName, Profile] = MappingProxyType(
             lowres_below=0.25,
             lowres_step=1.03,
             lowres_until_covered=True,
+            fills_device=False,
             plans_name_part="",
         ),
         "article": Profile(
@@ -118,6 +121,7 @@ PROFILES: Mapping[ProfileName, Profile] = MappingProxyType(
             lowres_below=0.9,
             lowres_step=2.0,
             lowres_until_covered=False,
+            fills_device=True,
             plans_name_part="Article",
         ),
     }

@@ -7,7 +7,7 @@ configuration are in network order, after `transpose_forward`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -21,6 +21,7 @@ from engine.errors import DatasetInvalid
 from engine.fingerprint import Fingerprint
 from engine.json_reader import read_json
 from engine.json_writer import write_json
+from engine.memory_fit import SizeChoice
 from engine.planners import PLANNERS, PROFILES, PlannerName, ProfileName, plans_name
 from engine.topology import Topology, feature_map_voxels, topology
 
@@ -29,7 +30,8 @@ FloatArray = NDArray[np.float64]
 _ANISOTROPY = 3
 _BASE_FEATURES = 32
 _MAX_FEATURES = {2: 512, 3: 320}
-_REFERENCE_BATCH = {2: 12, 3: 2}
+REFERENCE_BATCH: Mapping[int, int] = MappingProxyType({2: 12, 3: 2})
+"""By dimensions: the batch for which the planners' references hold."""
 _MIN_BATCH = 2
 # Edge of the square or cube in which the first patch has its volume, before it is cut to the median image.
 _FIRST_EDGE = {2: 2048, 3: 256}
@@ -48,13 +50,19 @@ _OWN_CONFIGURATIONS = frozenset({"2d", "3d_fullres", "3d_lowres", "3d_cascade_fu
 _SHARED_DATA = frozenset({"2d", "3d_fullres"})
 _SHARED_IDENTIFIER = "nnUNetPlans"
 
+Content = Mapping[str, Any]
+Fit = Callable[[SizeChoice, Callable[[Topology, int], Content]], tuple[Topology, int]]
+"""Takes patch and batch of a configuration by another measure than nnU-Net's estimate (engine/memory_fit.py). The
+second argument makes the configuration's content in plans.json for any of them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRequest:
     """What is to be planned.
 
     `gpu_memory_gb` replaces the planner's own target; `overwrite_target_spacing` (z, y, x as stored, mm) the target
-    spacing of the full resolution; `plans_name` the name that planner and profile give.
+    spacing of the full resolution; `plans_name` the name that planner and profile give; `fit` nnU-Net's estimate of
+    what fits into the memory.
     """
 
     dataset_name: str
@@ -65,6 +73,7 @@ class PlanRequest:
     gpu_memory_gb: float | None = None
     overwrite_target_spacing: tuple[float, float, float] | None = None
     plans_name: str | None = None
+    fit: Fit | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,18 +239,49 @@ class _Planning:
     ) -> dict[str, Any] | None:
         """One configuration without `batch_dice`; None, with a note, when the image is too small to be pooled once."""
         dimensions = len(spacing)
-        found = self._fit_patch([float(v) for v in spacing], [float(v) for v in median_shape])
+        found = self._fit_patch(spacing, median_shape)
         if found is None:
             self.notes.append(f"{name} is left out: {[float(e) for e in median_shape]} voxels are too few to pool once")
             return None
         shape, estimate = found
+
+        def most(patch: Topology) -> int:
+            share = dataset_voxels * self.planner.max_dataset_covered
+            return max(round(share / math.prod(patch.patch_size)), _MIN_BATCH)
+
+        def content(patch: Topology, batch: int) -> dict[str, Any]:
+            return self._content(name, spacing, median_shape, patch, batch)
+
+        batch = max(
+            _MIN_BATCH, min(round(self._reference(dimensions) / estimate * REFERENCE_BATCH[dimensions]), most(shape))
+        )
+        if self.request.fit is not None:
+            patches = tuple(self._patches(spacing, median_shape))
+            choice = SizeChoice(
+                configuration=name,
+                patches=patches,
+                planned=patches.index(shape),
+                batch_size=batch,
+                smallest_batch=_MIN_BATCH,
+                largest_batch=most,
+            )
+            shape, batch = self.request.fit(choice, content)
         if shape.n_stages == 2:
             self.notes.append(
                 f"{name} has two stages only: its one deep-supervision output must keep its weight (nnU-Net sets it "
                 "to 0 and learns nothing)"
             )
-        batch = round(self._reference(dimensions) / estimate * _REFERENCE_BATCH[dimensions])
-        most = round(dataset_voxels * self.planner.max_dataset_covered / math.prod(shape.patch_size))
+        return content(shape, batch)
+
+    def _content(
+        self,
+        name: str,
+        spacing: FloatArray,
+        median_shape: Sequence[float] | FloatArray,
+        shape: Topology,
+        batch: int,
+    ) -> dict[str, Any]:
+        """A configuration as plans.json has it, without `batch_dice`."""
         schemes = [
             _NORMALIZATIONS.get(channel.casefold(), "ZScoreNormalization")
             for channel in self.request.dataset_json.channel_names
@@ -250,7 +290,7 @@ class _Planning:
         return {
             "data_identifier": self._data_identifier(name),
             "preprocessor_name": "DefaultPreprocessor",
-            "batch_size": max(min(batch, most), _MIN_BATCH),
+            "batch_size": batch,
             "patch_size": list(shape.patch_size),
             "median_image_size_in_voxels": [v if isinstance(v, int) else float(v) for v in median_shape],
             "spacing": [float(v) for v in spacing],
@@ -265,29 +305,41 @@ class _Planning:
             "architecture": self._architecture(shape),
         }
 
-    def _fit_patch(self, spacing: Sequence[float], median_shape: Sequence[float]) -> tuple[Topology, int] | None:
+    def _fit_patch(
+        self, spacing: FloatArray, median_shape: Sequence[float] | FloatArray
+    ) -> tuple[Topology, int] | None:
         """The largest patch whose network fits into the memory, and its estimate; None where nothing can be pooled."""
         dimensions = len(spacing)
-        aspect = 1 / np.array(spacing)
-        aspect = aspect * (_FIRST_EDGE[dimensions] ** dimensions / np.prod(aspect)) ** (1 / dimensions)
-        first = [min(max(1, round(a)), m) for a, m in zip(aspect, median_shape, strict=True)]
-        shape = topology(spacing, first)
-        if shape.n_stages == 1:
+        batches = REFERENCE_BATCH[dimensions] / _MIN_BATCH if self.planner.patch_for_smallest_batch else 1
+        shape = None
+        for shape in self._patches(spacing, median_shape):
+            estimate = self._estimate(shape)
+            if estimate / batches <= self._reference(dimensions):
+                return shape, estimate
+        if shape is None:
             return None
-        batches = _REFERENCE_BATCH[dimensions] / _MIN_BATCH if self.planner.patch_for_smallest_batch else 1
-        while (estimate := self._estimate(shape)) / batches > self._reference(dimensions):
-            ratios = [edge / m for edge, m in zip(shape.patch_size, median_shape, strict=True)]
+        memory_gb = self.request.gpu_memory_gb or self.planner.reference_gb
+        raise DatasetInvalid(f"no patch fits into {memory_gb:g} GB of GPU memory; give more")
+
+    def _patches(self, spacing: FloatArray, median_shape: Sequence[float] | FloatArray) -> Iterator[Topology]:
+        """From the largest on, each shorter than the one before along its longest axis, as long as they can be
+        pooled."""
+        dimensions = len(spacing)
+        spacing_mm, median = [float(v) for v in spacing], [float(v) for v in median_shape]
+        aspect = 1 / np.array(spacing_mm)
+        aspect = aspect * (_FIRST_EDGE[dimensions] ** dimensions / np.prod(aspect)) ** (1 / dimensions)
+        shape = topology(spacing_mm, [min(max(1, round(a)), m) for a, m in zip(aspect, median, strict=True)])
+        while shape.n_stages > 1:
+            yield shape
+            ratios = [edge / m for edge, m in zip(shape.patch_size, median, strict=True)]
             longest = int(np.argsort(ratios)[-1])
             smaller, edges = list(shape.patch_size), list(shape.patch_size)
             smaller[longest] -= shape.divisors[longest]
-            if smaller[longest] > 0:
-                # The smaller patch's divisor, so that no possible size is skipped (256 with 64: 224 comes next).
-                edges[longest] -= topology(spacing, smaller).divisors[longest]
-                shape = topology(spacing, edges)
-            if smaller[longest] < 1 or shape.n_stages == 1:
-                memory_gb = self.request.gpu_memory_gb or self.planner.reference_gb
-                raise DatasetInvalid(f"no patch fits into {memory_gb:g} GB of GPU memory; give more")
-        return shape, estimate
+            if smaller[longest] < 1:
+                return
+            # The smaller patch's divisor, so that no possible size is skipped (256 with 64: 224 comes next).
+            edges[longest] -= topology(spacing_mm, smaller).divisors[longest]
+            shape = topology(spacing_mm, edges)
 
     def _reference(self, dimensions: int) -> float:
         value = self.planner.reference_2d if dimensions == 2 else self.planner.reference_3d

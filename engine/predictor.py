@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
@@ -23,7 +23,7 @@ from engine.postprocessing import apply_postprocessing, read_postprocessing
 from engine.preprocessing import CroppedImage, crop_to_nonzero, network_shape, network_spacing_mm, preprocess
 from engine.segment_statistics import SegmentStatistics, mean_probabilities, measure_segments
 from engine.sliding_window import WindowGrid, mirror_combinations, predict_logits
-from engine.uncertainty import Agreement, MirrorAgreement, fold_agreements
+from engine.uncertainty import Agreement, MirrorAgreement, border_entropies, fold_agreements
 from engine.volume import Geometry, LabelMap, Volume
 
 FloatArray = NDArray[np.float32]
@@ -62,18 +62,27 @@ class Prediction:
 class Predictor:
     """Runs one model bundle. Networks are loaded once, here, and stay loaded until `close`.
 
+    `backends`, by (configuration, fold), run the networks instead of the bundle's own files.
+
     One prediction at a time. Raises BundleInvalid when a network or rule of the bundle cannot be run, BackendFailed
     when the device asked for cannot.
     """
 
-    def __init__(self, bundle: Bundle, *, device: Device = "auto", threads: int | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        device: Device = "auto",
+        threads: int | None = None,
+        backends: Mapping[tuple[str, str], Backend] | None = None,
+    ) -> None:
         self._bundle = bundle
         self._postprocessing = read_postprocessing(bundle.postprocessing)
         for configuration in bundle.configurations:
             check_rule(bundle.plans.configurations[configuration.name].resampling_probabilities)
-        self._backends: dict[tuple[str, str], Backend] = {}
+        self._backends: dict[tuple[str, str], Backend] = dict(backends or {})
         try:
-            for configuration in bundle.configurations:
+            for configuration in bundle.configurations if backends is None else ():
                 for fold in configuration.folds:
                     self._backends[configuration.name, fold.fold] = OnnxBackend(
                         fold.file,
@@ -89,6 +98,12 @@ class Predictor:
     @property
     def bundle(self) -> Bundle:
         return self._bundle
+
+    @property
+    def runtime(self) -> str:
+        """What runs the networks, such as "onnxruntime 1.32.0 on cpu, float32"."""
+        first = next(iter(self._backends.values()))
+        return f"{first.name} {first.version} on {first.provider}, {first.precision}"
 
     def close(self) -> None:
         """Frees the networks."""
@@ -156,8 +171,7 @@ class Predictor:
         report = _Report(progress, sum(task.work for task in tasks))
         outputs: list[NetworkLogits] = []
         previous: dict[str, NDArray[Any]] = {}
-        fold_tables: list[Agreement] = []
-        mirror_tables: list[Agreement] = []
+        certainty = _Certainty()
         needed = {run.previous_stage for run in runs}
         for task in tasks:
             with clock.stage("preprocess"):
@@ -169,15 +183,14 @@ class Predictor:
                     previous_foreground=bundle.label_manager.foreground_labels,
                 )
             with clock.stage("network"):
-                found, folds_agree, mirrors_agree = self._run(task, image, cropped, report)
+                found, seen = self._run(task, image, cropped, report)
             if task.run.name in needed:
                 with clock.stage("export"):
                     stage = segment(found, cropped.shape, cropped.spacing_mm, bundle.label_manager)
                     previous[task.run.name] = _uncropped(stage.labels, cropped)
             if task.run.name in members:
                 outputs.extend(found)
-                fold_tables.extend(folds_agree)
-                mirror_tables.extend(mirrors_agree)
+                certainty.extend(seen)
         with clock.stage("export"):
             result = segment(outputs, cropped.shape, cropped.spacing_mm, bundle.label_manager)
             outputs.clear()
@@ -192,8 +205,9 @@ class Predictor:
                 labels,
                 bundle.labels,
                 confidences=confidences,
-                fold_tables=fold_tables,
-                mirror_tables=mirror_tables,
+                fold_tables=certainty.folds,
+                mirror_tables=certainty.mirrors,
+                border_entropies=certainty.borders,
             )
         report.finish()
         first = self._backends[tasks[0].run.name, tasks[0].folds[0]]
@@ -239,14 +253,15 @@ class Predictor:
 
     def _run(
         self, task: _Task, image: FloatArray, cropped: CroppedImage, report: _Report
-    ) -> tuple[Sequence[NetworkLogits], Sequence[Agreement], Sequence[Agreement]]:
-        """The mean of the folds' logits (or each fold's own, where their probabilities are to be joined), and how far
-        folds and mirrored passes agree."""
+    ) -> tuple[Sequence[NetworkLogits], _Certainty]:
+        """The mean of the folds' logits (or each fold's own, where their probabilities are to be joined), and how sure
+        the folds are."""
         labels = self._bundle.label_manager
         apart = self._bundle.ensemble == "probabilities-of-folds"
         halves: list[HalfArray] = []
         total: FloatArray | None = None
         fold_labels: list[NDArray[Any]] = []
+        seen = _Certainty()
         mirrors = MirrorAgreement(labels) if task.mirror_axes else None
         for fold in task.folds:
             logits = predict_logits(
@@ -258,8 +273,11 @@ class Predictor:
                 advance=lambda: report.advance(task.window_work),
                 observe_mirroring=mirrors,
             )
+            winners = winning_labels(logits, labels)
+            seen.borders.append(border_entropies(logits, winners, labels))
             if len(task.folds) > 1:
-                fold_labels.append(winning_labels(logits, labels))
+                fold_labels.append(winners)
+            del winners
             if apart:
                 halves.append(to_half(logits))
             elif total is None:
@@ -278,7 +296,9 @@ class Predictor:
             )
             for half in halves
         ]
-        return outputs, fold_agreements(fold_labels, labels), [mirrors.agreement] if mirrors is not None else []
+        seen.folds.extend(fold_agreements(fold_labels, labels))
+        seen.mirrors.extend([mirrors.agreement] if mirrors is not None else [])
+        return outputs, seen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,6 +318,20 @@ class _Task:
     @property
     def work(self) -> int:
         return self.window_work * len(self.grid) * len(self.folds)
+
+
+@dataclass(frozen=True)
+class _Certainty:
+    """Tables of agreement between folds and with the mirrored passes, and each network's entropies at the borders."""
+
+    folds: list[Agreement] = field(default_factory=list)
+    mirrors: list[Agreement] = field(default_factory=list)
+    borders: list[Mapping[int, float]] = field(default_factory=list)
+
+    def extend(self, other: _Certainty) -> None:
+        self.folds.extend(other.folds)
+        self.mirrors.extend(other.mirrors)
+        self.borders.extend(other.borders)
 
 
 class _Report:

@@ -38,7 +38,7 @@ from engine.json_writer import write_json
 from engine.labels import LabelManager
 from engine.parallel import Progress, map_cases
 from engine.plans import Configuration, Plans
-from engine.preprocessing import crop_to_nonzero, network_shape, network_spacing_mm, preprocess_labelled
+from engine.preprocessing import crop_to_nonzero, network_spacing_mm, preprocess_labelled
 from engine.sampling import ClassKey, ClassLocations, StoredArray
 
 FORMAT = 1
@@ -113,18 +113,6 @@ def preprocess_dataset(
     return sum(map_cases(make, cases, processes=processes, progress=progress))
 
 
-def needed_bytes(job: PreprocessJob, shapes_after_crop: Sequence[Sequence[int]], spacings: Sequence[Any]) -> int:
-    """An estimate of what `preprocess_dataset` will write: 4 bytes a voxel and channel, 2 for labels."""
-    forward = job.plans.transpose_forward
-    total = 0
-    for configuration in job.configurations:
-        per_voxel = 4 * len(configuration.normalization_schemes) + 2
-        for shape, spacing in zip(shapes_after_crop, spacings, strict=True):
-            grid = network_shape([shape[a] for a in forward], [spacing[a] for a in forward], configuration)
-            total += per_voxel * int(np.prod(grid, dtype=np.int64))
-    return total
-
-
 def open_case(folder: Path, name: str, manager: LabelManager) -> PreprocessedCase:
     """A case of ours or of nnU-Net's. Raises DatasetInvalid with the file that is absent or not what it should be."""
     nnunet = folder / f"{name}.b2nd"
@@ -176,22 +164,30 @@ def locate(labels_ZYX: NDArray[np.integer[Any]], manager: LabelManager) -> dict[
     """
     random = np.random.RandomState(_LOCATION_SEED)
     flat = labels_ZYX.reshape(-1)
-    places = np.flatnonzero(flat > 0)
-    values = flat[places]
 
-    def sample(found: NDArray[np.intp]) -> NDArray[np.int32]:
-        wanted = max(min(_SAMPLES_PER_CLASS, len(found)), int(np.ceil(len(found) * _LEAST_SHARE)))
-        if wanted < len(found):
-            found = found[random.choice(len(found), wanted, replace=False)]
+    def sample(is_of_class: NDArray[np.bool_]) -> NDArray[np.int32]:
+        count = int(np.count_nonzero(is_of_class))
+        wanted = max(min(_SAMPLES_PER_CLASS, count), int(np.ceil(count * _LEAST_SHARE)))
+        # Drawn before the voxels are listed: each of the two takes 8 bytes a voxel of the class for a moment.
+        chosen = random.choice(count, wanted, replace=False).copy() if wanted < count else slice(None)
+        found = np.flatnonzero(is_of_class)[chosen]
         return np.stack(np.unravel_index(found, (1, *labels_ZYX.shape)), axis=1).astype(np.int32)
 
     located: dict[ClassKey, NDArray[np.int32]] = {
-        label.region if manager.has_regions else label.value: sample(places[np.isin(values, label.region)])
+        label.region if manager.has_regions else label.value: sample(_is_any_of(flat, label.region))
         for label in manager.foreground
     }
     if manager.ignore_label is not None:
-        located[-1, *manager.values] = sample(np.flatnonzero(flat != manager.ignore_label))
+        located[-1, *manager.values] = sample(flat != manager.ignore_label)
     return located
+
+
+def _is_any_of(values: NDArray[np.integer[Any]], wanted: Sequence[int]) -> NDArray[np.bool_]:
+    """`np.isin` for few values, in the time of a comparison each."""
+    found: NDArray[np.bool_] = values == wanted[0]
+    for value in wanted[1:]:
+        found |= values == value
+    return found
 
 
 def _class_key(text: str) -> ClassKey:
@@ -206,9 +202,16 @@ def _make_case(job: PreprocessJob, case: Case) -> int:
         return 0
     loaded = read_case(case, job.dataset_json)
     cropped = crop_to_nonzero(loaded.volume, job.plans)
+    spacing_mm = cropped.spacing_mm
+    shapes = {
+        "shape_before_cropping": list(cropped.full_shape),
+        "bbox_used_for_cropping": [[part.start, part.stop] for part in cropped.box],
+        "shape_after_cropping_and_before_resampling": list(cropped.shape),
+    }
     whole = loaded.labels.array.transpose(job.plans.transpose_forward)
-    for configuration in missing:
-        image, labels = preprocess_labelled(cropped, job.plans, configuration, whole)
+    made = preprocess_labelled(cropped, job.plans, missing, whole)
+    del loaded, cropped, whole  # `made` has them, and lets go of what it no longer needs
+    for configuration, image, labels in made:
         locations = locate(labels, job.dataset_json.labels)
         folder = job.folders[configuration.name]
         stored = {",".join(map(str, key if isinstance(key, tuple) else (key,))): v for key, v in locations.items()}
@@ -219,13 +222,12 @@ def _make_case(job: PreprocessJob, case: Case) -> int:
             "format": FORMAT,
             STAMP: _stamp(job, configuration, case),
             CONTENT: content_digest(image, labels),
-            "shape_before_cropping": list(cropped.full_shape),
-            "bbox_used_for_cropping": [[part.start, part.stop] for part in cropped.box],
-            "shape_after_cropping_and_before_resampling": list(cropped.shape),
+            **shapes,
             "shape": list(image.shape),
-            "spacing": list(network_spacing_mm(cropped.spacing_mm, configuration)),
+            "spacing": list(network_spacing_mm(spacing_mm, configuration)),
         }
         write_json(document, folder / f"{case.name}.json")
+        del image, labels
     return 1
 
 

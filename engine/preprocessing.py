@@ -6,8 +6,8 @@ the same way and is stacked as one-hot channels. "Network axes" are the image's 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from engine.errors import InputRejected
 from engine.normalization import normalize
 from engine.plans import Configuration, Plans
 from engine.resampling import Shape, resample_image, resample_labels, resampled_shape
-from engine.volume import Volume
+from engine.volume import Volume, nonzero_box
 
 FloatArray = NDArray[np.float32]
 
@@ -54,19 +54,13 @@ def crop_to_nonzero(volume: Volume, plans: Plans) -> CroppedImage:
     forward = plans.transpose_forward
     image = volume.array.transpose(0, *(1 + axis for axis in forward))
     spacing = volume.geometry.spacing_mm
-    nonzero = np.zeros(image.shape[1:], dtype=np.bool_)
-    for channel in image:
-        nonzero |= channel != 0
-    box = []
-    for axis in range(3):
-        found = np.flatnonzero(nonzero.any(axis=tuple(other for other in range(3) if other != axis)))
-        if found.size == 0:
-            raise InputRejected("every voxel of the image is 0; there is nothing to segment")
-        box.append(slice(int(found[0]), int(found[-1]) + 1))
+    box = nonzero_box(image)
+    if box is None:
+        raise InputRejected("every voxel of the image is 0; there is nothing to segment")
     z, y, x = image.shape[1:]
     return CroppedImage(
-        image=image[:, box[0], box[1], box[2]],
-        box=(box[0], box[1], box[2]),
+        image=image[:, *box],
+        box=box,
         full_shape=(z, y, x),
         spacing_mm=(spacing[forward[0]], spacing[forward[1]], spacing[forward[2]]),
     )
@@ -101,9 +95,11 @@ def preprocess(
     `previous_labels` (cascade) is the label map of the previous stage over `cropped.full_shape`; one channel for each
     label of `previous_foreground` is appended. Raises InputRejected when the number of channels is not the plans'.
     """
-    image, labels = _on_network_grid(cropped, plans, configuration, previous_labels)
+    normalized, labels = _normalized(cropped, plans, configuration, previous_labels)
+    image = _image_on_grid(normalized, configuration)
     if labels is None:
         return image
+    labels = _labels_on_grid(labels, normalized, configuration)
     return stack_labels(image, labels, previous_foreground)
 
 
@@ -115,35 +111,59 @@ def stack_labels(image: FloatArray, labels: NDArray[np.integer[Any]], foreground
 
 
 def preprocess_labelled(
-    cropped: CroppedImage, plans: Plans, configuration: Configuration, labels: NDArray[np.integer[Any]]
-) -> tuple[FloatArray, NDArray[np.int16]]:
-    """A training case: the image as `preprocess` makes it, and its label map int16 (Z, Y, X) on the same grid.
+    cropped: CroppedImage,
+    plans: Plans,
+    configurations: Sequence[Configuration],
+    labels: NDArray[np.integer[Any]],
+) -> Iterator[tuple[Configuration, FloatArray, NDArray[np.int16]]]:
+    """A training case for each configuration: the image as `preprocess` makes it, and its label map int16 (Z, Y, X) on
+    the same grid. The image of `cropped` may be used up (normalised in place), to need no second one.
 
     `labels` is over `cropped.full_shape`, in network axes. Background outside the nonzero region becomes -1, as in
     nnU-Net; foreground keeps its label wherever it lies. Raises InputRejected as `preprocess` does.
     """
-    image, resampled = _on_network_grid(cropped, plans, configuration, labels)
-    if resampled is None:
-        raise ValueError("a label map went in and none came out")
-    return image, resampled.astype(np.int16, copy=False)
+    by_normalization: dict[Any, list[Configuration]] = {}
+    for configuration in configurations:
+        key = (configuration.normalization_schemes, configuration.use_mask_for_norm)
+        by_normalization.setdefault(key, []).append(configuration)
+    while by_normalization:
+        alike = by_normalization.pop(next(iter(by_normalization)))
+        is_last = not by_normalization
+        normalized, mapped = _normalized(cropped, plans, alike[0], labels, in_place=is_last)
+        if mapped is None:
+            raise ValueError("a label map went in and none came out")
+        if is_last:  # from here on the sources' memory is free, where the caller does not hold them
+            cropped, labels = normalized, mapped
+        for configuration in alike:
+            image = _image_on_grid(normalized, configuration)
+            yield configuration, image, _labels_on_grid(mapped, normalized, configuration).astype(np.int16, copy=False)
+            del image
 
 
-def _on_network_grid(
-    cropped: CroppedImage, plans: Plans, configuration: Configuration, whole_labels: NDArray[np.integer[Any]] | None
-) -> tuple[FloatArray, NDArray[np.integer[Any]] | None]:
+def _normalized(
+    cropped: CroppedImage,
+    plans: Plans,
+    configuration: Configuration,
+    whole_labels: NDArray[np.integer[Any]] | None,
+    *,
+    in_place: bool = False,
+) -> tuple[CroppedImage, NDArray[np.integer[Any]] | None]:
+    """The crop with a contiguous, normalised image (the same array where `in_place` and possible), and of the labels
+    what lies in it, in the smallest signed type, with OUTSIDE."""
     channels = len(configuration.normalization_schemes)
     if cropped.image.shape[0] != channels:
         raise InputRejected(f"the image has {cropped.image.shape[0]} channel(s), the model takes {channels}")
-    image = np.array(cropped.image, dtype=np.float32, order="C")
+    image = np.ascontiguousarray(cropped.image) if in_place else np.array(cropped.image, order="C")
     labels: NDArray[np.integer[Any]] | None = None
     inside: NDArray[np.bool_] | None = None
     if any(configuration.use_mask_for_norm) or whole_labels is not None:
         inside = _filled_nonzero(image)
     if whole_labels is not None and inside is not None:
-        labels = whole_labels[cropped.box].astype(np.int32)
+        labels = whole_labels[cropped.box]
+        labels = labels.astype(np.promote_types(np.min_scalar_type(int(labels.max())), np.int8))
         labels[(labels == 0) & ~inside] = OUTSIDE
         # As in nnU-Net, foreground outside the nonzero region counts as inside.
-        inside = labels >= 0
+        inside = labels >= 0 if any(configuration.use_mask_for_norm) else None
     for index, (scheme, masked) in enumerate(
         zip(configuration.normalization_schemes, configuration.use_mask_for_norm, strict=True)
     ):
@@ -153,12 +173,21 @@ def _on_network_grid(
             inside=inside if masked else None,
             properties=plans.foreground_intensity_properties.get(index),
         )
-    shape = network_shape(cropped.shape, cropped.spacing_mm, configuration)
-    spacing = network_spacing_mm(cropped.spacing_mm, configuration)
-    image = resample_image(image, shape, cropped.spacing_mm, spacing, configuration.resampling_data)
-    if labels is not None:
-        labels = resample_labels(labels, shape, cropped.spacing_mm, spacing, configuration.resampling_seg)
-    return image, labels
+    return replace(cropped, image=image), labels
+
+
+def _image_on_grid(normalized: CroppedImage, configuration: Configuration) -> FloatArray:
+    shape = network_shape(normalized.shape, normalized.spacing_mm, configuration)
+    spacing = network_spacing_mm(normalized.spacing_mm, configuration)
+    return resample_image(normalized.image, shape, normalized.spacing_mm, spacing, configuration.resampling_data)
+
+
+def _labels_on_grid(
+    labels: NDArray[np.integer[Any]], normalized: CroppedImage, configuration: Configuration
+) -> NDArray[np.integer[Any]]:
+    shape = network_shape(normalized.shape, normalized.spacing_mm, configuration)
+    spacing = network_spacing_mm(normalized.spacing_mm, configuration)
+    return resample_labels(labels, shape, normalized.spacing_mm, spacing, configuration.resampling_seg)
 
 
 def _filled_nonzero(image: FloatArray) -> NDArray[np.bool_]:
@@ -167,5 +196,4 @@ def _filled_nonzero(image: FloatArray) -> NDArray[np.bool_]:
     nonzero = np.zeros(image.shape[1:], dtype=np.bool_)
     for channel in image:
         nonzero |= channel != 0
-    filled: NDArray[np.bool_] = ndimage.binary_fill_holes(nonzero)
-    return filled
+    return nonzero if nonzero.all() else ndimage.binary_fill_holes(nonzero)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from engine.manifest import LabelSpec
-from engine.uncertainty import Agreement, lowest_dice
+from engine.uncertainty import Agreement, lowest_dice, mean_entropy
 from engine.volume import LabelMap, Volume
 
 _FULL_CONNECTIVITY = np.ones((3, 3, 3), dtype=np.bool_)
@@ -27,6 +27,8 @@ class SegmentStatistics:
     `touches_border`: faces of the image that the segment reaches, "z-first" ... "x-last" on the source grid; an axis
     of one voxel has none. `fold_dice`: lowest Dice between two folds; `mirror_dice`: lowest Dice between the plain
     and the mirrored passes; None without several folds or mirroring, or when the segment is in none of them.
+    `border_entropy`: how unsure a network is at the segment's border, in bits, in the mean over the networks
+    (engine.uncertainty.border_entropies); None when none of them has the segment.
     """
 
     value: int
@@ -39,6 +41,7 @@ class SegmentStatistics:
     touches_border: tuple[str, ...]
     fold_dice: float | None
     mirror_dice: float | None
+    border_entropy: float | None
 
 
 def measure_segments(
@@ -49,10 +52,11 @@ def measure_segments(
     confidences: Mapping[int, float | None],
     fold_tables: Sequence[Agreement] = (),
     mirror_tables: Sequence[Agreement] = (),
+    border_entropies: Sequence[Mapping[int, float]] = (),
 ) -> tuple[SegmentStatistics, ...]:
     """One entry per label of the bundle, in its order, measured on the source grid.
 
-    `confidences` is by segment value. `volume` and `labels` share one grid.
+    `confidences` and each network's `border_entropies` are by segment value. `volume` and `labels` share one grid.
     """
     array = labels.array
     size = max([int(array.max()), *(value for spec in specs for value in (spec.value, *spec.region))]) + 1
@@ -87,6 +91,7 @@ def measure_segments(
                 touches_border=() if box is None else _borders(box, array.shape),
                 fold_dice=lowest_dice(fold_tables, values),
                 mirror_dice=lowest_dice(mirror_tables, values),
+                border_entropy=mean_entropy(border_entropies, spec.value),
             )
         )
     return tuple(result)

@@ -31,6 +31,13 @@ MirrorPolicy = Literal["all", "lateral", "none"]
 nnU-Net's NoMirroring trainers. Predictions are mirrored along the same axes."""
 
 
+ONE_ORIENTATION = (
+    "Store all cases in one orientation, or let them be reordered when they are read: "
+    '"overwrite_image_reader_writer": "SimpleITKIOWithReorient" in dataset.json, then plan and preprocess again'
+)
+"""What to do where cases are stored differently."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Mirroring:
     """Axes that are mirrored in training, of a configuration's patch. `lateral_axis` and `paired_labels` (values) are
@@ -70,9 +77,13 @@ def lateral_axes(dataset: RawDataset) -> frozenset[int]:
 
     One axis as a rule; several where cases are stored differently. Reads headers only; raises InputRejected.
     """
-    code = dataset.json.orientation
-    codes = {code} if code != AS_STORED else {read_orientation(case.channels[0]) for case in dataset.cases}
-    return frozenset(2 - _lateral_index(found) for found in codes)
+    return frozenset(2 - _lateral_index(code) for code in _orientations(dataset))
+
+
+def lateral_direction(code: str) -> tuple[int, str]:
+    """Which index axis (x, y, z: 0 to 2) of an orientation code runs from side to side, and to which: L or R."""
+    index = _lateral_index(code)
+    return index, code[index]
 
 
 def plan_mirroring(
@@ -82,8 +93,14 @@ def plan_mirroring(
     policy: SidesPolicy = "keep",
     mirror: MirrorPolicy = "all",
 ) -> Mirroring:
-    """Axes of `mirror`, less what paired labels forbid. Raises DatasetInvalid when labels cannot change places: regions
-    of several values, or cases that are stored with different lateral axes."""
+    """Axes of `mirror`, less what paired labels forbid.
+
+    Raises DatasetInvalid, naming two cases, when labels are paired and one case is stored from left to right and
+    another otherwise: nothing would tell the network which side is which (not with `ignore`, where it does not know
+    anyway); and when labels of several values shall change places.
+    """
+    if policy != "ignore" and paired_labels(dataset.json):
+        _refuse_mixed_sides(dataset)
     if mirror == "none":
         return Mirroring(axes=(), note="nothing is mirrored")
     planned = _plan_sides(dataset, plans, configuration, policy)
@@ -105,8 +122,10 @@ def _plan_sides(dataset: RawDataset, plans: Plans, configuration: Configuration,
     dimensions = len(configuration.patch_size)
     every = tuple(range(dimensions))
     pairs = paired_labels(dataset.json)
-    if not pairs or policy == "ignore":
+    if policy == "ignore":
         return Mirroring(axes=every)
+    if not pairs:
+        return Mirroring(axes=every, note=_note_on_unpaired(dataset.json))
     names = ", ".join(f"{one} and {other}" for one, other in pairs[:3]) + (" and more" if len(pairs) > 3 else "")
     found = lateral_axes(dataset)
     lateral = _patch_axes(found, plans, configuration)
@@ -115,11 +134,6 @@ def _plan_sides(dataset: RawDataset, plans: Plans, configuration: Configuration,
     if policy == "keep":
         kept = tuple(axis for axis in every if axis not in lateral)
         return Mirroring(axes=kept, note=f"{names} are sides: axis {_list(lateral)} of the patch is not mirrored")
-    if len(found) > 1:
-        raise DatasetInvalid(
-            f"the cases run from side to side along different axes ({_list(sorted(found))} as stored): labels "
-            "cannot change places with one of them; store the cases alike, or do not mirror (--sides keep)"
-        )
     regions = {label.name: label.region for label in dataset.json.labels.foreground}
     for name in (name for pair in pairs for name in pair):
         if len(regions[name]) > 1:
@@ -133,6 +147,44 @@ def _plan_sides(dataset: RawDataset, plans: Plans, configuration: Configuration,
         paired_labels=tuple((regions[one][0], regions[other][0]) for one, other in pairs),
         note=f"{names} are sides: they change places when axis {lateral[0]} of the patch is mirrored",
     )
+
+
+def unpaired_labels(dataset_json: DatasetJson) -> list[str]:
+    """Names of labels that say left or right and belong to no pair; none where `pairs` is stated."""
+    if "pairs" in dataset_json.document:
+        return []
+    return anatomy.unpaired([label.name for label in dataset_json.labels.foreground])
+
+
+def _note_on_unpaired(dataset_json: DatasetJson) -> str | None:
+    names = unpaired_labels(dataset_json)
+    if not names:
+        return None
+    return (
+        f"{', '.join(names[:3])}{' and more' if len(names) > 3 else ''}: a side without its other, so every axis is "
+        "mirrored; state `pairs` in dataset.json where two labels are sides of each other"
+    )
+
+
+def _orientations(dataset: RawDataset) -> dict[str, str]:
+    """The orientation codes in which cases are read, each with the first case that has it."""
+    if dataset.json.orientation != AS_STORED:
+        return {dataset.json.orientation: dataset.cases[0].name}
+    found: dict[str, str] = {}
+    for case in dataset.cases:
+        found.setdefault(read_orientation(case.channels[0]), case.name)
+    return found
+
+
+def _refuse_mixed_sides(dataset: RawDataset) -> None:
+    found = _orientations(dataset)
+    first = next(iter(found))
+    for code, case in found.items():
+        if lateral_direction(code) != lateral_direction(first):
+            raise DatasetInvalid(
+                f"{found[first]} is stored {first} and {case} {code}: left and right are not on the same side of the "
+                f"array, and the labels are sides of each other. {ONE_ORIENTATION}"
+            )
 
 
 def _patch_axes(axes: Collection[int], plans: Plans, configuration: Configuration) -> list[int]:

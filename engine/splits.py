@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,10 +80,12 @@ def patients_in_both(split: Split, patients: Mapping[str, str]) -> set[str]:
     return train & val
 
 
-def read_splits(path: Path, cases: Sequence[str]) -> tuple[Split, ...]:
-    """Raises DatasetInvalid, naming fold and case, for a file that is no list of splits, names a case that the dataset
+def read_splits(path: Path, cases: Sequence[str], *, excluded: Collection[str] = ()) -> tuple[Split, ...]:
+    """The folds without their `excluded` cases.
+
+    Raises DatasetInvalid, naming fold and case, for a file that is no list of splits, names a case that the dataset
     does not have, has a case on both sides of a fold, or leaves a side empty."""
-    known = set(cases)
+    known = {*cases, *excluded}
     splits = []
     for index, fold in enumerate(_folds(path)):
         where = f"{path.name}: fold {index}"
@@ -98,7 +100,14 @@ def read_splits(path: Path, cases: Sequence[str]) -> tuple[Split, ...]:
         both = sorted(set(split.train) & set(split.val))
         if both:
             raise DatasetInvalid(f"{where}: {both[0]} is trained on and validated on ({len(both)} such)")
-        splits.append(split)
+        kept = Split(
+            train=tuple(case for case in split.train if case not in excluded),
+            val=tuple(case for case in split.val if case not in excluded),
+        )
+        if not kept.train or not kept.val:
+            side = "validate" if kept.train else "train"
+            raise DatasetInvalid(f"{where}: every case to {side} on is excluded; remove the file and plan again")
+        splits.append(kept)
     return tuple(splits)
 
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,10 +24,12 @@ from torch import Tensor, nn
 from engine.allocator import freed_memory_kept
 from engine.augmentation_profile import AugmentationPlan
 from engine.batches import Batch, BatchSource, BatchStream
+from engine.compilation import ChosenForward, Compile, Forward, resolved
 from engine.data_digest import data_digest
+from engine.determinism import determinism
 from engine.errors import TrainingDiverged, TrainingRefused
 from engine.labels import LabelManager
-from engine.loss import SegmentationLoss, deep_supervision_weights
+from engine.loss import BatchShare, SegmentationLoss, deep_supervision_weights
 from engine.metrics import CompositeScore
 from engine.network import build_network, initialize
 from engine.online_validation import OnlineDice
@@ -39,6 +41,7 @@ from engine.stage_predictions import PreviousStage
 from engine.training_checkpoint import BEST, FINAL, LATEST, TrainingState, read_state, write_state
 from engine.training_identity import difference
 from engine.training_log import EpochRecord, averages, best_judged, epochs_without_gain, nnunet_logging
+from engine.training_processes import TrainingProcesses
 
 Precision = Literal["float32", "bf16", "fp16"]
 Judge = Callable[[nn.Module, int], CompositeScore | None]
@@ -54,9 +57,10 @@ class TrainingSetup:
     """One fold of one configuration.
 
     `folder` has the preprocessed cases, ours or nnU-Net's (engine/preprocessed.py). `deterministic`: bit-identical on
-    the same kind of processor with the same number of threads. `init_args` go into the checkpoints, for nnU-Net
-    (`training_checkpoint.init_args`). `loader_threads`: see BatchStream. `channels` are the image's own; a cascade
-    reads the label maps of `previous`, whose labels are the augmentation's `previous_labels`.
+    the same kind of processor with the same number of threads and processes. `init_args` go into the checkpoints, for
+    nnU-Net (`training_checkpoint.init_args`). `loader_threads`: see BatchStream; `compile`: engine/compilation.py.
+    `channels` are the image's own; a cascade reads the label maps of `previous`, whose labels are the augmentation's
+    `previous_labels`.
     """
 
     configuration: Configuration
@@ -74,6 +78,7 @@ class TrainingSetup:
     deterministic: bool
     init_args: dict[str, Any] = field(default_factory=dict)
     loader_threads: int = 0
+    compile: Compile = "auto"
     previous: PreviousStage | None = None
 
     @property
@@ -126,13 +131,27 @@ class Trainer:
     """Trains one fold in `folder`; goes on from the checkpoint that it finds there, the final one before the latest.
 
     A checkpoint is written at least every `save_every_s` seconds of training (but never for more than a twentieth of
-    the time), within epochs too. Raises TrainingRefused when the checkpoint belongs to another training, or in
-    deterministic mode to another number of threads; ImportRefused when it is damaged.
+    the time), within epochs too. Of several `processes` each trains its share of every batch and the first writes.
+    `note` gets a line for the log.
+
+    Raises TrainingRefused when the batch is too small for the processes, or when the checkpoint belongs to another
+    training or, in deterministic mode, to another number of threads or processes; ImportRefused when it is damaged.
     """
 
-    def __init__(self, setup: TrainingSetup, folder: Path, *, save_every_s: float = 60.0) -> None:
+    def __init__(
+        self,
+        setup: TrainingSetup,
+        folder: Path,
+        *,
+        save_every_s: float = 60.0,
+        processes: TrainingProcesses | None = None,
+        note: Callable[[str], None] = lambda _text: None,
+    ) -> None:
         self.setup = setup
         self.folder = folder
+        self.processes = processes or TrainingProcesses()
+        batch_size = setup.configuration.batch_size
+        self._samples = self.processes.share(batch_size)
         self.records: list[EpochRecord] = []
         self.epoch, self.iteration = 0, 0
         self._losses: list[float] = []
@@ -162,7 +181,13 @@ class Trainer:
             setup.labels,
             batch_dice=setup.batch_dice,
             weights=deep_supervision_weights(architecture.n_stages - 1),
+            share=BatchShare(part=len(self._samples) / batch_size, add_up=self.processes.add_up),
         ).to(setup.device)
+        for weight, head in zip(self.loss.weights, reversed(network.decoder.seg_layers), strict=True):
+            # A compiler would give an output that nobody looks at a gradient of 0, and the optimiser decay its weights.
+            head.requires_grad_(weight > 0)
+        mode = resolved(setup.compile, setup.device, deterministic=setup.deterministic)
+        self._forward = ChosenForward(self.network, mode, note=note)
         self._scaler = torch.amp.GradScaler("cuda") if setup.precision == "fp16" else None
         folder.mkdir(parents=True, exist_ok=True)
         found = next((name for name in (FINAL, LATEST) if (folder / name).exists()), None)
@@ -203,28 +228,37 @@ class Trainer:
             # It is of a training that was here before, and this one may never have a score.
             (self.folder / BEST).unlink(missing_ok=True)
         _ = self.identity  # of the data that is opened now
+        stop = self.processes.agreed(stop)
         self._since = self._last_saved = time.monotonic()
         with (
             freed_memory_kept(),
-            _determinism(self.setup.deterministic),
+            determinism(self.setup.deterministic),
             BatchStream(self.source("training"), threads=self.setup.loader_threads) as batches,
             BatchStream(self.source("validation"), threads=self.setup.loader_threads) as held_out,
         ):
             # An epoch that was stopped after the budget's last step still has to be validated.
-            while self._losses or self.progress() < 1:
+            while self._losses or self._agreed_progress() < 1:
                 found = self._validate(held_out, stop) if self._train_epoch(batches, stop) else None
                 whole = self._judged(judge) if judge is not None and found is not None else None
                 if found is None or (judge is not None and stop()):
                     self._save(LATEST)
                     return False
-                report(self._close_epoch(*found, whole, judged=judge is not None))
+                record = self._close_epoch(*found, whole, judged=judge is not None)
+                if self.processes.is_first:
+                    report(record)
         if judge is not None and (self.folder / BEST).exists():
             best = self._best()
             self.network.load_state_dict(best.weights, strict=True)
             self.optimizer.load_state_dict(dict(best.optimizer))
         self._save(FINAL)
-        (self.folder / LATEST).unlink(missing_ok=True)
+        if self.processes.is_first:
+            (self.folder / LATEST).unlink(missing_ok=True)
         return True
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether all further steps are of one kind, compiled or not (engine/compilation.py)."""
+        return self._forward.is_settled
 
     def progress(self) -> float:
         """The part of the schedule that is over, from 0 to 1; 1 when its patience is."""
@@ -242,20 +276,27 @@ class Trainer:
         spent_s = sum(record.seconds for record in self.records) + self._epoch_s()
         return schedule.progress(self.epoch, spent_s, reserved_s + 2 * self._saving_s)
 
+    def _agreed_progress(self) -> float:
+        """By the first process's clock."""
+        return self.processes.first_number(self.progress())
+
     def step(self, batch: Batch) -> float:
-        """One optimiser step; the loss before it. Raises TrainingDiverged when loss or gradient is not finite: the
-        weights are still those from before."""
+        """One optimiser step; the loss before it, of all processes' batches together. Raises TrainingDiverged when loss
+        or gradient is not finite: the weights are still those from before."""
         images, labels = batch
         self.network.train()
+        self._forward.before_step(lambda forward: self._rehearse(forward, images))
+        started = time.perf_counter()
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.loss(self._logits(images), labels)
+        loss = self.loss(self._logits(images, self._forward), labels)
         if self._scaler is None:
             loss.backward()
         else:
             self._scaler.scale(loss).backward()
+        value = self.processes.join_gradients(self.network.parameters(), loss.detach())
+        if self._scaler is not None:
             self._scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.setup.schedule.gradient_norm)
-        value = float(loss.detach())
         # In fp16 a gradient may overflow: the scaler then leaves this step out and scales less.
         if not math.isfinite(value) or (self._scaler is None and not math.isfinite(float(norm))):
             raise TrainingDiverged(
@@ -267,14 +308,21 @@ class Trainer:
         else:
             self._scaler.step(self.optimizer)
             self._scaler.update()
+        self._forward.after_step(time.perf_counter() - started)
         return value
+
+    def _rehearse(self, forward: Forward, images: Tensor) -> None:
+        """Forward and backward without a step, and without the loss, in which other processes take part."""
+        outputs = self._logits(images, forward)
+        torch.stack([output.float().mean() for output in outputs]).sum().backward()  # type: ignore[no-untyped-call]
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _train_epoch(self, batches: BatchStream, stop: Callable[[], bool]) -> bool:
         """The steps that the epoch still lacks, or as many as the budget has time for; False when stopped."""
         for batch in batches.epoch(self.epoch, self.setup.schedule.iterations, first=self.iteration):
             if stop():
                 return False
-            progress = self.progress()
+            progress = self._agreed_progress()
             if progress >= 1 and self._losses:
                 break
             for group in self.optimizer.param_groups:
@@ -297,11 +345,14 @@ class Trainer:
             for images, target in batches.epoch(self.epoch, self.setup.schedule.validation_iterations):
                 if stop():
                     return None
-                outputs = self._logits(images)
+                outputs = self._logits(images, self.network)
                 losses.append(float(self.loss(outputs, target)))
                 dice.add(outputs[0], target)
         self._validation_s = time.monotonic() - started
-        return math.fsum(losses) / len(losses), dice.per_class
+        total = torch.tensor([math.fsum(losses)], dtype=torch.float64)
+        self.processes.add_up(total)
+        self.processes.add_up(torch.from_numpy(dice.counts))
+        return float(total) / len(losses), dice.per_class
 
     def _judged(self, judge: Judge) -> CompositeScore | None:
         started = time.monotonic()
@@ -348,13 +399,13 @@ class Trainer:
     def _epoch_s(self) -> float:
         return self._spent_s + time.monotonic() - self._since
 
-    def _logits(self, images: Tensor) -> list[Tensor]:
+    def _logits(self, images: Tensor, forward: Forward) -> list[Tensor]:
         kind = _AUTOCAST.get(self.setup.precision)
         autocast: AbstractContextManager[Any] = (
             nullcontext() if kind is None else torch.autocast(self.setup.device.type, kind)
         )
         with autocast:
-            outputs: list[Tensor] = self.network(images.contiguous(memory_format=self._format))
+            outputs: list[Tensor] = forward(images.contiguous(memory_format=self._format))
         return outputs
 
     def source(self, stage: Literal["training", "validation"]) -> BatchSource:
@@ -376,12 +427,14 @@ class Trainer:
             ),
             plan=setup.augmentation,
             channels=setup.channels,
-            samples=range(configuration.batch_size),
+            samples=self._samples,
             device=setup.device,
             previous=setup.previous,
         )
 
     def _save(self, name: str) -> None:
+        if not self.processes.is_first:
+            return
         started = time.monotonic()
         state = TrainingState(
             weights=self.network.state_dict(),
@@ -395,6 +448,7 @@ class Trainer:
             own={
                 "identity": self.identity,
                 "threads": torch.get_num_threads(),
+                "processes": self.processes.size,
                 "iteration": self.iteration,
                 "losses": list(self._losses),
                 "spent_s": self._epoch_s(),
@@ -414,11 +468,13 @@ class Trainer:
             raise TrainingRefused(
                 f"{where} is of another training ({found}); train into another folder, or remove this one"
             )
-        if self.setup.deterministic and own["threads"] != torch.get_num_threads():
-            raise TrainingRefused(
-                f"{where} was trained with {own['threads']} thread(s); deterministic mode needs as many again, not "
-                f"{torch.get_num_threads()}"
-            )
+        now = {"thread": torch.get_num_threads(), "process": self.processes.size}
+        for what, number in now.items():
+            before = own.get(f"{what}s", 1)
+            if self.setup.deterministic and before != number:
+                raise TrainingRefused(
+                    f"{where} was trained with {before} {what}(s); deterministic mode needs as many again, not {number}"
+                )
         self.network.load_state_dict(state.weights, strict=True)
         self.optimizer.load_state_dict(dict(state.optimizer))
         if self._scaler is not None and state.scaler is not None:
@@ -432,15 +488,3 @@ class Trainer:
 def _digest(*parts: object) -> str:
     """Of data classes and tuples, whose text has all that is in them."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
-
-
-@contextmanager
-def _determinism(wanted: bool) -> Iterator[None]:
-    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    torch.use_deterministic_algorithms(wanted or before[0])
-    torch.backends.cudnn.benchmark = not wanted
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch.backends.cudnn.benchmark = before[1]

@@ -45,7 +45,8 @@ def draw_progress(records: Sequence[EpochRecord], path: Path, *, labels: Sequenc
         axes[2].set_ylabel("HD95 (mm)")
     for panel in axes:
         panel.grid(alpha=0.3)
-        panel.legend(fontsize="small", ncols=2)
+        # Where curves that get better are not: to look for the best place takes long, and matplotlib then warns.
+        panel.legend(fontsize="small", ncols=2, loc="lower right" if panel is dice else "upper right")
     axes[-1].set_xlabel("epoch")
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     _save(figure, path)

@@ -1,11 +1,11 @@
-"""How far the networks agree with themselves: between folds, and with and without mirroring.
+"""How sure the networks are: how far folds and mirrored passes agree, and how sharp the borders of segments are.
 
 Counted on the network's grid while the logits are there, so that it costs an argmax and not another export.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -16,6 +16,9 @@ from engine.labels import LabelManager
 from engine.logits_to_labels import winning_labels
 
 FloatArray = NDArray[np.float32]
+
+# Logits of all heads that are looked at together on a border.
+_BORDER_VALUES = 2**20
 
 
 class Agreement:
@@ -77,3 +80,64 @@ def lowest_dice(agreements: Iterable[Agreement], values: Iterable[int]) -> float
     chosen = tuple(values)
     found = [dice for table in agreements if (dice := table.dice(chosen)) is not None]
     return min(found, default=None)
+
+
+def border_entropies(logits: FloatArray, winners: NDArray[Any], labels: LabelManager) -> dict[int, float]:
+    """How unsure one network is where its segments end, by segment value; a segment that has no border is absent.
+
+    The mean, over the voxels of a segment with a neighbour by a face that is not in it, of the entropy in bits of "in
+    the segment or not": 0 is certain; a voxel with a probability of one half or less has 1. A face that is the edge of
+    the image is no border. `logits` (K, Z, Y, X) are the network's, `winners` (Z, Y, X) the labels that they give.
+    """
+    flat = winners.reshape(-1)
+    heads = logits.reshape(logits.shape[0], -1)
+    found: dict[int, float] = {}
+    if labels.has_regions:
+        for head, label in zip(heads, labels.foreground, strict=True):
+            inside = np.zeros(winners.shape, dtype=np.bool_)
+            for value in label.region:
+                inside |= winners == value
+            places = np.flatnonzero(_changes(inside) & inside)
+            if places.size:
+                # Below 0 the entropy is 1 in any case, above 100 it is 0.
+                logit = np.clip(head[places].astype(np.float64), 0.0, 100.0)
+                found[label.value] = float(_bits(1.0 / (1.0 + np.exp(-logit))).mean())
+        return found
+    places = np.flatnonzero(_changes(winners) & (winners != 0))
+    size = max(labels.values) + 1
+    sums, counts = np.zeros(size), np.zeros(size, dtype=np.int64)
+    step = max(1, _BORDER_VALUES // heads.shape[0])
+    for first in range(0, places.size, step):
+        here = places[first : first + step]
+        values = heads[:, here].astype(np.float64)
+        probability = 1.0 / np.exp(values - values.max(axis=0)).sum(axis=0)
+        sums += np.bincount(flat[here], weights=_bits(probability), minlength=size)
+        counts += np.bincount(flat[here], minlength=size)
+    present = [label.value for label in labels.foreground if counts[label.value]]
+    return {value: float(sums[value] / counts[value]) for value in present}
+
+
+def mean_entropy(networks: Iterable[Mapping[int, float]], value: int) -> float | None:
+    """The mean over the networks that have the segment; None when none has."""
+    found = [entropies[value] for entropies in networks if value in entropies]
+    return sum(found) / len(found) if found else None
+
+
+def _changes(values: NDArray[Any]) -> NDArray[np.bool_]:
+    """Voxels that differ from a neighbour by a face."""
+    result: NDArray[np.bool_] = np.zeros(values.shape, dtype=np.bool_)
+    for axis in range(values.ndim):
+        lower = tuple(slice(None, -1) if a == axis else slice(None) for a in range(values.ndim))
+        upper = tuple(slice(1, None) if a == axis else slice(None) for a in range(values.ndim))
+        differs = values[lower] != values[upper]
+        result[lower] |= differs
+        result[upper] |= differs
+    return result
+
+
+def _bits(probability: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Entropy of a yes with this probability; of one half or less, 1."""
+    yes = np.clip(probability, 0.5, 1.0)
+    no = np.maximum(1.0 - yes, np.finfo(np.float64).tiny)
+    result: NDArray[np.float64] = -(yes * np.log2(yes) + no * np.log2(no))
+    return result

@@ -28,12 +28,13 @@ from engine.dataset import Case, RawDataset, read_case
 from engine.errors import DatasetInvalid
 from engine.labels import LabelManager
 from engine.logits_to_labels import NetworkLogits, to_half
-from engine.metrics import SUMMARY, CaseMetrics, write_summary
+from engine.metrics import SUMMARY, CaseMetrics, as_plain, from_plain, write_summary
 from engine.parallel import Progress
 from engine.plans import Configuration, Plans
 from engine.preprocessing import CroppedImage, crop_to_nonzero, network_shape, preprocess, stack_labels
 from engine.sliding_window import WindowGrid, predict_logits
 from engine.stage_predictions import NextStage, PreviousStage
+from engine.training_processes import TrainingProcesses
 from engine.volume import LabelMap, Volume
 
 STEP_SIZE = 0.5
@@ -126,21 +127,24 @@ def validate(
     next_stages: Sequence[NextStage] = (),
     stop: Callable[[], bool] = lambda: False,
     progress: Progress = lambda _done, _total: None,
+    processes: TrainingProcesses | None = None,
 ) -> list[CaseMetrics] | None:
     """Predicts the named cases, measures them, and writes the label maps and nnU-Net's summary.json into `folder`.
 
     The networks' logits go into `logits_folder`, for ensembles of configurations, and their labels to the
-    `next_stages` of a cascade. A case whose files are there is measured and not predicted again. None, without a
-    summary, when `stop` says so between two cases. Raises InputRejected, DatasetInvalid for a name that is no case.
+    `next_stages` of a cascade. A case whose files are there is measured and not predicted again. Several processes
+    divide the cases between them; each gets the metrics of all. None, without a summary, when `stop` says so between
+    two cases. Raises InputRejected, DatasetInvalid for a name that is no case.
     """
+    processes = processes or TrainingProcesses()
     for needed in (folder, logits_folder):
         if needed is not None:
             needed.mkdir(parents=True, exist_ok=True)
     rows: list[tuple[str, str, CaseMetrics]] = []
     progress(0, len(names))
-    for case in cases_named(dataset, names):
+    for case in processes.part_of(cases_named(dataset, names)):
         if stop():
-            return None
+            break
         loaded = read_case(case, dataset.json)
         path = folder / f"{case.name}{dataset.json.file_ending}"
         stored = None if logits_folder is None else logits_folder / f"{case.name}.npy"
@@ -156,23 +160,36 @@ def validate(
             predicted = join_outputs([output], cropped, model.plans, model.labels, loaded.volume.geometry)
             write_prediction(predicted, case, path)
         rows.append((str(case.label), str(path), measure_prediction(path, loaded, dataset.json)))
-        progress(len(rows), len(names))
-    write_summary(folder / SUMMARY, rows)
+        progress(min(len(rows) * processes.size, len(names)), len(names))
+    found = processes.in_order(processes.gather([(label, path, as_plain(metrics)) for label, path, metrics in rows]))
+    rows = [(label, path, from_plain(metrics)) for label, path, metrics in found]
+    if len(rows) < len(names):
+        return None
+    if processes.is_first:
+        write_summary(folder / SUMMARY, rows)
     return [metrics for _, _, metrics in rows]
 
 
 def measure_on(
-    model: ModelInTraining, dataset: RawDataset, names: Sequence[str], *, stop: Callable[[], bool] = lambda: False
+    model: ModelInTraining,
+    dataset: RawDataset,
+    names: Sequence[str],
+    *,
+    stop: Callable[[], bool] = lambda: False,
+    processes: TrainingProcesses | None = None,
 ) -> list[CaseMetrics]:
-    """Predicts and measures the named cases without writing anything; those done so far when `stop` says so."""
+    """Predicts and measures the named cases without writing anything; those done so far when `stop` says so. Several
+    processes divide the cases between them; each gets the metrics of all."""
+    processes = processes or TrainingProcesses()
     measured = []
-    for case in cases_named(dataset, names):
+    for case in processes.part_of(cases_named(dataset, names)):
         if stop():
             break
         loaded = read_case(case, dataset.json)
         predicted = model.predict(loaded.volume, case=case.name)
         measured.append(measure_labels(loaded.labels, predicted, model.labels))
-    return measured
+    found = processes.in_order(processes.gather([as_plain(metrics) for metrics in measured]))
+    return [from_plain(metrics) for metrics in found]
 
 
 def cases_named(dataset: RawDataset, names: Sequence[str]) -> list[Case]:

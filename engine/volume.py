@@ -190,3 +190,19 @@ class LabelMap:
         """The same voxels in another order, and the way back."""
         change = reorientation(self.geometry, code)
         return LabelMap(array=change.apply(self.array), geometry=change.target), change
+
+
+def nonzero_box(array: FloatArray) -> tuple[slice, slice, slice] | None:
+    """The smallest box around what is not 0 in any channel of a (C, Z, Y, X) array; None where all is 0."""
+    found = [np.zeros(size, dtype=np.bool_) for size in array.shape[1:]]
+    for channel in array:
+        for z, plane in enumerate(channel):
+            nonzero = plane != 0
+            rows = nonzero.any(axis=1)
+            found[0][z] |= rows.any()
+            found[1] |= rows
+            found[2] |= nonzero.any(axis=0)
+    if not found[0].any():
+        return None
+    z_box, y_box, x_box = (slice(int(ends[0]), int(ends[-1]) + 1) for ends in map(np.flatnonzero, found))
+    return z_box, y_box, x_box

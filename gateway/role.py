@@ -19,6 +19,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gateway.stop_signal import set_on_stop_signals
+
 if TYPE_CHECKING:
     from gateway.settings import Settings
 
@@ -51,8 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     configure(settings.logging, process=options.group)
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    set_on_stop_signals(stop)
     log = logging.getLogger(__name__)
     roles = tuple(r for r in options.roles.split(",") if r)
     try:

@@ -131,6 +131,9 @@ QualityCheck = Literal[
     "confidence",
     "fold-agreement",
     "mirror-agreement",
+    "estimated-dice",
+    "estimated-hd95",
+    "calibrated-range",
     "source",
 ]
 

@@ -9,7 +9,6 @@ place ends everything: waiting would not help, and two gateways on one state mus
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -23,6 +22,7 @@ import structlog
 from sqlalchemy import select
 
 from gateway.role import CANNOT_START
+from gateway.stop_signal import set_on_stop_signals
 from storage.database import Database
 from storage.errors import DatabaseAway
 from storage.records import Executor, utc_now
@@ -84,8 +84,7 @@ class Supervisor:
 
         1 when a process could not start because its place is taken (it said so itself), after ending the others.
         """
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self._stop.set())
+        set_on_stop_signals(self._stop)
         for child in self._children:
             self._start(child)
         last_deadline_check = 0.0

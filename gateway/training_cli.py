@@ -1,4 +1,4 @@
-"""Options from a dataset to a model: `seggate dataset`, `plan`, `train`, `evaluate`, `select` and `export`.
+"""Options from a dataset to a model: `seggate plan`, `train`, `evaluate`, `select` and `export`.
 
 A word after `train` that is no subcommand is the dataset, so `seggate train DIR` trains.
 """
@@ -32,9 +32,23 @@ Processes = Annotated[
     int | None,
     typer.Option(min=1, help="Worker processes, each with a case in memory. Default: the cores, at most 8."),
 ]
-
-
-dataset = typer.Typer(help="Training datasets in nnU-Net's format.", no_args_is_help=True, rich_markup_mode=None)
+Weights = Annotated[
+    Literal["float32", "fp16"],
+    typer.Option(help="How weights are stored. fp16 halves the files; refused where the sanity cases change by it."),
+]
+Phantoms = Annotated[
+    bool,
+    typer.Option(
+        "--phantoms/--no-phantoms", help="Sanity cases from invented images, which cost a few predictions by torch."
+    ),
+]
+Calibrates = Annotated[
+    bool,
+    typer.Option(
+        "--calibration/--no-calibration",
+        help="Predict the validation cases with the bundle, so that the gateway can estimate the quality of results.",
+    ),
+]
 
 
 class _TrainGroup(TyperGroup):
@@ -96,6 +110,20 @@ def plan(
         list[str] | None,
         typer.Option(help="Preprocess only this configuration, e.g. 3d_fullres; may be repeated. Default: all."),
     ] = None,
+    probe: Annotated[
+        bool | None,
+        typer.Option(
+            "--probe/--no-probe",
+            help="Measure a training step's memory on the device; with the profile article, choose a batch and patch "
+            "that fill 90 % of it. Default: with that profile, where there is a GPU.",
+        ),
+    ] = None,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], typer.Option(help="Where to measure, and later to train.")
+    ] = "auto",
+    precision: Annotated[
+        Literal["auto", "float32", "bf16", "fp16"], typer.Option(help="What to measure in, and later to train in.")
+    ] = "auto",
     as_json: Json = False,
 ) -> None:
     """Plan a training dataset (fingerprint, patch, batch, network, splits) and preprocess its cases, resumably."""
@@ -117,20 +145,11 @@ def plan(
         processes=processes,
         plans_only=plans_only,
         configurations=tuple(configuration or ()),
+        probe=probe,
+        device=device,
+        precision=precision,
     )
     raise typer.Exit(command.plan(options, as_json=as_json))
-
-
-@dataset.command("check")
-def dataset_check(
-    folder: Annotated[Path, typer.Argument(help="A dataset in nnU-Net's format: DatasetNNN_Name.")],
-    processes: Processes = None,
-    as_json: Json = False,
-) -> None:
-    """Read every image and label map and name all that is wrong, with its cause and what to do."""
-    from gateway.commands import dataset as command
-
-    raise typer.Exit(command.check(folder, processes=processes, as_json=as_json))
 
 
 @train.command("run")
@@ -166,7 +185,19 @@ def train_run(
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Decides weights, patches and augmentation.")] = 0,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to train.")] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch. Default: its own choice.")] = None,
+    devices: Annotated[
+        int, typer.Option(min=1, help="GPUs (or processes of a processor) that share every batch of a fold.")
+    ] = 1,
+    compile_network: Annotated[
+        Literal["auto", "on", "off"],
+        typer.Option("--compile", help="torch.compile. auto: on a GPU, if it proves faster by 5 %."),
+    ] = "auto",
+    probe: Annotated[
+        bool, typer.Option("--probe/--no-probe", help="Measure first whether a step fits into the device's memory.")
+    ] = True,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of torch in each process. Default: its own choice.")
+    ] = None,
     sides: Annotated[
         Literal["keep", "swap", "ignore"],
         typer.Option(
@@ -185,6 +216,7 @@ def train_run(
             help="Keep the validation's logits: `seggate select` needs them for ensembles of configurations.",
         ),
     ] = True,
+    calibration: Calibrates = True,
     plans_name: PlansName = None,
     dataset_name: DatasetName = None,
     preprocessed: Preprocessed = Path("preprocessed"),
@@ -208,6 +240,9 @@ def train_run(
         deterministic=deterministic,
         seed=seed,
         device=device,
+        devices=devices,
+        compile=compile_network,
+        probes=probe,
         threads=threads,
         sides=sides,
         mirror=mirror,
@@ -217,6 +252,7 @@ def train_run(
         preprocessed=preprocessed,
         results=results,
         processes=processes,
+        calibrates=calibration,
     )
     if everything:
         from gateway.commands import train_all
@@ -319,13 +355,25 @@ def export(
     card: Annotated[Path | None, typer.Option(help="Model card (TOML): codes, colours, contract, licence.")] = None,
     name: Annotated[str | None, typer.Option(help="Name: a-z, 0-9 and '-'. Default: from the dataset.")] = None,
     semver: Annotated[str | None, typer.Option(help="MAJOR.MINOR.PATCH. Default: the card's, else 1.0.0.")] = None,
+    weights: Weights = "float32",
+    phantoms: Phantoms = True,
+    sanity_case: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A case of the dataset as a sanity case; may be repeated. Its image and labels become part of the "
+            "bundle."
+        ),
+    ] = None,
+    calibration: Calibrates = True,
     plans_name: PlansName = None,
     dataset_name: DatasetName = None,
     preprocessed: Preprocessed = Path("preprocessed"),
     results: Results = Path("results"),
+    processes: Processes = None,
     as_json: Json = False,
 ) -> None:
-    """Make a model bundle of what `select` chose: ONNX, parity, and the cross-validation's figures in its card."""
+    """Make a model bundle of what `select` chose: ONNX, parity, sanity cases, the intensity baseline, and the
+    cross-validation's figures in its card."""
     from gateway.commands import export as command
 
     raise typer.Exit(
@@ -335,10 +383,15 @@ def export(
             card=card,
             name=name,
             semver=semver,
+            weights=weights,
+            phantoms=phantoms,
+            sanity_cases=sanity_case or [],
             plans_name=plans_name,
             dataset_name=dataset_name,
             preprocessed=preprocessed,
             results=results,
+            processes=processes,
+            calibrates=calibration,
             as_json=as_json,
         )
     )

@@ -220,16 +220,15 @@ class ModelRegistry:
 
 def _import_quietly() -> None:
     """MLflow imported with its telemetry off and without its own warnings."""
-    if "mlflow" in sys.modules:
-        return
-    # Nothing leaves the machine, whatever MLflow's defaults are.
-    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-    os.environ["DO_NOT_TRACK"] = "true"
-    with warnings.catch_warnings():
-        # MLflow's own imports warn about their future; nothing here can act on it.
-        warnings.simplefilter("ignore")
-        import mlflow  # noqa: F401
-
-    # Its schema migrations announce themselves on standard error at every first use.
+    if "mlflow" not in sys.modules:
+        # Nothing leaves the machine, whatever MLflow's defaults are.
+        os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+        os.environ["DO_NOT_TRACK"] = "true"
+        with warnings.catch_warnings():
+            # MLflow's own imports warn about their future; nothing here can act on it.
+            warnings.simplefilter("ignore")
+            import mlflow  # noqa: F401
+    # Its schema migrations announce themselves on standard error at every first use. Each time: whoever else imports
+    # MLflow, or sets its logger up again, does not ask.
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     logging.getLogger("alembic").setLevel(logging.WARNING)

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
 
+from engine.baseline_extraction import extract_baseline
+from engine.bundle import Bundle
 from engine.bundle_versions import FIRST, find_bundle, made_of, next_version, note_bundle
+from engine.calibration_cases import calibrate_bundle, describe
+from engine.calibration_file import calibration_document
 from engine.errors import EngineError
 from engine.experiment import Experiment, open_experiment
-from engine.manifest import Ensemble
+from engine.manifest import Ensemble, Weights
 from engine.model_card import ModelCard, read_card
 from engine.model_figures import Chosen, complete_card, read_choice
+from engine.parallel import default_processes
+from engine.quality_estimate import Calibration
+from engine.sanity_making import dataset_cases
 from engine.training_profile import TRAINING_PROFILES
 from gateway.commands.models import importer
-from gateway.commands.output import print_json, say
+from gateway.commands.output import print_json, progress_bar, say
 
 _JOINED_APART = frozenset(p.trainer for p in TRAINING_PROFILES.values() if p.ensembles_everything)
 
@@ -28,10 +36,15 @@ def export(
     card: Path | None,
     name: str | None,
     semver: str | None,
+    weights: Weights,
+    phantoms: bool,
+    sanity_cases: Sequence[str],
     plans_name: str | None,
     dataset_name: str | None,
     preprocessed: Path,
     results: Path,
+    processes: int | None,
+    calibrates: bool,
     as_json: bool,
 ) -> int:
     """0 when the bundle was written and its networks proven to compute the same, 1 when not."""
@@ -46,6 +59,11 @@ def export(
             described,
             name=name,
             semver=semver,
+            weights=weights,
+            phantoms=phantoms,
+            sanity_cases=sanity_cases,
+            processes=processes,
+            calibrates=calibrates,
             notes=notes,
             hide_bar=as_json,
         )
@@ -73,16 +91,40 @@ def export_chosen(
     *,
     name: str | None,
     semver: str | None,
+    weights: Weights = "float32",
+    phantoms: bool = True,
+    sanity_cases: Sequence[str] = (),
+    processes: int | None,
+    calibrates: bool,
     notes: list[str],
     hide_bar: bool,
+    go_on: Callable[[], None] = lambda: None,
 ) -> Any:
-    """The bundle (engine.bundle.Bundle). Raises what `engine.export.import_model` does, DatasetInvalid when nothing is
-    selected."""
+    """The bundle (engine.bundle.Bundle). `sanity_cases` are names of the dataset's cases. `go_on` is called after each
+    calibrated case; what it raises ends the export without a bundle, and another one goes on there. Raises what
+    `engine.export.import_model` does, DatasetInvalid when nothing is selected or a name is no case."""
     import_model = importer("exporting a model")
     chosen = read_choice(experiment, results)
+    site_cases = dataset_cases(experiment.dataset, sanity_cases)
+    with progress_bar("intensities", hidden=hide_bar) as advance:
+        baseline = extract_baseline(experiment, processes=processes or default_processes(), progress=advance)
     ensemble = _ensemble(chosen)
     with Progress(console=Console(stderr=True), disable=hide_bar, transient=True) as bar:
         task = bar.add_task("exporting", total=1.0)
+
+        def calibrate(staged: Bundle) -> tuple[Calibration, str]:
+            cases = bar.add_task("estimating quality")
+
+            def advance(done: int, total: int) -> None:
+                bar.update(cases, completed=done, total=total, description=f"estimating quality {done}/{total}")
+                go_on()
+
+            found = calibrate_bundle(staged, experiment, chosen.folds, results, progress=advance)
+            notes.extend(found.notes)
+            return found, "" if card.description else describe(found)
+
+        if not calibrates:
+            notes.append("--no-calibration: the gateway will not estimate the quality of this model's results")
         bundle = import_model(
             results / experiment.name,
             out,
@@ -91,6 +133,11 @@ def export_chosen(
             card=complete_card(card, experiment, chosen),
             folds=chosen.folds,
             ensemble=ensemble,
+            weights=weights,
+            baseline=baseline,
+            phantoms=phantoms,
+            site_cases=site_cases,
+            calibrate=calibrate if calibrates else None,
             progress=lambda share, what: bar.update(task, completed=share, description=what),
             notice=notes.append,
         )
@@ -128,4 +175,10 @@ def document(bundle: Any) -> dict[str, Any]:
         "configurations": {c.name: [fold.fold for fold in c.folds] for c in bundle.configurations},
         "ensemble": bundle.ensemble,
         "parity": [vars(parity) for parity in bundle.parity],
+        "weights": bundle.weights,
+        "sanity": {case.name: dict(case.voxels) for case in bundle.evidence.sanity.cases}
+        if bundle.evidence.sanity is not None
+        else {},
+        "baseline_cases": bundle.evidence.baseline.cases if bundle.evidence.baseline is not None else 0,
+        "calibration": None if bundle.calibration is None else calibration_document(bundle.calibration),
     }

@@ -5,19 +5,21 @@ from __future__ import annotations
 import fcntl
 import getpass
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from gateway.commands.model_evidence import evidence_document, present_evidence
+from gateway.commands.model_verification import SanityRun, present_sanity, run_sanity
 from gateway.commands.output import console, print_json, printable, say, table
 from gateway.settings import Settings, load_settings
 from gateway.state import existing_database, open_registry, prepare_state, registry_exists
 from storage import ledger
 from storage.database import Database
 from storage.errors import ModelChanged
-from storage.models import ModelRegistry, RegisteredModel
+from storage.models import RegisteredModel
 
 
 def import_(
@@ -30,6 +32,9 @@ def import_(
     configurations: Sequence[str] | None,
     folds: Sequence[str] | None,
     orientation: str | None,
+    weights: str,
+    phantoms: bool,
+    sanity: Path | None,
     candidate: bool,
     as_json: bool,
 ) -> int:
@@ -51,7 +56,8 @@ def import_(
             bundle: Bundle
             stated = True
             if (path / MANIFEST).is_file():
-                if any((name, semver, card, configurations, folds, orientation)):
+                changed = weights != "float32" or not phantoms or sanity is not None
+                if changed or any((name, semver, card, configurations, folds, orientation)):
                     say("seggate: a finished bundle is imported as it is; only --candidate applies to it")
                     return 2
                 bundle = load_bundle(path, verify=True)
@@ -65,6 +71,9 @@ def import_(
                     configurations=configurations,
                     folds=folds,
                     orientation=orientation,
+                    weights=weights,
+                    phantoms=phantoms,
+                    sanity=sanity,
                     notes=notes,
                 )
             serve = stated and not candidate
@@ -106,16 +115,24 @@ def register(settings: Settings, bundle: Any, *, candidate: bool, actor: str) ->
                 description=bundle.description,
                 serve=not candidate,
             )
-            _record(settings, database, model, before=before, actor=actor)
+            _record(settings, database, model, bundle.evidence_digest, before=before, actor=actor)
         return model
     finally:
         database.close()
 
 
-def _record(settings: Settings, database: Database, model: RegisteredModel, *, before: str | None, actor: str) -> None:
+def _record(
+    settings: Settings,
+    database: Database,
+    model: RegisteredModel,
+    evidence_digest: str,
+    *,
+    before: str | None,
+    actor: str,
+) -> None:
     known = _recorded(settings).get((model.name, model.semver))
     with database.session() as session:
-        if known != model.weights_digest:
+        if known is None or known["weights_digest"] != model.weights_digest:
             ledger.append(
                 session,
                 subject=ledger.model_subject(model.name),
@@ -126,6 +143,7 @@ def _record(settings: Settings, database: Database, model: RegisteredModel, *, b
                     "registry_version": model.registry_version,
                     "weights_digest": model.weights_digest,
                     "configuration_digest": model.configuration_digest,
+                    "evidence_digest": evidence_digest,
                     "licence": model.licence,
                     "state": model.state,
                 },
@@ -193,6 +211,7 @@ def show(config: Path, name: str, *, semver: str | None, as_json: bool) -> int:
         ("configuration", "fold", "max difference to torch", "same labels"),
         [(p.configuration, p.fold, f"{p.max_abs_difference:.2g}", f"{p.argmax_agreement:.6f}") for p in bundle.parity],
     )
+    present_evidence(bundle)
     return 0
 
 
@@ -209,8 +228,9 @@ def _words(value: Any) -> str:
     return str(value)
 
 
-def verify(config: Path, name: str | None, *, as_json: bool) -> int:
-    """0 when every file of every bundle is what was registered, else 1 with what differs."""
+def verify(config: Path, name: str | None, *, files_only: bool, as_json: bool) -> int:
+    """0 when every file of every bundle is what was registered, and the sanity cases come out as at the export; else 1
+    with what differs. `files_only` leaves the sanity cases out."""
     settings = load_settings(config)
     registry = open_registry(settings)
     found = [m for m in registry.all() if name in (None, m.name)]
@@ -218,11 +238,18 @@ def verify(config: Path, name: str | None, *, as_json: bool) -> int:
         say(f"seggate: no model {name!r} is registered")
         return 1
     recorded = _recorded(settings)
-    rows = [{**_row(m), "verdict": _verdict(registry, m, recorded)} for m in found]
+    rows: list[dict[str, Any]] = []
+    runs: list[tuple[str, str, SanityRun]] = []
+    for model in found:
+        verdict, run = _verdict(model, recorded.get((model.name, model.semver)), run=not files_only, hide_bar=as_json)
+        rows.append({**_row(model), "verdict": verdict, "sanity": None if run is None else run.document()})
+        if run is not None:
+            runs.append((model.name, model.semver, run))
     if as_json:
         print_json(rows)
     else:
         table("", ("model", "version", "verdict"), [(r["name"], r["semver"], r["verdict"]) for r in rows])
+        present_sanity(runs)
     return 0 if all(r["verdict"] == "ok" for r in rows) else 1
 
 
@@ -252,6 +279,9 @@ def _convert(
     configurations: Sequence[str] | None,
     folds: Sequence[str] | None,
     orientation: str | None,
+    weights: str,
+    phantoms: bool,
+    sanity: Path | None,
     notes: list[str],
 ) -> tuple[Any, bool]:
     """nnU-Net → (bundle, whether its voxel order was stated); needs torch, and says how to get it where missing."""
@@ -277,14 +307,17 @@ def _convert(
             card=described,
             configurations=configurations,
             folds=folds,
+            weights=weights,
+            phantoms=phantoms,
+            site_folder=sanity,
             progress=progress,
             notice=notes.append,
         )
     return bundle, orientation_is_stated(bundle.plans, described)
 
 
-def _recorded(settings: Settings) -> dict[tuple[str, str], str]:
-    """(name, version) → weights digest as the ledger has it."""
+def _recorded(settings: Settings) -> dict[tuple[str, str], Mapping[str, Any]]:
+    """(name, version) → the registration as the ledger has it."""
     from sqlalchemy import select
 
     from storage.records import LedgerEvent
@@ -293,27 +326,34 @@ def _recorded(settings: Settings) -> dict[tuple[str, str], str]:
     try:
         with database.reading() as session:
             events = session.scalars(select(LedgerEvent).where(LedgerEvent.kind == "model-imported")).all()
-            return {(e.subject.removeprefix("model:"), e.detail["semver"]): e.detail["weights_digest"] for e in events}
+            return {(e.subject.removeprefix("model:"), e.detail["semver"]): e.detail for e in events}
     finally:
         database.close()
 
 
-def _verdict(registry: ModelRegistry, model: RegisteredModel, recorded: dict[tuple[str, str], str]) -> str:
+def _verdict(
+    model: RegisteredModel, recorded: Mapping[str, Any] | None, *, run: bool, hide_bar: bool
+) -> tuple[str, SanityRun | None]:
+    """ "ok" or what is wrong, and the sanity cases where they were computed: not of files that are not the registered
+    ones."""
     from engine.bundle import load_bundle
     from engine.errors import BundleInvalid
 
-    del registry
     try:
         bundle = load_bundle(model.folder, verify=True)
     except BundleInvalid as error:
-        return str(error)
+        return str(error), None
     if bundle.weights_digest != model.weights_digest:
-        return "the weights are not those that were registered"
+        return "the weights are not those that were registered", None
     if bundle.configuration_digest != model.configuration_digest:
-        return "the configuration is not the one that was registered"
-    if recorded.get((model.name, model.semver)) != model.weights_digest:
-        return "the registration differs from the ledger: someone changed the registry by hand"
-    return "ok"
+        return "the configuration is not the one that was registered", None
+    if recorded is None or recorded["weights_digest"] != model.weights_digest:
+        return "the registration differs from the ledger: someone changed the registry by hand", None
+    # Events from before there was such a digest lack it.
+    if recorded.get("evidence_digest", bundle.evidence_digest) != bundle.evidence_digest:
+        return "the sanity cases, provenance or figures of backends are not those that were registered", None
+    sanity = run_sanity(bundle, hide_bar=hide_bar) if run else None
+    return (sanity.fault if sanity is not None and sanity.fault else "ok"), sanity
 
 
 def _row(model: RegisteredModel) -> dict[str, Any]:
@@ -338,6 +378,7 @@ def _document(model: RegisteredModel, bundle: Any) -> dict[str, Any]:
         "labels": [asdict(s) for s in bundle.labels],
         "contract": asdict(bundle.contract),
         "parity": [asdict(p) for p in bundle.parity],
+        **evidence_document(bundle),
         "configurations": [
             {"name": c.name, "folds": [f.fold for f in c.folds], "mirror_axes": c.mirror_axes}
             for c in bundle.configurations

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from engine.dataset import DATASET_JSON, DatasetJson, RawDataset, open_dataset, read_dataset_json
-from engine.errors import DatasetInvalid, EngineError
-from engine.experiment import open_experiment, preprocess_experiment
+from engine.errors import DatasetInvalid, EngineError, MemoryExceeded, TrainingRefused
+from engine.experiment import OWN, open_experiment, preprocess_experiment
 from engine.fingerprint import FINGERPRINT_JSON, Fingerprint, extract_fingerprint, read_fingerprint
 from engine.parallel import default_processes
-from engine.planners import PlannerName, ProfileName
+from engine.planners import PROFILES, PlannerName, ProfileName
 from engine.planning import Planned, PlanRequest, plan_experiment, write_plans
 from engine.split_extension import extend_splits, uncovered
 from engine.splits import (
@@ -27,6 +28,10 @@ from engine.splits import (
     write_splits,
 )
 from gateway.commands.output import print_json, progress_bar, say, table
+from gateway.training_device import DeviceName, PrecisionName, chosen_device, chosen_precision, training_packages
+
+if TYPE_CHECKING:
+    from engine.plan_probe import PlanProbe
 
 SplitsKind = Literal["nnunet", "stratified", "extend"]
 
@@ -50,6 +55,9 @@ class PlanOptions:
     processes: int | None
     plans_only: bool = False
     configurations: tuple[str, ...] = ()
+    probe: bool | None = None
+    device: DeviceName = "auto"
+    precision: PrecisionName = "auto"
 
 
 def plan(options: PlanOptions, *, as_json: bool) -> int:
@@ -60,7 +68,7 @@ def plan(options: PlanOptions, *, as_json: bool) -> int:
         return 2
     try:
         if options.folder is None:
-            document = _plan_files(options)
+            document = _plan_files(options, hide_bar=as_json)
         else:
             document = plan_folder(options, options.folder, hide_bar=as_json)
     except (EngineError, OSError) as error:
@@ -95,30 +103,39 @@ def _wrong_usage(options: PlanOptions) -> str | None:
     return None
 
 
-def _plan_files(options: PlanOptions) -> dict[str, Any]:
+def _plan_files(options: PlanOptions, *, hide_bar: bool) -> dict[str, Any]:
     """From a fingerprint that was made elsewhere."""
     if options.fingerprint is None or options.dataset_json is None:
         raise ValueError("both files are needed")
     name = options.dataset_name or options.dataset_json.resolve().parent.name
-    planned = plan_experiment(
-        _request(options, name, read_dataset_json(options.dataset_json), read_fingerprint(options.fingerprint))
+    notes: list[str] = []
+    planned = _planned(
+        options,
+        name,
+        read_dataset_json(options.dataset_json),
+        read_fingerprint(options.fingerprint),
+        notes,
+        hide_bar=hide_bar,
     )
-    return _document(planned, {"plans": _write_plans(options, name, planned)}, list(planned.notes))
+    return _document(planned, {"plans": _write_plans(options, name, planned)}, notes)
 
 
 def plan_folder(options: PlanOptions, folder: Path, *, hide_bar: bool) -> dict[str, Any]:
     """Fingerprint, plans and splits of a dataset, all written into its folder of preprocessed data, the plans last,
     and the preprocessed cases after them. Returns what `--json` prints.
 
-    Raises DatasetInvalid, InputRejected, ImportRefused, DiskTooSmall, WorkerDied, OSError.
+    Raises DatasetInvalid, InputRejected, ImportRefused, DiskTooSmall, MemoryExceeded, WorkerDied,
+    OSError.
     """
     dataset = open_dataset(folder)
     name = options.dataset_name or dataset.name
     with progress_bar("fingerprint", hidden=hide_bar) as advance:
         fingerprint = extract_fingerprint(dataset, processes=options.processes or default_processes(), progress=advance)
-    planned = plan_experiment(_request(options, name, dataset.json, fingerprint))
+    notes: list[str] = []
+    planned = _planned(options, name, dataset.json, fingerprint, notes, hide_bar=hide_bar)
     target = options.preprocessed / name
-    notes = list(planned.notes)
+    if dataset.excluded:
+        notes.append(f"{len(dataset.excluded)} excluded case(s) are left out")
     written = {"fingerprint": target / FINGERPRINT_JSON}
     splits = _splits(options, dataset, fingerprint, target / SPLITS_JSON, notes)
     fingerprint.write(target / FINGERPRINT_JSON)
@@ -138,8 +155,59 @@ def _preprocess(options: PlanOptions, folder: Path, name: str, planned: Planned,
     chosen = options.configurations or tuple(planned.plans["configurations"])
     folders = experiment.job(chosen).folders
     with progress_bar("preprocessing", hidden=hide_bar) as advance:
-        preprocess_experiment(experiment, chosen, processes=options.processes or default_processes(), progress=advance)
+        preprocess_experiment(
+            experiment, chosen, processes=options.processes or default_processes(), tell=say, progress=advance
+        )
     return {f"preprocessed {configuration}": path for configuration, path in folders.items()}
+
+
+def _planned(
+    options: PlanOptions,
+    name: str,
+    dataset_json: DatasetJson,
+    fingerprint: Fingerprint,
+    notes: list[str],
+    *,
+    hide_bar: bool,
+) -> Planned:
+    """The plans, with what was measured where the device is probed. Raises what the planner does, MemoryExceeded where
+    nothing fits into the device, TrainingRefused where there is no such device."""
+    probe = _probe(options, dataset_json, notes, hide_bar=hide_bar)
+    fits = probe is not None and PROFILES[options.profile].fills_device
+    request = _request(options, name, dataset_json, fingerprint)
+    planned = plan_experiment(replace(request, fit=probe.fit) if probe is not None and fits else request)
+    notes += planned.notes
+    if probe is not None:
+        from engine.memory_probe import check_step
+
+        for configuration, memory in probe.add_to(planned.plans).items():
+            try:
+                check_step(memory)
+            except MemoryExceeded as error:
+                notes.append(f"{configuration} does not fit: {error}")
+    return planned
+
+
+def _probe(options: PlanOptions, dataset_json: DatasetJson, notes: list[str], *, hide_bar: bool) -> PlanProbe | None:
+    """None where nothing is to be measured: by default only a profile that fills a device is, where there is a GPU."""
+    if options.probe is False or (options.probe is None and not PROFILES[options.profile].fills_device):
+        return None
+    try:
+        with training_packages():
+            from engine.plan_probe import PlanProbe
+        device = chosen_device("cuda" if options.probe is None and options.device == "auto" else options.device)
+    except TrainingRefused as error:
+        if options.probe or options.device != "auto":
+            raise
+        notes.append(f"patch and batch are by nnU-Net's estimate, not measured ({error}); --probe measures here")
+        return None
+    return PlanProbe(
+        dataset_json,
+        options.planner,
+        device=device,
+        precision=chosen_precision(options.precision, device),
+        report=lambda text: None if hide_bar else say(text),
+    )
 
 
 def _request(options: PlanOptions, name: str, dataset_json: DatasetJson, fingerprint: Fingerprint) -> PlanRequest:
@@ -171,14 +239,15 @@ def _splits(
     from the kind asked for: what was trained on them would no longer fit.
     """
     names = [case.name for case in dataset.cases]
+    read = partial(read_splits, cases=names, excluded=dataset.excluded_names)
     own = dataset.folder / SPLITS_JSON
     wanted: tuple[Split, ...] = ()
     if own.exists():
         if options.splits is not None:
             raise DatasetInvalid(f"--splits: the dataset brings its own {SPLITS_JSON}; remove it to make others")
-        wanted = read_splits(own, names)
+        wanted = read(own)
     elif options.splits is None and target.exists():
-        wanted = read_splits(target, names)
+        wanted = read(target)
     elif options.splits == "extend":
         return _extended(dataset, fingerprint, target, notes)
     elif len(names) < FOLDS and options.splits is None:
@@ -188,7 +257,7 @@ def _splits(
         wanted = stratified_splits(fingerprint.cases, patients=dataset.json.patients)
     else:
         wanted = nnunet_splits(names)
-    if target.exists() and read_splits(target, names) != wanted:
+    if target.exists() and read(target) != wanted:
         raise DatasetInvalid(
             f"{target}: other splits are already there; remove the file, and train again what was trained on them"
         )
@@ -200,7 +269,7 @@ def _extended(dataset: RawDataset, fingerprint: Fingerprint, target: Path, notes
     names = [case.name for case in dataset.cases]
     if not target.exists():
         raise DatasetInvalid(f"--splits extend: {target} is not there; plan without it first")
-    before = read_splits(target, names)
+    before = read_splits(target, names, excluded=dataset.excluded_names)
     new = uncovered(before, names)
     wanted = extend_splits(before, fingerprint.cases, patients=dataset.json.patients)
     if new:
@@ -239,6 +308,7 @@ def _document(planned: Planned, written: dict[str, Path], notes: list[str]) -> d
         "plans_name": planned.plans["plans_name"],
         "written": {what: str(path) for what, path in written.items()},
         "configurations": planned.plans["configurations"],
+        "memory": planned.plans.get(OWN, {}).get("memory"),
         "notes": notes,
     }
 
@@ -261,10 +331,31 @@ def _present(document: dict[str, Any]) -> None:
         )
     columns = ("configuration", "patch", "batch", "spacing (mm)", "median image", "network")
     table(f"{document['plans_name']} of {document['dataset_name']}, coarsest axis first", columns, rows)
+    if document["memory"] is not None:
+        _present_memory(document["memory"])
     for note in document["notes"]:
         say(f"note: {note}")
     for what, path in document["written"].items():
         say(f"{what}: {path}")
+
+
+def _present_memory(memory: dict[str, Any]) -> None:
+    def gigabytes(count: int | None) -> str:
+        return "does not fit" if count is None else f"{count / 1e9:.2f}"
+
+    table(
+        "memory of a training step, in GB",
+        ("configuration", "device", "precision", "measured", "free", "in all", "nnU-Net's estimate"),
+        [
+            (
+                name,
+                row["device"],
+                row["precision"],
+                *(gigabytes(row[f"{key}_bytes"]) for key in ("peak", "available", "total", "estimate")),
+            )
+            for name, row in memory.items()
+        ],
+    )
 
 
 def _by(values: list[float]) -> str:

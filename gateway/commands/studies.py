@@ -366,8 +366,8 @@ def _print_study(document: dict[str, Any]) -> None:
         for check in result["checks"] or []:
             if check["verdict"] != "pass":
                 out.print(
-                    f"  {check['verdict']}: {check['name']} {check['segment'] or ''}: {check['value']} "
-                    f"(limit: {check['limit']})",
+                    f"  {check['verdict']}: {check['name']} {check['segment'] or ''}: {check['value']}"
+                    f"{', bound ' + str(check['bound']) if 'bound' in check else ''} (limit: {check['limit']})",
                     markup=False,
                 )
         if result["deliveries"]:

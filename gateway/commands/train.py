@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import signal
 import threading
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from engine.errors import EngineError, TrainingRefused
+from engine.errors import EngineError, TrainingDiverged, TrainingRefused, WorkerDied
 from engine.experiment import Experiment, open_experiment, preprocess_experiment
 from engine.parallel import default_processes
 from engine.planners import ProfileName
@@ -25,16 +26,27 @@ from engine.sides import MirrorPolicy, SidesPolicy
 from engine.training_lock import ask_to_stop, holder, is_asked_to_stop, training_lock
 from engine.training_profile import TRAINING_PROFILES
 from gateway.commands.output import print_json, progress_bar, say, table
+from gateway.training_device import (
+    DeviceName,
+    PrecisionName,
+    chosen_device,
+    chosen_precision,
+    set_threads,
+    training_packages,
+    training_processes,
+)
+from gateway.training_launcher import is_launched, is_orphaned, launch, own_command
 
 if TYPE_CHECKING:
+    from engine.compilation import Compile
     from engine.fold_training import FoldReport, FoldRequest
+    from engine.training_processes import TrainingProcesses
 
 ALL_FOLDS = "all-folds"
-Device = Literal["auto", "cpu", "cuda"]
-PrecisionName = Literal["auto", "float32", "bf16", "fp16"]
 
 _BUDGET = re.compile(r"(?:(?P<h>\d+)h)?(?:(?P<m>\d+)m)?(?:(?P<s>\d+)s)?")
-_EXTRA = frozenset({"torch", "onnx", "matplotlib"})
+# Every process of a training fails with these at once: the first one says it for all.
+_SAID_BY_THE_FIRST = (WorkerDied, TrainingRefused, TrainingDiverged)
 
 
 class _Stopped(Exception):
@@ -56,7 +68,10 @@ class TrainOptions:
     precision: PrecisionName
     deterministic: bool
     seed: int
-    device: Device
+    device: DeviceName
+    devices: int
+    compile: Compile
+    probes: bool
     threads: int | None
     sides: SidesPolicy
     mirror: MirrorPolicy
@@ -66,6 +81,7 @@ class TrainOptions:
     preprocessed: Path
     results: Path
     processes: int | None
+    calibrates: bool = True
 
 
 def train(options: TrainOptions, *, as_json: bool) -> int:
@@ -75,16 +91,23 @@ def train(options: TrainOptions, *, as_json: bool) -> int:
     if wrong:
         say(f"seggate: {wrong}")
         return 2
+    if not options.calibrates:
+        say("seggate: --no-calibration needs --all: only an export calibrates")
+        return 2
     budget_s = parse_budget(options.budget)
+    if options.devices > 1 and not is_launched():
+        return launched(options.devices)
     try:
         experiment = open_experiment(
             options.folder, options.preprocessed, plans_name=options.plans_name, name=options.dataset_name
         )
         requests = fold_requests(options, experiment, budget_s)
-        with stop_requests() as stop:
-            state, folders = run_folds(requests, options, experiment, stop, as_json=as_json)
+        with stop_requests() as stop, training_processes(options.device) as processes:
+            state, folders = run_folds(requests, options, experiment, stop, processes, hide_bar=as_json)
     except (EngineError, OSError) as error:
         return failed("not trained", error, as_json=as_json)
+    if not processes.is_first:
+        return 0
     rows = fold_rows(folders)
     if as_json:
         print_json({"ok": True, "state": state, "folds": rows})
@@ -95,29 +118,41 @@ def train(options: TrainOptions, *, as_json: bool) -> int:
     return 0
 
 
+def launched(devices: int) -> int:
+    """The same command in so many processes; its exit code."""
+    with stop_requests() as stop:
+        return launch(own_command(), devices, stop)
+
+
 def run_folds(
     requests: Sequence[FoldRequest],
     options: TrainOptions,
     experiment: Experiment,
     stop: threading.Event,
+    processes: TrainingProcesses,
     *,
-    as_json: bool,
+    hide_bar: bool,
 ) -> tuple[Literal["finished", "stopped"], list[Path]]:
     """Preprocesses what is missing, then trains fold after fold, with a report after each; those that are finished are
-    left as they are."""
+    left as they are. All processes of the training call it, and the first one shows bars."""
     from engine.fold_training import train_fold
     from engine.model_report import write_report
 
+    def asked() -> bool:
+        return stop.is_set() or is_orphaned()
+
     folders: list[Path] = []
-    if not _preprocess_for(requests, experiment, options, stop.is_set, hide_bar=as_json):
+    hide_bar = hide_bar or not processes.is_first
+    if not processes.on_first(lambda: _preprocess_for(requests, experiment, options, asked, hide_bar=hide_bar)):
         return "stopped", folders
     for request in requests:
-        if stop.is_set():
+        if processes.agreed(asked)():
             return "stopped", folders
         folders.append(request.folder)
-        with _reporting(request, hidden=as_json) as report:
-            finished = train_fold(request, stop=stop.is_set, report=report)
-        write_report(request.model_folder, experiment.dataset.json)
+        with _reporting(request, hidden=hide_bar) as report:
+            finished = train_fold(request, stop=asked, report=report, processes=processes)
+        if processes.is_first:
+            write_report(request.model_folder, experiment.dataset.json)
         if not finished:
             return "stopped", folders
     return "finished", folders
@@ -164,7 +199,11 @@ def preprocess_missing(
 
         try:
             preprocess_experiment(
-                experiment, own, processes=options.processes or default_processes(), progress=advance_or_stop
+                experiment,
+                own,
+                processes=options.processes or default_processes(),
+                tell=say,
+                progress=advance_or_stop,
             )
         except _Stopped:
             return False
@@ -174,26 +213,13 @@ def preprocess_missing(
 def fold_requests(options: TrainOptions, experiment: Experiment, budget_s: float | None) -> list[FoldRequest]:
     """Each fold of each configuration, the first stage of a cascade before the cascade. Raises DatasetInvalid for one
     that is not there, TrainingRefused for a device that is not there or a package that is missing."""
-    try:
-        import torch
-
+    with training_packages():
         from engine.fold_training import FoldRequest
         from engine.schedule import Schedule
-        from engine.training import default_precision
-    except ModuleNotFoundError as error:
-        if error.name in _EXTRA:
-            raise TrainingRefused(
-                f"training needs the Python package {error.name}: install seggate with the extra `train` (make install "
-                "EXTRAS=train)"
-            ) from error
-        raise
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+        from engine.training import default_loader_threads
+    device = chosen_device(options.device)
+    set_threads(options.threads, device)
     profile = TRAINING_PROFILES[options.profile]
-    cuda = torch.cuda.is_available()
-    if options.device == "cuda" and not cuda:
-        raise TrainingRefused("--device cuda: torch finds no GPU here")
-    device = torch.device("cuda" if cuda and options.device != "cpu" else "cpu")
     schedule = Schedule(
         **{k: v for k, v in (("epochs", options.epochs), ("iterations", options.iterations)) if v is not None},
         budget_s=budget_s,
@@ -210,12 +236,15 @@ def fold_requests(options: TrainOptions, experiment: Experiment, budget_s: float
             schedule=schedule,
             seed=options.seed,
             device=device,
-            precision=default_precision(device) if options.precision == "auto" else options.precision,
+            precision=chosen_precision(options.precision, device),
             any_precision=options.precision == "auto",
             deterministic=options.deterministic,
             sides=options.sides,
             mirror=options.mirror,
             keeps_logits=options.keeps_logits,
+            loader_threads=default_loader_threads(device),
+            compile=options.compile,
+            probes=options.probes,
         )
         for configuration in experiment.in_stage_order(configurations)
         for fold in chosen_folds(experiment, options.folds)
@@ -249,6 +278,8 @@ def wrong_usage(options: TrainOptions) -> str | None:
         )
     if options.patience is not None and TRAINING_PROFILES[options.profile].hold_out_share is None:
         return f"--patience needs a hold-out, which the profile {options.profile} does not have"
+    if options.deterministic and options.compile == "on":
+        return "--compile on changes how sums are formed, which --deterministic excludes"
     return None
 
 
@@ -283,6 +314,11 @@ def stop_requests() -> Iterator[threading.Event]:
 
 
 def failed(what: str, error: Exception, *, as_json: bool) -> int:
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:
+        if not isinstance(error, _SAID_BY_THE_FIRST):
+            say(f"seggate: process {rank}: {what}: {error}")
+        return 1
     if as_json:
         print_json({"ok": False, "error": str(error)})
     say(f"seggate: {what}: {error}")

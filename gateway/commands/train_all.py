@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from engine.errors import DatasetInvalid, EngineError
 from engine.experiment import Experiment, open_experiment
@@ -19,12 +20,22 @@ from gateway.commands.train import (
     failed,
     fold_requests,
     fold_rows,
+    launched,
     parse_budget,
     present_folds,
     run_folds,
     stop_requests,
     wrong_usage,
 )
+from gateway.training_device import training_processes
+from gateway.training_launcher import is_launched
+
+if TYPE_CHECKING:
+    from engine.training_processes import TrainingProcesses
+
+
+class _Stopped(Exception):
+    """Leaves the export between two cases."""
 
 
 def train_all(options: TrainOptions, *, as_json: bool) -> int:
@@ -34,11 +45,15 @@ def train_all(options: TrainOptions, *, as_json: bool) -> int:
     if wrong:
         say(f"seggate: {wrong}")
         return 2
+    if options.devices > 1 and not is_launched():
+        return launched(options.devices)
     try:
-        with stop_requests() as stop:
-            document = _run(options, stop, as_json=as_json)
+        with stop_requests() as stop, training_processes(options.device) as processes:
+            document = _run(options, stop, processes, as_json=as_json)
     except (EngineError, OSError) as error:
         return failed("not finished", error, as_json=as_json)
+    if document is None:
+        return 0
     if as_json:
         print_json({"ok": True, **document})
     elif document["state"] == "stopped":
@@ -57,14 +72,20 @@ def _wrong_usage(options: TrainOptions) -> str | None:
     return None
 
 
-def _run(options: TrainOptions, stop: threading.Event, *, as_json: bool) -> dict[str, Any]:
-    experiment = _planned(options, hide_bar=as_json)
+def _run(
+    options: TrainOptions, stop: threading.Event, processes: TrainingProcesses, *, as_json: bool
+) -> dict[str, Any] | None:
+    """What `--json` prints; None in all processes of the training but the first, which plans, selects and exports."""
+    name = processes.on_first(lambda: _plan(options, hide_bar=as_json))
+    experiment = open_experiment(options.folder, options.preprocessed, plans_name=name, name=options.dataset_name)
     notes: list[str] = []
     configurations = experiment.in_stage_order(options.configurations or _trainable(experiment, notes))
     # A cascade brings the stages before it, whether they are to be chosen from or not.
     trained = experiment.in_stage_order(configurations, complete=True)
     requests = fold_requests(replace(options, configurations=trained), experiment, parse_budget(options.budget))
-    state, folders = run_folds(requests, options, experiment, stop, as_json=as_json)
+    state, folders = run_folds(requests, options, experiment, stop, processes, hide_bar=as_json)
+    if not processes.is_first:
+        return None
     rows = fold_rows(folders)
     if not as_json:
         present_folds(rows)
@@ -91,9 +112,22 @@ def _run(options: TrainOptions, stop: threading.Event, *, as_json: bool) -> dict
         out = export.default_folder(experiment, options.results, semver)
         if why:
             notes.append(f"{why}: this is {semver}")
-        bundle = export.export_chosen(
-            experiment, options.results, out, ModelCard(), name=None, semver=semver, notes=notes, hide_bar=as_json
-        )
+        try:
+            bundle = export.export_chosen(
+                experiment,
+                options.results,
+                out,
+                ModelCard(),
+                name=None,
+                semver=semver,
+                processes=options.processes,
+                calibrates=options.calibrates,
+                notes=notes,
+                hide_bar=as_json,
+                go_on=partial(_leave_when, stop),
+            )
+        except _Stopped:
+            return {"state": "stopped", "folds": rows, "notes": notes}
     if not as_json:
         for note in notes:
             say(f"note: {note}")
@@ -119,8 +153,14 @@ def _trainable(experiment: Experiment, notes: list[str]) -> tuple[str, ...]:
     return tuple(name for name in planned if name not in left)
 
 
-def _planned(options: TrainOptions, *, hide_bar: bool) -> Experiment:
-    """The plans that are there, or new ones by the profile. Raises DatasetInvalid when there are too few cases."""
+def _leave_when(stop: threading.Event) -> None:
+    if stop.is_set():
+        raise _Stopped
+
+
+def _plan(options: TrainOptions, *, hide_bar: bool) -> str:
+    """The name of the plans that are there, or of new ones by the profile. Raises DatasetInvalid when there are too few
+    cases."""
     name = options.plans_name or plans_name("ExperimentPlanner", options.profile)
     folder = options.preprocessed / (options.dataset_name or options.folder.resolve().name)
     if not (folder / f"{name}.json").exists():
@@ -142,8 +182,11 @@ def _planned(options: TrainOptions, *, hide_bar: bool) -> Experiment:
                 out=None,
                 processes=options.processes,
                 plans_only=True,
+                probe=None if options.probes else False,
+                device=options.device,
+                precision=options.precision,
             ),
             options.folder,
             hide_bar=hide_bar,
         )
-    return open_experiment(options.folder, options.preprocessed, plans_name=name, name=options.dataset_name)
+    return name

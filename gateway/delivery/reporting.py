@@ -304,7 +304,7 @@ class Reporting:
             checks=tuple(
                 ReportCheck(
                     name=c["name"],
-                    value=f"{c['segment']}: {c['value']}" if c["segment"] else c["value"],
+                    value=_check_value(c),
                     limit=c["limit"],
                     verdict=Verdict(c["verdict"]),
                 )
@@ -374,6 +374,14 @@ def _verdict(result: Result) -> Verdict:
     if result.verdict is None:
         raise Permanent(f"result {result.result_id} was released without a QA verdict; it is not reported")
     return Verdict(result.verdict)
+
+
+def _check_value(check: Mapping[str, Any]) -> float | str:
+    """A number only where it says all: neither of one segment, nor an estimate with its bound."""
+    value: float | str = check["value"]
+    if check.get("bound") is not None:
+        value = f"{value}, 90 % bound {check['bound']}"
+    return f"{check['segment']}: {value}" if check["segment"] else value
 
 
 def _date(value: str | None) -> date | None:

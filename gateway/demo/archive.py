@@ -12,7 +12,6 @@ import argparse
 import fnmatch
 import hashlib
 import os
-import signal
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,6 +24,8 @@ from pynetdicom import ALL_TRANSFER_SYNTAXES, AllStoragePresentationContexts, ev
 from pynetdicom.ae import ApplicationEntity
 from pynetdicom.sop_class import StudyRootQueryRetrieveInformationModelFind as StudyRootFind
 from pynetdicom.sop_class import Verification
+
+from gateway.stop_signal import set_on_stop_signals
 
 _SUCCESS, _PENDING, _CANCELLED = 0x0000, 0xFF00, 0xFE00
 _OUT_OF_RESOURCES, _IDENTIFIER_MISMATCH, _CANNOT_UNDERSTAND = 0xA700, 0xA900, 0xC000
@@ -194,8 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--port-file", type=Path, help="written once it listens")
     options = parser.parse_args(arguments)
     ended = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: ended.set())
+    set_on_stop_signals(ended)
     archive = Archive(options.folder, ae_title=options.ae_title, host=options.host, port=options.port)
     archive.start()
     if options.port_file is not None:

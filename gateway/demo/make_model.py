@@ -62,6 +62,7 @@ def make(dataset: Path, work: Path, out: Path, *, epochs: int, iterations: int) 
     # Here, so that the paths of this module can be used where torch is not installed.
     from engine.experiment import open_experiment
     from engine.model_figures import figures, read_choice
+    from engine.training_processes import TrainingProcesses
     from engine.training_profile import TRAINING_PROFILES
     from gateway.commands.export import export_chosen
     from gateway.commands.select import select_trained
@@ -83,10 +84,14 @@ def make(dataset: Path, work: Path, out: Path, *, epochs: int, iterations: int) 
         deterministic=True,
         seed=0,
         device="cpu",
+        devices=1,
+        compile="off",
+        probes=True,
         threads=1,
         sides="keep",
         mirror=MIRROR,
         keeps_logits=True,
+        calibrates=True,
         plans_name=PLANS,
         dataset_name=None,
         preprocessed=preprocessed,
@@ -94,7 +99,8 @@ def make(dataset: Path, work: Path, out: Path, *, epochs: int, iterations: int) 
         processes=None,
     )
     with stop_requests() as stop:
-        state, _ = run_folds(fold_requests(options, experiment, None), options, experiment, stop, as_json=False)
+        requests = fold_requests(options, experiment, None)
+        state, _ = run_folds(requests, options, experiment, stop, TrainingProcesses(), hide_bar=False)
     if state == "stopped":
         return None
     select_trained(
@@ -104,7 +110,18 @@ def make(dataset: Path, work: Path, out: Path, *, epochs: int, iterations: int) 
     found = figures(read_choice(experiment, results), experiment.dataset.json.labels)
     card = replace(card, description=f"{card.description} {found}")
     notes: list[str] = []
-    bundle = export_chosen(experiment, results, out, card, name=None, semver=None, notes=notes, hide_bar=False)
+    bundle = export_chosen(
+        experiment,
+        results,
+        out,
+        card,
+        name=None,
+        semver=None,
+        processes=None,
+        calibrates=True,
+        notes=notes,
+        hide_bar=False,
+    )
     for note in notes:
         print(f"note: {note}")  # noqa: T201
     return bundle

@@ -23,6 +23,8 @@ PACS_AE, GATEWAY_AE, SCANNER_AE = "PACS", "SEGGATE", "DEMO-SCANNER"
 PATIENT_SYSTEM = "urn:oid:2.25.304201137"
 _MARKER = ".seggate-demo"
 
+_LONGEST_END_S = 60.0
+
 
 class StageFailed(Exception):
     """A part of the demo did not start; the message names its log."""
@@ -146,7 +148,8 @@ first_retry_s = 0.5
                 process.terminate()
         for _, process in reversed(self._processes):
             try:
-                process.wait(timeout=30)
+                # Longer than the gateway gives its own processes: killed before, it would leave them to themselves.
+                process.wait(timeout=_LONGEST_END_S)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import signal
 import threading
 import time
 import uuid
@@ -28,6 +27,7 @@ from gateway.intake.connection import BoundedSocket
 from gateway.intake.presentation_contexts import contexts_for_unknown, supported_contexts
 from gateway.intake.store_service import Caller, StoreServiceProvider
 from gateway.settings import Settings
+from gateway.stop_signal import set_on_stop_signals
 from storage.errors import StorageError
 from storage.part10 import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 from storage.spool import Spool
@@ -308,8 +308,7 @@ def run_receiver(
     """
     ending = stop or threading.Event()
     if stop is None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: ending.set())
+        set_on_stop_signals(ending)
     spool = Spool(settings.spool_dir, reserve_bytes=settings.gateway.receiver.reserve_mb << 20)
     receiver = Receiver(settings, spool)
     receiver.start()

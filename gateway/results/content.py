@@ -38,7 +38,8 @@ class SourceFrame(Protocol):
 
 
 class QualityCheck(Protocol):
-    """One check of the QA module (`gateway.results.quality.Check`); verdict is pass, review or hold."""
+    """One check of the QA module (`gateway.results.quality.Check`); verdict is pass, review or hold; bound is None but
+    for estimates."""
 
     @property
     def name(self) -> str: ...
@@ -50,6 +51,8 @@ class QualityCheck(Protocol):
     def limit(self) -> str: ...
     @property
     def verdict(self) -> str: ...
+    @property
+    def bound(self) -> float | None: ...
 
 
 @dataclass(frozen=True, kw_only=True)

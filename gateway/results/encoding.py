@@ -359,10 +359,12 @@ def _segments(result: Result, bundle: Bundle) -> tuple[SegmentContent, ...]:
 
 
 def _check(check: dict[str, object]) -> Check:
+    bound = check.get("bound")
     return Check(
         name=str(check["name"]),
         segment=str(check["segment"]) if check["segment"] is not None else None,
         value=check["value"] if isinstance(check["value"], float) else str(check["value"]),
         limit=str(check["limit"]),
         verdict=Verdict(str(check["verdict"])),
+        bound=bound if isinstance(bound, float) else None,
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import datetime
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,7 +100,7 @@ def read_object(file: Path) -> SourceObject:
     no image, or cannot be decoded.
     """
     where = Where(file=file)
-    header = _read_header(file, where)
+    header = read_header(file, where)
     sop_instance_uid = attributes.required_uid(header, "SOPInstanceUID", where)
     where = Where(file=file, sop_instance_uid=sop_instance_uid)
     transfer_syntax_uid = attributes.required_uid(header.file_meta, "TransferSyntaxUID", where)
@@ -123,7 +123,9 @@ def read_object(file: Path) -> SourceObject:
     )
 
 
-def _read_header(file: Path, where: Where) -> Dataset:
+def read_header(file: Path, where: Where, *, only: Sequence[str] | None = None) -> Dataset:
+    """The data set without pixel data, or of it only these keywords. Raises AttributeRejected when it is no complete
+    DICOM file (PS3.10) or cannot be parsed, OSError when the file cannot be read."""
     try:
         with file.open("rb") as stream:
             if stream.read(132)[128:] != b"DICM":
@@ -135,7 +137,7 @@ def _read_header(file: Path, where: Where) -> Dataset:
             raise attributes.absent("TransferSyntaxUID", where, advice)
         if attributes.text(meta, "TransferSyntaxUID", where) == DeflatedExplicitVRLittleEndian:
             _check_inflated_size(file, where)
-        return dcmread(file, stop_before_pixels=True)
+        return dcmread(file, stop_before_pixels=True, specific_tags=None if only is None else list(only))
     except READ_ERRORS as error:
         if not damaged(error):
             raise
@@ -189,7 +191,7 @@ def _is_enhanced(source: SourceObject) -> bool:
     return UID(source.sop_class_uid).name.startswith("Enhanced ")
 
 
-def _macro(groups: tuple[Dataset, ...], path: tuple[str, ...], where: Where) -> Dataset | None:
+def macro(groups: tuple[Dataset, ...], path: tuple[str, ...], where: Where) -> Dataset | None:
     """The data set at a path of sequences, in the first functional group that has it."""
     for group in groups:
         found: Dataset | None = group
@@ -201,9 +203,9 @@ def _macro(groups: tuple[Dataset, ...], path: tuple[str, ...], where: Where) -> 
     return None
 
 
-def _level(source: SourceObject, groups: tuple[Dataset, ...], macro: str, where: Where) -> Dataset:
+def _level(source: SourceObject, groups: tuple[Dataset, ...], keyword: str, where: Where) -> Dataset:
     """Where a plane attribute is looked up: its macro for enhanced objects, the top of classic ones."""
-    found = _macro(groups, (macro,), where) if groups else None
+    found = macro(groups, (keyword,), where) if groups else None
     return source.header if found is None else found
 
 
@@ -212,15 +214,15 @@ def _read_frame(source: SourceObject, groups: tuple[Dataset, ...], number: int |
     plane_position = _level(source, groups, "PlanePositionSequence", where)
     plane_orientation = _level(source, groups, "PlaneOrientationSequence", where)
     measures = _level(source, groups, "PixelMeasuresSequence", where)
-    position_mm = _vector(plane_position, "ImagePositionPatient", 3, where)
-    row, column = _directions(plane_orientation, where)
+    position_mm = vector(plane_position, "ImagePositionPatient", 3, where)
+    row, column = directions(plane_orientation, where)
     slope, intercept = _rescale(source, groups, where)
     values = {key: found for key in SPLIT_KEYS if (found := _split_value(key, header, groups, where))}
     image_type = (*attributes.texts(header, "ImageType", where), *values.get("ImageType", "").split("\\"))
-    spacing_y, spacing_x = _vector(measures, "PixelSpacing", 2, where)
+    spacing_y, spacing_x = vector(measures, "PixelSpacing", 2, where)
     if min(spacing_y, spacing_x) <= 0:
         raise AttributeRejected("PixelSpacing", "is not positive", where, "correct it at the sender")
-    content = _macro(groups, ("FrameContentSequence",), where) if groups else None
+    content = macro(groups, ("FrameContentSequence",), where) if groups else None
     return Frame(
         source=source,
         frame_number=number,
@@ -241,7 +243,8 @@ def _read_frame(source: SourceObject, groups: tuple[Dataset, ...], number: int |
     )
 
 
-def _vector(ds: Dataset, keyword: str, length: int, where: Where) -> NDArray[np.float64]:
+def vector(ds: Dataset, keyword: str, length: int, where: Where) -> NDArray[np.float64]:
+    """So many numbers that place a plane. Raises AttributeRejected."""
     found = attributes.numbers(ds, keyword, where)
     if not found:
         raise attributes.absent(keyword, where, "the slice cannot be placed in the patient; send the original image")
@@ -253,8 +256,9 @@ def _vector(ds: Dataset, keyword: str, length: int, where: Where) -> NDArray[np.
     return np.array(found, dtype=np.float64)
 
 
-def _directions(ds: Dataset, where: Where) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    cosines = _vector(ds, "ImageOrientationPatient", 6, where)
+def directions(ds: Dataset, where: Where) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Row and column direction of ImageOrientationPatient, unit vectors. Raises AttributeRejected."""
+    cosines = vector(ds, "ImageOrientationPatient", 6, where)
     row, column = cosines[:3], cosines[3:]
     lengths = float(np.linalg.norm(row)), float(np.linalg.norm(column))
     skew = abs(float(row @ column))
@@ -297,7 +301,7 @@ def _split_value(key: str, header: Dataset, groups: tuple[Dataset, ...], where: 
     for *path, keyword in SPLIT_KEYS[key].paths:
         if path and not groups:
             continue
-        level = _macro(groups, tuple(path), where) if path else header
+        level = macro(groups, tuple(path), where) if path else header
         if level is None:
             continue
         found = attributes.texts(level, keyword, where)

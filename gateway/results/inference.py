@@ -190,6 +190,7 @@ def _measurement(segment: SegmentStatistics, region: tuple[int, ...], labels: La
         "touches_border": list(segment.touches_border),
         "fold_dice": segment.fold_dice,
         "mirror_dice": segment.mirror_dice,
+        "border_entropy": segment.border_entropy,
         "centroid_lps_mm": _centroid(segment, region, labels),
     }
 

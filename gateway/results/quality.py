@@ -13,10 +13,13 @@ Every check has a name, a value, a limit and a verdict. The verdict of a result 
 | confidence | at least the model's minimum | below | below half of it |
 | fold-agreement | Dice at least the model's minimum | below | below half of it |
 | mirror-agreement | Dice at least the model's minimum | below | below half of it |
+| estimated-dice | its lower 90 % bound at least the model's limit | below | |
+| estimated-hd95 | its upper 90 % bound at most the model's limit | above | |
+| calibrated-range | the segment is like those that the estimate was calibrated on | unlike them: no estimate | |
 | source | nothing spoke against the study being whole | something did | |
 
 `empty` expects a segment whose population range starts above zero, or that has no range. A check that cannot be made
-(one fold, no mirroring, no range) is absent: it is never reported as passed.
+(one fold, no mirroring, no range, no calibration) is absent: it is never reported as passed.
 """
 
 from __future__ import annotations
@@ -24,11 +27,12 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
 
 from engine.bundle import Bundle
 from engine.manifest import LabelSpec
+from engine.quality_estimate import Calibration, Evidence, Outside, estimate
 from gateway.settings import QualityCheck
 
 
@@ -44,16 +48,24 @@ CHECKS: tuple[str, ...] = get_args(QualityCheck)
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One check on one segment (or on the whole result: segment None)."""
+    """One check on one segment (or on the whole result: segment None).
+
+    `bound`: where `value` is an estimate, its 90 % bound, and it is the bound that is held against the limit.
+    """
 
     name: str
     segment: str | None
     value: float | str
     limit: str
     verdict: Verdict
+    bound: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"verdict": str(self.verdict)}
+        """Without `bound` where there is none."""
+        document = asdict(self) | {"verdict": str(self.verdict)}
+        if self.bound is None:
+            del document["bound"]
+        return document
 
 
 def worst(checks: Sequence[Check]) -> Verdict:
@@ -78,6 +90,8 @@ def judge(
     for spec in specs:
         measured = by_name[spec.name]
         checks += _volume(spec, measured)
+        if bundle.calibration is not None:
+            checks += _estimated(spec, measured, bundle.calibration)
         if not measured["voxels"]:
             continue
         checks += _border(spec, measured)
@@ -175,6 +189,45 @@ def _at_least(name: str, spec: LabelSpec | None, value: float | None, minimum: f
         verdict = Verdict.REVIEW
     segment = spec.name if spec else None
     return [Check(name=name, segment=segment, value=round(value, 4), limit=f"at least {minimum:g}", verdict=verdict)]
+
+
+def _estimated(spec: LabelSpec, measured: Mapping[str, Any], calibration: Calibration) -> list[Check]:
+    """What the evidence on a segment is worth by the model's calibration, or that it is unlike what that saw."""
+    label = calibration.labels.get(spec.name)
+    found = None if label is None else estimate(label, Evidence.of(measured))
+    if found is None:
+        return []
+    seen = "like the cases of the cross-validation"
+    if isinstance(found, Outside):
+        return [_check("calibrated-range", spec, f"outside: {', '.join(found.reasons)}", seen, True)]
+    return [
+        _check("calibrated-range", spec, "inside", seen, False),
+        *_judged(spec, (found.dice, found.dice_lower), (found.hd95_mm, found.hd95_upper_mm), calibration),
+    ]
+
+
+def _judged(
+    spec: LabelSpec, dice: tuple[float, float], hd95_mm: tuple[float, float | None], calibration: Calibration
+) -> list[Check]:
+    """ART-16: each figure's second number is held against the limit: its bound, None where there is none."""
+    (value, lower), (distance_mm, upper_mm) = dice, hd95_mm
+    low, high = calibration.min_dice, calibration.max_hd95_mm
+    return [
+        replace(
+            _check("estimated-dice", spec, value, f"lower 90 % bound at least {low:g}", lower < low),
+            bound=round(lower, 4),
+        ),
+        replace(
+            _check(
+                "estimated-hd95",
+                spec,
+                distance_mm,
+                f"upper 90 % bound at most {high:g} mm" + (", unknown from so few cases" if upper_mm is None else ""),
+                upper_mm is None or upper_mm > high,
+            ),
+            bound=None if upper_mm is None else round(upper_mm, 4),
+        ),
+    ]
 
 
 def _pairs(specs: Sequence[LabelSpec], measured: Mapping[str, Mapping[str, Any]]) -> list[Check]:

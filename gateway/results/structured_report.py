@@ -214,7 +214,8 @@ def _measurements(content: ResultContent, segment: SegmentContent) -> list[Measu
 
 
 def _quality_group(content: ResultContent, encoding: str) -> list[MeasurementsAndQualitativeEvaluations]:
-    """Every check of the QA module with its verdict; with its value where that is a number."""
+    """Every check of the QA module with its verdict; with its value where that is a number, and the bound of an
+    estimate."""
     evaluations = [QualitativeEvaluation(name=_VERDICT, value=_verdict(content.verdict))]
     values = []
     for check in content.checks:
@@ -222,6 +223,9 @@ def _quality_group(content: ResultContent, encoding: str) -> list[MeasurementsAn
         evaluations.append(QualitativeEvaluation(name=name, value=_verdict(str(check.verdict))))
         if isinstance(check.value, int | float):
             values.append(Measurement(name=name, value=_rounded(float(check.value)), unit=_NO_UNITS))
+        if check.bound is not None:
+            name = _check_code(f"{check.name}, 90 % bound", check.segment)
+            values.append(Measurement(name=name, value=_rounded(check.bound), unit=_NO_UNITS))
     uid = component_uid(content.identity, role="SR", encoding=encoding, component="quality")
     return [
         MeasurementsAndQualitativeEvaluations(

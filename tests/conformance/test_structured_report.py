@@ -79,6 +79,8 @@ def test_dcmqi_reads_values_segments_and_provenance(tmp_path: Path) -> None:
     assert values[RIGHT, "Attenuation Coefficient"] == (pytest.approx(right.mean_intensity, rel=1e-6), "[hnsf'U]")
     assert values[LEFT, "Mean probability that the model gave the segment"] == (0.9, "1")
     assert values[None, "Check confidence"] == (0.91, "1")
+    assert values[None, "Check estimated-dice: left structure"] == (0.88, "1")
+    assert values[None, "Check estimated-dice, 90 % bound: left structure"] == (0.75, "1")
     groups = {g.get("ReferencedSegment"): g for g in report["Measurements"]}
     made = pydicom.dcmread(BytesIO(encode_segmentation(content).data))
     for item in made.SegmentSequence:

@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 
 from gateway.cli import main
+from gateway.results.quality import Check, Verdict
 from gateway.settings import load_settings
 from gateway.state import prepare_state
 from storage import ledger
 from storage.database import Database
-from storage.records import Study, StudyState, utc_now
+from storage.records import ResultState, Study, StudyState, utc_now
 from tests.support.config_folder import write_config
+from tests.support.story_rows import add_result, add_version
 
 STUDY = "1.2.826.0.1.3680043.8.498.10010203040506070809010203040506070809"
 Run = Callable[..., tuple[int, str, str]]
@@ -123,6 +125,25 @@ def test_show_says_where_the_rest_of_long_evidence_is(started: tuple[Path, Datab
     assert "(--json has the rest)" in out
     _, out, _ = run(started[0], "show", STUDY, "--json")
     assert json.loads(out)["events"][0]["detail"] == {"n": "x" * 500}
+
+
+@pytest.mark.requirement("ART-16")
+def test_show_names_an_estimate_with_its_bound_and_limit(started: tuple[Path, Database], run: Run) -> None:
+    check = Check(
+        name="estimated-dice",
+        segment="Anterior",
+        value=0.87,
+        limit="lower 90 % bound at least 0.7",
+        verdict=Verdict.REVIEW,
+        bound=0.66,
+    )
+    with started[1].session() as session:
+        add_version(session, uid=STUDY)
+        add_result(session, ResultState.RELEASED, uid=STUDY, verdict="review", checks=[check.to_json()])
+    _, out, _ = run(started[0], "show", STUDY)
+    assert "review: estimated-dice Anterior: 0.87, bound 0.66 (limit: lower 90 % bound at least 0.7)" in out
+    _, out, _ = run(started[0], "show", STUDY, "--json")
+    assert json.loads(out)["results"][0]["checks"][0]["bound"] == 0.66
 
 
 @pytest.mark.parametrize(("option", "wish"), [((), "complete"), (("--wait",), "wait")])

@@ -9,21 +9,21 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from gateway.cli import app
-from tests.support.raw_datasets import write_dataset
+from tests.support.raw_datasets import write_dataset, write_faulty_dataset
 
 
 def _check(*words: str) -> Result:
     return CliRunner().invoke(app, ["dataset", "check", *words])
 
 
-@pytest.mark.requirement("ART-01", open="conversion from DICOM")
+@pytest.mark.requirement("ART-01")
 def test_a_clean_dataset_ends_with_0(tmp_path: Path) -> None:
     ran = _check(str(write_dataset(tmp_path / "Dataset001_Clean")), "--processes", "2")
     assert ran.exit_code == 0, ran.output
     assert "6 cases, 0 errors, 0 warnings" in ran.stdout
 
 
-@pytest.mark.requirement("ART-01", open="conversion from DICOM")
+@pytest.mark.requirement("ART-01")
 def test_an_error_ends_with_1_and_names_case_file_cause_and_remedy(tmp_path: Path) -> None:
     folder = write_dataset(tmp_path / "Dataset001_Bad")
     (folder / "labelsTr" / "case_03.nii.gz").unlink()
@@ -55,3 +55,26 @@ def test_a_folder_that_is_no_dataset_is_said_without_a_traceback(tmp_path: Path)
     assert ran.exit_code == 1
     assert "dataset.json" in ran.stdout
     assert "Traceback" not in ran.output
+
+
+def test_every_fault_of_a_dataset_is_listed_by_one_run_without_a_traceback(tmp_path: Path) -> None:
+    folder = str(write_faulty_dataset(tmp_path / "Dataset001_Bad"))
+    ran = _check(folder, "--processes", "2", "--json")
+    assert ran.exit_code == 1
+    severities = {f["kind"]: f["severity"] for f in json.loads(ran.stdout)["findings"]}
+    assert severities == {
+        **dict.fromkeys(
+            ("num-training", "file-name", "splits", "missing-label", "unexpected-label", "not-finite", "grid",
+             "channel-count", "unreadable", "all-zero"),
+            "error",
+        ),
+        **dict.fromkeys(
+            ("label-without-image", "unknown-patient-case", "position", "thin-volume", "empty-foreground",
+             "duplicate-image"),
+            "warning",
+        ),
+    }  # fmt: skip
+    shown = _check(folder, "--processes", "1")
+    assert shown.exit_code == 1
+    assert all(f"case_{index:02}" in shown.stdout for index in range(14) if index != 11)
+    assert "Traceback" not in ran.output + shown.output

@@ -45,7 +45,7 @@ def _evaluate(folders: tuple[Path, Path], *words: str) -> Result:
     return CliRunner().invoke(app, ["evaluate", *map(str, folders), *words, "--processes", "1"])
 
 
-@pytest.mark.requirement("ART-16", open="estimates without a reference")
+@pytest.mark.requirement("ART-16", open="corrected results in the gateway")
 def test_each_label_is_measured_and_the_summary_is_nnunets(folders: tuple[Path, Path]) -> None:
     ran = _evaluate(folders, "--json")
     assert ran.exit_code == 0, ran.output

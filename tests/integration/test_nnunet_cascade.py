@@ -20,7 +20,7 @@ require_peer("torch", "nnunet", "blosc2")
 import torch
 
 from engine.dataset import open_dataset, read_case
-from engine.experiment import open_experiment
+from engine.experiment import LOGITS, open_experiment
 from engine.export import import_model
 from engine.json_writer import write_json
 from engine.nifti import read_label_map
@@ -37,7 +37,7 @@ from tests.support.tiny_training import CASES, TINY, write_raw
 NAME, LOWRES, CASCADE = "Dataset901_Tiny", "3d_lowres", "3d_cascade_fullres"
 VALIDATED = CASES[::2]
 SPLITS = (Split(train=CASES[1::2], val=VALIDATED), Split(train=VALIDATED, val=CASES[1::2]))
-LEARNS = ("--epochs", "6", "--iterations", "40", "--precision", "float32", "--threads", "1", "--deterministic")
+LEARNS = ("--epochs", "8", "--iterations", "50", "--precision", "float32", "--threads", "1", "--deterministic")
 REGIONS = replace(TINY, labels={"background": 0, "both": [1, 2], "inner": [2]}, regions_class_order=(1, 2), heads=2)
 
 
@@ -80,7 +80,7 @@ def same_threads() -> Iterator[None]:
 @pytest.fixture(scope="module", params=[TINY, REGIONS], ids=["labels", "regions"])
 def experiment(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Experiment:
     root, tiny = tmp_path_factory.mktemp("nnunet"), request.param
-    lowres: TrainedModel = replace(tiny, name=LOWRES, spacing=(1.9, 1.7, 1.8))
+    lowres: TrainedModel = replace(tiny, name=LOWRES, spacing=(1.6, 1.4, 1.5))
     cascade = replace(tiny, name=CASCADE, spacing=(1.2, 1.1, 0.9), previous_stage=LOWRES)
     made = Experiment(root=root)
     write_raw(made.raw, tiny, shape=(14, 26, 28))
@@ -96,7 +96,7 @@ def experiment(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return made
 
 
-def _assert_same(pairs: Iterable[tuple[NDArray[Any], NDArray[Any]]]) -> None:
+def _assert_same(pairs: Iterable[tuple[NDArray[Any], NDArray[Any]]], *, differing_share: float = 1e-4) -> None:
     """At least 99.99 % of the voxels, in label maps that have every label."""
     differing = voxels = 0
     found: set[int] = set()
@@ -104,7 +104,7 @@ def _assert_same(pairs: Iterable[tuple[NDArray[Any], NDArray[Any]]]) -> None:
         assert ours.shape == theirs.shape
         differing, voxels = differing + int((ours != theirs).sum()), voxels + ours.size
         found |= set(np.unique(ours).tolist())
-    assert differing <= 1e-4 * voxels
+    assert differing <= differing_share * voxels
     assert found == {0, 1, 2}, "a model that finds nothing proves nothing"
 
 
@@ -116,6 +116,18 @@ def _validate(experiment: Experiment, configuration: str) -> Path:
 
 
 @pytest.mark.requirement("ART-05")
+def test_our_logits_become_the_label_map_that_nnunets_own_code_makes_of_them(
+    experiment: Experiment, tmp_path: Path
+) -> None:
+    kept = {name: str(experiment.model(LOWRES) / "fold_0" / LOGITS / f"{name}.npy") for name in VALIDATED}
+    arguments = {"dataset": NAME, "configuration": LOWRES, "following": CASCADE, "logits": kept, "out": str(tmp_path)}
+    nnunet("resample_next_stage", experiment.root, **arguments)
+    nnunet("dump", experiment.root, folder=str(tmp_path), out=str(tmp_path))
+    pairs = [(experiment.previous(name), np.load(tmp_path / f"{name}.npy")) for name in VALIDATED]
+    _assert_same(pairs, differing_share=0)
+
+
+@pytest.mark.requirement("ART-05")
 def test_nnunets_trainer_predicts_for_the_next_stage_what_ours_does_and_ours_reads_it(
     experiment: Experiment, tmp_path: Path
 ) -> None:
@@ -123,7 +135,10 @@ def test_nnunets_trainer_predicts_for_the_next_stage_what_ours_does_and_ours_rea
     shutil.rmtree(theirs.stage)
     _validate(theirs, LOWRES)
     assert {path.name for path in theirs.stage.iterdir()} == {f"{name}.b2nd" for name in VALIDATED}
-    _assert_same((experiment.previous(name), theirs.previous(name)) for name in VALIDATED)
+    # nnU-Net adds windows up in half precision. Few voxels are so near a tie that this decides, but in maps as small as
+    # these two of them are more than one in 10,000.
+    pairs = [(experiment.previous(name), theirs.previous(name)) for name in VALIDATED]
+    _assert_same(pairs, differing_share=1e-3)
     # Our cascade learns from theirs: those of its fold's other cases are ours.
     for name in SPLITS[1].val:
         shutil.copy(experiment.stage / f"{name}.b2nd", theirs.stage)
@@ -170,6 +185,6 @@ def test_nnunets_trainer_goes_on_with_our_cascade(experiment: Experiment, tmp_pa
     losses = torch.load(checkpoint, weights_only=False)["logging"]["train_losses"]
     arguments = {"dataset": NAME, "configuration": CASCADE, "checkpoint": str(checkpoint), "iterations": 8}
     answer = nnunet("continue_training", theirs.root, **arguments)
-    assert answer["epoch"] == 6
+    assert answer["epoch"] == 8
     assert answer["momenta_loaded"]
     assert answer["train_losses"][-1] < losses[0] - 0.1

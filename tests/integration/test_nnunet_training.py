@@ -72,7 +72,8 @@ def experiment(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     root, model = tmp_path_factory.mktemp("nnunet"), MODELS[request.param]
     raw, preprocessed = root / "raw" / NAME, root / "preprocessed" / NAME
     write_raw(raw, model, shape=(12, 24, 28))
-    document = plans_json(model)
+    # As `seggate plan --probe` writes it; nnU-Net preprocesses, trains and predicts with such plans.
+    document = {**plans_json(model), "seggate": {"memory": {model.name: {"peak_bytes": 1}}}}
     write_json(document, root / "plans.json")
     nnunet("plan_and_preprocess", root, dataset=NAME, configurations=[model.name], plans=str(root / "plans.json"))
     write_json({}, preprocessed / "dataset_fingerprint.json")  # copied by nnU-Net's trainer, not read

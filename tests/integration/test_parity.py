@@ -45,9 +45,7 @@ CT_IMAGES = ("ct_organs", "ct_torso", "ct_torso_thick")
 
 def imported(folder: str, out_dir: Path) -> Predictor:
     require_peer("torch")
-    bundle = import_model(
-        shared_root() / "models" / folder, out_dir, card=AS_STORED, configurations=None, name="reference"
-    )
+    bundle = import_model(shared_root() / "models" / folder, out_dir, card=AS_STORED, phantoms=False, name="reference")
     return Predictor(bundle, device="cpu", threads=2)
 
 
@@ -105,7 +103,7 @@ def test_a_turned_image_gets_the_same_labels_when_the_contract_turns_it_back(
     """The training images are stored as RAS: with that contract, the order of the file does not matter."""
     folder = shared_root / "models" / "Dataset004_Hippocampus" / "nnUNetTrainer__nnUNetSmallPlans__3d_fullres"
     card = ModelCard(contract={"orientation": "RAS"})
-    bundle = import_model(folder, tmp_path / "bundle", card=card, folds=["0"], name="reference")
+    bundle = import_model(folder, tmp_path / "bundle", card=card, folds=["0"], name="reference", phantoms=False)
     volume = read_nifti([shared_root / "reference" / "inputs" / "hippocampus_023_0000.nii.gz"])
     turned, change = volume.reoriented("PSR")
     with Predictor(bundle, device="cpu", threads=2) as predictor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ from typer.testing import CliRunner, Result
 from engine.plans import read_plans
 from engine.preprocessed import case_names
 from gateway.cli import app
+from tests.support.peers import require_peer
 from tests.support.raw_datasets import write_dataset
 
 SHAPE = (16, 24, 24)
@@ -66,7 +68,7 @@ def test_json_output_is_one_document(tmp_path: Path, folder: Path, made: Path) -
     assert document["configurations"] == _read(made / "nnUNetPlans.json")["configurations"]
 
 
-@pytest.mark.requirement("ART-06", open="the probe on the GPU that is there")
+@pytest.mark.requirement("ART-06", open="a probe on a GPU")
 def test_options_reach_the_planner(tmp_path: Path, folder: Path) -> None:
     out = tmp_path / "mine.json"
     words = ["--planner", "ResEncL", "--profile", "article", "--plans-name", "minePlans", "--out", str(out)]
@@ -80,6 +82,74 @@ def test_options_reach_the_planner(tmp_path: Path, folder: Path) -> None:
     assert plans["profile"] == "article"
     assert plans["configurations"]["3d_fullres"]["spacing"] == [1.0, 0.75, 0.5]
     assert (tmp_path / "preprocessed" / "Other" / "dataset_fingerprint.json").exists()
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Steps of 600 bytes a voxel on a machine with 1 GB, instead of real ones; names of what was measured."""
+    require_peer("torch")
+    from engine.memory_probe import StepMemory
+    from engine.training import TrainingSetup
+
+    names: list[str] = []
+
+    def measure(setup: TrainingSetup, **_: object) -> StepMemory:
+        configuration = setup.configuration
+        names.append(configuration.name)
+        return StepMemory(
+            device="the processor",
+            precision=setup.precision,
+            patch_size=configuration.patch_size,
+            batch_size=configuration.batch_size,
+            peak_bytes=600 * configuration.batch_size * math.prod(configuration.patch_size),
+            available_bytes=10**9,
+            total_bytes=10**9,
+            estimate_bytes=10**8,
+        )
+
+    monkeypatch.setattr("engine.plan_probe.measure_step", measure)
+    return names
+
+
+@pytest.mark.requirement("ART-06", open="a probe on a GPU")
+def test_a_probe_is_written_beside_nnunets_plans(tmp_path: Path, folder: Path, made: Path, measured: list[str]) -> None:
+    words = [str(folder), "--plans-only", "--processes", "1", "--device", "cpu", "--precision", "float32"]
+    assert _plan(tmp_path, *words).exit_code == 0
+    assert not measured
+    before = _read(made / "nnUNetPlans.json")
+    ran = _plan(tmp_path, *words, "--probe")
+    assert ran.exit_code == 0, ran.output
+    assert sorted(measured) == ["2d", "3d_fullres"]
+    assert "memory of a training step" in ran.stdout
+    after = _read(made / "nnUNetPlans.json")
+    memory = after.pop("seggate")["memory"]
+    assert after == before
+    assert memory["3d_fullres"]["peak_bytes"] == 600 * before["configurations"]["3d_fullres"]["batch_size"] * math.prod(
+        before["configurations"]["3d_fullres"]["patch_size"]
+    )
+    assert read_plans(made / "nnUNetPlans.json").configurations.keys() == {"2d", "3d_fullres"}
+
+
+@pytest.mark.requirement("ART-06", open="a probe on a GPU")
+def test_the_articles_plans_fill_the_device_where_it_is_measured(
+    tmp_path: Path, folder: Path, made: Path, measured: list[str]
+) -> None:
+    words = [str(folder), "--plans-only", "--processes", "1", "--profile", "article", "--json"]
+    if not torch_finds_a_gpu():
+        plain = json.loads(_plan(tmp_path, *words).stdout)
+        assert any("not measured (--device cuda: torch finds no GPU here)" in note for note in plain["notes"])
+        assert plain["memory"] is None
+    fitted = json.loads(_plan(tmp_path, *words, "--probe", "--device", "cpu", "--precision", "float32").stdout)
+    assert len(measured) > 2
+    for name, memory in fitted["memory"].items():
+        assert fitted["configurations"][name]["batch_size"] == memory["batch_size"]
+        assert memory["peak_bytes"] <= 0.9 * memory["total_bytes"]
+
+
+def torch_finds_a_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 @pytest.mark.requirement("ART-04")
@@ -106,6 +176,21 @@ def test_a_disk_that_is_too_small_is_refused_with_numbers_and_nothing_is_preproc
     assert ran.exit_code == 1
     assert re.search(r"need about \d+ MiB and 0 MiB are free", json.loads(ran.stdout)["error"])
     assert not list(made.glob("*_3d_fullres/*"))
+
+
+def test_memory_decides_how_many_cases_are_made_at_once_and_too_little_is_refused(
+    tmp_path: Path, folder: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.experiment.available_bytes", lambda: 10 * 2**20)
+    ran = _plan(tmp_path, str(folder), "--processes", "2", "--json")
+    assert ran.exit_code == 1
+    assert re.search(r"largest case needs about \d+ MiB and 10 MiB are free", json.loads(ran.stdout)["error"])
+    assert not list(made.glob("*_3d_fullres/*"))
+    monkeypatch.setattr("engine.experiment.available_bytes", lambda: 150 * 2**20)
+    ran = _plan(tmp_path, str(folder), "--processes", "2", "--json")
+    assert ran.exit_code == 0, ran.output
+    assert "1 of 2 processes: free memory" in ran.stderr
+    assert len(case_names(made / "nnUNetPlans_3d_fullres")) == 6
 
 
 def test_an_unknown_configuration_is_named_with_those_that_there_are(tmp_path: Path, folder: Path) -> None:

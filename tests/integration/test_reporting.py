@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +24,7 @@ from gateway.delivery.reported import ReportedObjects
 from gateway.delivery.reporting import Reporting
 from gateway.destination_settings import DestinationSettings
 from gateway.errors import Permanent
+from gateway.results.quality import Check, Verdict
 from gateway.settings import Settings
 from storage.alarms import open_alarms
 from storage.database import Database
@@ -359,7 +360,17 @@ def test_a_result_without_a_qa_verdict_is_not_reported(house: House) -> None:
         _content(house, verdict=None)
 
 
-def _content(house: House, *, verdict: str | None) -> ReportContent:
+@pytest.mark.requirement("ART-16")
+def test_an_estimate_goes_into_the_report_with_its_bound(house: House) -> None:
+    value, limit = 0.87, "lower 90 % bound at least 0.7"
+    estimated = Check(
+        name="estimated-dice", segment="Liver", value=value, limit=limit, verdict=Verdict.REVIEW, bound=0.66
+    )
+    check = _content(house, verdict="review", checks=[estimated.to_json()]).checks[0]
+    assert (check.name, check.value, check.limit) == ("estimated-dice", "Liver: 0.87, 90 % bound 0.66", limit)
+
+
+def _content(house: House, *, verdict: str | None, checks: Sequence[dict[str, Any]] = ()) -> ReportContent:
     """What Reporting makes of the rows of a result and of the objects that it is to name."""
     measured = {"name": "Liver", "volume_ml": 1.0, "voxels": 1, "confidence": 0.9, "mean_intensity": [1.0]}
     label = SimpleNamespace(name="Liver", type=LIVER, laterality=None)
@@ -373,7 +384,7 @@ def _content(house: House, *, verdict: str | None) -> ReportContent:
     )
     with house.database.session() as session:
         result = add_result(
-            session, ResultState.RELEASED, result_id="r2", verdict=verdict, measurements=[measured], checks=[]
+            session, ResultState.RELEASED, result_id="r2", verdict=verdict, measurements=[measured], checks=list(checks)
         )
         result.weights_digest, result.part, result.runtime = "ab" * 32, "EchoTime=4.9", {"series_number": 3}
         session.get_one(Study, STUDY_UID).patient_id = PATIENT_ID

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.known_cases import of_labels
 from tests.support.peers import ROOT, require_peer
 
 require_peer("torch")
@@ -60,7 +63,8 @@ def test_killed_in_the_middle_and_started_again_it_ends_with_the_same_figures_an
         "nnUNetTrainer__nnUNetPlans__2d",
         "nnUNetTrainer__nnUNetPlans__3d_fullres",
     }
-    load_bundle(Path(expected["bundle"]))
+    assert load_bundle(Path(expected["bundle"])).calibration is None
+    assert any(note.startswith("6 cases were validated; an estimate of quality") for note in expected["notes"])
 
     killed = tmp_path / "killed"
     raw = planned(killed)
@@ -80,7 +84,7 @@ def _text(path: Path) -> str:
 
 def _kill_when(root: Path, raw: Path, happened: Any) -> None:
     """SIGKILL to `train --all` in a process of its own, once something happened."""
-    words = ["train", "--all", str(raw), *SHORT, "--results", str(root / "results")]
+    words = ["train", "--all", str(raw), *SHORT, "--no-probe", "--results", str(root / "results")]
     words += ["--preprocessed", str(root / "preprocessed"), "--processes", "1"]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'fhir'}:{os.environ.get('PYTHONPATH', '')}"}
     with subprocess.Popen(
@@ -117,6 +121,32 @@ def test_a_folder_of_images_is_planned_first_and_each_model_gets_a_bundle_of_its
     assert other["weights_digest"] != found["weights_digest"]
     assert "1.0.0 is of other networks: this is 1.1.0" in other["notes"]
     assert _all(tmp_path, raw, *words, "--seed", "3")["bundle"] == other["bundle"]
+
+
+def test_told_to_stop_while_quality_is_estimated_it_ends_without_a_bundle_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw, stop = planned(tmp_path), threading.Event()
+    words = ("--configuration", "2d", *SHORT)
+    calibrated: list[str] = []
+
+    def calibrate(_bundle: Any, _experiment: Any, _folds: Any, _results: Any, *, progress: Any) -> Any:
+        progress(1, 2)
+        if not calibrated:
+            calibrated.append("one case")
+            stop.set()
+        progress(2, 2)
+        return of_labels()
+
+    monkeypatch.setattr("gateway.commands.train_all.stop_requests", lambda: contextlib.nullcontext(stop))
+    monkeypatch.setattr("gateway.commands.export.calibrate_bundle", calibrate)
+    found = _all(tmp_path, raw, *words)
+    assert found["state"] == "stopped"
+    assert not list((tmp_path / "results" / NAME / "bundles").iterdir())
+    stop.clear()
+    again = _all(tmp_path, raw, *words)
+    assert again["state"] == "finished"
+    assert load_bundle(Path(again["bundle"])).calibration is None
 
 
 @pytest.mark.requirement("ART-05")
@@ -160,6 +190,7 @@ def _check_fold(folder: Path) -> None:
         (["--all", "--fold", "0"], "it needs no --fold"),
         (["--all", "--profile", "article", "--no-keep-logits"], "needs their logits"),
         (["--patience", "3"], "--patience needs a hold-out"),
+        (["--no-calibration"], "--no-calibration needs --all"),
     ],
 )
 def test_options_that_do_not_go_together_end_with_2(tmp_path: Path, words: list[str], named: str) -> None:

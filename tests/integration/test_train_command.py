@@ -131,6 +131,7 @@ def _training(root: Path, raw: Path, *words: str) -> Iterator[subprocess.Popen[s
     """Fold 0 in a process of its own, killed in the end."""
     command = [sys.executable, "-m", "gateway.cli", "train", str(raw), "--fold", "0", *words]
     command += ["--results", str(root / "results"), "--preprocessed", str(root / "preprocessed"), "--processes", "1"]
+    command += ["--no-probe"]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'fhir'}:{os.environ.get('PYTHONPATH', '')}"}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -145,6 +146,80 @@ def _wait_for(log: Path, line: str, process: subprocess.Popen[str]) -> None:
         assert process.poll() is None, process.stderr and process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+@pytest.mark.requirement("ART-06", open="a probe on a GPU")
+def test_a_steps_memory_is_measured_first_and_one_that_does_not_fit_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = planned(tmp_path)
+    fold = tmp_path / MODEL / "fold_0"
+    ran = seggate(tmp_path, "train", str(raw), "--fold", "0", *SHORT, "--epochs", "1", "--probe")
+    assert ran.exit_code == 0, ran.output
+    memory = json.loads((fold / "training.json").read_text())["memory"]
+    assert 0 < memory["peak_bytes"] <= memory["available_bytes"]
+    assert (memory["patch_size"], memory["batch_size"]) == ([8, 8, 8], 2)
+    assert re.search(
+        r"a step of 2 x 8 x 8 x 8 in float32 takes [\d,]+ MiB; .* MiB are free on the processor .*; nnU-Net's estimate",
+        (fold / "training_log.txt").read_text(),
+    )
+    monkeypatch.setattr("engine.memory_probe.available_bytes", lambda: 2**20)
+    ran = seggate(tmp_path, "train", str(raw), "--fold", "1", *SHORT, "--probe", "--json")
+    assert ran.exit_code == 1
+    assert "plan for less with `seggate plan --gpu-memory-gb" in shown(ran)["error"]
+    assert not (tmp_path / MODEL / "fold_1" / LATEST).exists()
+
+
+def _processes(root: Path, raw: Path, start: list[str], *words: str) -> subprocess.Popen[str]:
+    """`seggate train` of fold 0 on the processor in a process of its own; `start` is what goes before its words."""
+    command = [*start, "-m", "gateway.cli", "train", str(raw), "--fold", "0", *SHORT[:4], "--precision", "float32"]
+    command += ["--results", str(root / "results"), "--preprocessed", str(root / "preprocessed"), "--processes", "1"]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'fhir'}:{os.environ.get('PYTHONPATH', '')}"}
+    environment["OMP_NUM_THREADS"] = "1"
+    return subprocess.Popen(
+        [*command, "--device", "cpu", "--no-probe", *words],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_two_processes_preprocess_train_and_validate_one_fold_together(tmp_path: Path, trained: Path) -> None:
+    """`--devices 2`; the same with torchrun goes on after SIGTERM. One process trains and finds almost the same."""
+    raw = planned(tmp_path)
+    log = tmp_path / MODEL / "fold_0" / "training_log.txt"
+    first = _processes(tmp_path, raw, [sys.executable], "--devices", "2", "--json")
+    try:
+        deadline = time.monotonic() + 300
+        while not (log.exists() and "begins at epoch 0" in log.read_text()):
+            assert first.poll() is None, first.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        first.send_signal(signal.SIGTERM)
+        out, errors = first.communicate(timeout=300)
+    finally:
+        first.kill()
+    assert first.returncode == 0, errors
+    assert json.loads(out)["state"] == "stopped"
+    assert "cpu in float32, 2 process(es)" in log.read_text()
+    assert log.read_text().count("stopped in epoch") == 1
+
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    second = _processes(tmp_path, raw, torchrun, "--json")
+    out, errors = second.communicate(timeout=600)
+    assert second.returncode == 0, errors
+    (row,) = json.loads(out)["folds"]
+    assert (row["state"], row["epochs"]) == ("finished", 2)
+    together, alone = tmp_path / MODEL / "fold_0", trained / MODEL / "fold_0"
+    mine, theirs = (read_state(fold / FINAL).weights for fold in (together, alone))
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(mine[name], tensor, rtol=1e-3, atol=1e-4)
+    found, expected = (json.loads((fold / "validation/summary.json").read_text()) for fold in (together, alone))
+    names = [[Path(case["prediction_file"]).name for case in one["metric_per_case"]] for one in (found, expected)]
+    assert names[0] == names[1]
+    assert found["foreground_mean"]["Dice"] == pytest.approx(expected["foreground_mean"]["Dice"], abs=0.02)
+    assert {path.name for path in together.iterdir()} == {path.name for path in alone.iterdir()}
 
 
 def test_two_trainings_of_one_fold_do_not_mix_and_the_second_says_who_is_at_it(tmp_path: Path) -> None:
@@ -345,6 +420,13 @@ def test_a_disk_that_is_too_small_is_refused_with_numbers_before_anything_is_tra
         (["--budget", "30m", "--deterministic"], 2, "the learning rate follows the clock"),
         (["--fold", "00", "--epochs", "1", "--iterations", "1"], 1, "no fold '00'; there are 0 to 1"),
         (["--fold", "7"], 1, "no fold '7'; there are 0 to 1"),
+        (["--deterministic", "--compile", "on"], 2, "which --deterministic excludes"),
+        pytest.param(
+            ["--precision", "fp16"],
+            1,
+            "--precision fp16 needs a GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
         (["--configuration", "4d"], 1, "no configuration '4d'; there are 2d, 3d_fullres"),
         (["--plans-name", "none"], 1, "run `seggate plan` first"),
         pytest.param(

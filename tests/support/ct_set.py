@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,16 @@ import SimpleITK as sitk
 SPACINGS_MM = {"thin": (1.5, 1.5, 1.5), "own": (3.0, 3.0, 3.0), "thick": (1.5, 1.5, 5.0)}  # x, y, z
 
 
-def write_ct_set(folder: Path, shared_data: Path) -> Path:
-    """Cases `own` (3 mm), `thin` (1.5 mm) and `thick` (1.5 mm in the plane, slices of 5 mm). The 61 labels become 4 by
-    their remainder, the middle half of the volume is kept along x and y: enough air and body, a quarter of the time."""
+def write_ct_set(
+    folder: Path,
+    shared_data: Path,
+    *,
+    spacings_mm: Mapping[str, tuple[float, float, float]] = SPACINGS_MM,
+    whole: bool = False,
+) -> Path:
+    """A case for each spacing, by default `own` (3 mm), `thin` (1.5 mm) and `thick` (1.5 mm in the plane, slices of
+    5 mm). The 61 labels become 4 by their remainder. Unless `whole`, the middle half of the volume is kept along x and
+    y: enough air and body, a quarter of the time."""
     reader = sitk.ImageSeriesReader()
     reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(shared_data / "dicom" / "ct-torso" / "series")))
     image = sitk.Cast(reader.Execute(), sitk.sitkFloat32)
@@ -22,6 +30,8 @@ def write_ct_set(folder: Path, shared_data: Path) -> Path:
     labels = sitk.Resample(sitk.Cast(labels, sitk.sitkUInt8), image, sitk.Transform(), sitk.sitkNearestNeighbor)
     size = image.GetSize()
     start, kept = [size[0] // 4, size[1] // 4, 0], [size[0] // 2, size[1] // 2, size[2]]
+    if whole:
+        start, kept = [0, 0, 0], list(size)
     image = sitk.RegionOfInterest(image, kept, start)
     labels = sitk.RegionOfInterest(labels, kept, start)
     array = sitk.GetArrayFromImage(labels)
@@ -29,7 +39,7 @@ def write_ct_set(folder: Path, shared_data: Path) -> Path:
     grouped.CopyInformation(labels)
     for sub in ("imagesTr", "labelsTr"):
         (folder / sub).mkdir(parents=True)
-    for name, spacing in SPACINGS_MM.items():
+    for name, spacing in spacings_mm.items():
         scaled = [round(edge * old / new) for edge, old, new in zip(kept, image.GetSpacing(), spacing, strict=True)]
         grid = sitk.Image(scaled, sitk.sitkUInt8)
         grid.SetSpacing(spacing)
@@ -42,7 +52,7 @@ def write_ct_set(folder: Path, shared_data: Path) -> Path:
     document = {
         "channel_names": {"0": "CT"},
         "labels": {"background": 0, "one": 1, "two": 2, "three": 3, "four": 4},
-        "numTraining": len(SPACINGS_MM),
+        "numTraining": len(spacings_mm),
         "file_ending": ".nii.gz",
     }
     (folder / "dataset.json").write_text(json.dumps(document))

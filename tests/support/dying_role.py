@@ -44,6 +44,7 @@ from gateway.results.rehearsal import rehearse
 from gateway.role import _end_with_parent
 from gateway.settings import Settings, load_settings
 from gateway.state import prepare_state
+from gateway.stop_signal import set_on_stop_signals
 from gateway.supervisor import Supervisor
 from storage.models import RegisteredModel
 from storage.records import Delivery
@@ -104,8 +105,7 @@ def plug_in() -> None:
 def live(group: str, settings: Settings, roles: tuple[str, ...]) -> None:
     """One life of a process, until SIGTERM."""
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    set_on_stop_signals(stop)
     configure(settings.logging, process=group)
     if group == "worker":
         app.run_worker(settings, stop=stop, boundary=boundary)

@@ -53,6 +53,16 @@ def plan(root: str, datasets: list[str], planner: str) -> Any:
     return plans
 
 
+def verify(root: str, dataset: str) -> Any:
+    """nnU-Net's own check of a raw dataset, which raises; and the cases that it sees."""
+    from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
+    from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
+    folder = os.path.join(root, "raw", dataset)
+    verify_dataset_integrity(folder, num_processes=1)
+    return {"cases": sorted(get_filenames_of_train_images_and_targets(folder))}
+
+
 def dump(root: str, folder: str, out: str) -> Any:
     """The arrays of a preprocessed folder as .npy."""
     import blosc2
@@ -116,6 +126,34 @@ def validate(root: str, dataset: str, configuration: str, checkpoint: str) -> An
     return {"folder": os.path.join(trainer.output_folder, "validation")}
 
 
+def resample_next_stage(
+    root: str, dataset: str, configuration: str, following: str, logits: dict[str, str], out: str
+) -> Any:
+    """Logits (.npy, by case) of a configuration as label maps on the grid of the following one."""
+    import numpy as np
+    import torch
+    from nnunetv2.inference.export_prediction import resample_and_save
+    from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+
+    trainer, target = _trainer(root, dataset, configuration), _trainer(root, dataset, following)
+    os.makedirs(out, exist_ok=True)
+    for name, file in logits.items():
+        _, _, _, properties = nnUNetDatasetBlosc2(trainer.preprocessed_dataset_folder, [name]).load_case(name)
+        data, _, _, _ = nnUNetDatasetBlosc2(target.preprocessed_dataset_folder, [name]).load_case(name)
+        resample_and_save(
+            torch.from_numpy(np.load(file)),
+            list(data.shape[1:]),
+            os.path.join(out, name),
+            trainer.plans_manager,
+            trainer.configuration_manager,
+            properties,
+            trainer.dataset_json,
+            1,
+            nnUNetDatasetBlosc2,
+        )
+    return {}
+
+
 def continue_training(root: str, dataset: str, configuration: str, checkpoint: str, iterations: int) -> Any:
     """One epoch of nnU-Net's trainer from a checkpoint; says what it loaded and what it did."""
     import torch
@@ -152,7 +190,8 @@ def continue_training(root: str, dataset: str, configuration: str, checkpoint: s
 
 
 COMMANDS: dict[str, Any] = {
-    f.__name__: f for f in (plan_and_preprocess, plan, dump, predict, validate, continue_training)
+    f.__name__: f
+    for f in (plan_and_preprocess, plan, verify, dump, predict, validate, resample_next_stage, continue_training)
 }
 
 if __name__ == "__main__":

@@ -90,6 +90,14 @@ def content_of(
         checks=(
             Check(name="empty", segment="left structure", value=1.0, limit="more than 0 voxels", verdict=Verdict.PASS),
             Check(name="confidence", segment=None, value=0.91, limit="at least 0.5", verdict=verdict),
+            Check(
+                name="estimated-dice",
+                segment="left structure",
+                value=0.88,
+                limit="lower 90 % bound at least 0.7",
+                verdict=Verdict.PASS,
+                bound=0.75,
+            ),
         ),
         software_version="0.1.0",
         created_at=CREATED_AT,

@@ -35,6 +35,8 @@ def seggate(root: Path, *words: str) -> Result:
     where = ["--preprocessed", str(root / "preprocessed")] if words[0] in ("plan", "select", "export") else []
     if words[0] == "train" and words[1] not in ("status", "stop"):
         where = ["--preprocessed", str(root / "preprocessed"), "--processes", "1"]
+        # Some seconds for a new process; what it finds is known for these networks.
+        where += [] if "--probe" in words else ["--no-probe"]
     if words[0] in ("plan", "select"):
         where += ["--processes", "1"]
     if words[0] != "plan":

@@ -59,6 +59,13 @@ def test_colours_are_srgb_and_meanings_fit_dicom() -> None:
         ("PZ", "279706003", None),
         ("liver_tumor", "108369006", None),
         ("left-lung-lesion", "52988006", "left"),
+        ("LeftKidney", "64033007", "left"),
+        ("BrainStem", "119238007", None),
+        ("LeftAtrium", "82471001", None),
+        ("kidney_lt", "64033007", "left"),
+        ("RT_Lung", "39607008", "right"),
+        ("lhippocampus", "5366008", "left"),
+        ("lung", "39607008", None),
     ],
 )
 def test_names_give_code_and_side(name: str, value: str, side: str | None) -> None:
@@ -92,3 +99,45 @@ def test_pairs_need_both_sides_and_the_same_rest() -> None:
     assert found["Left Lung"] == "lung right"
     assert "femur_left" not in found
     assert "left_right" not in found
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        ("LeftKidney", "RightKidney"),
+        ("kidneyLeft", "kidneyRight"),
+        ("kidneyL", "kidneyR"),
+        ("LKidney", "RKidney"),
+        ("kidney_lt", "kidney_rt"),
+        ("Lt Kidney", "Rt Kidney"),
+        ("lhippocampus", "rhippocampus"),
+        ("leftkidney", "rightkidney"),
+        ("l_kidney", "r_kidney"),
+        ("kidney-L", "kidney-R"),
+        ("lung_l_upper", "lung_r_upper"),
+    ],
+)
+def test_sides_are_found_in_however_they_are_written(left: str, right: str) -> None:
+    names = [left, "liver", right, "lung", "spleen"]
+    assert anatomy.pairs(names) == {left: right, right: left}
+    assert anatomy.unpaired(names) == []
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["liver", "lung", "rib", "lt", "rt"],
+        ["vertebrae_L5", "vertebrae_L4", "vertebrae_T5"],
+        ["left_right", "l_r"],
+        ["cleft", "bright"],
+        [],
+    ],
+)
+def test_names_without_a_side_are_neither_paired_nor_called_unpaired(names: list[str]) -> None:
+    assert anatomy.pairs(names) == {}
+    assert anatomy.unpaired(names) == []
+
+
+def test_a_side_without_its_other_is_named() -> None:
+    names = ["kidney_left", "kidney_right", "left_atrium", "leftventricle", "Lung R", "liver"]
+    assert anatomy.unpaired(names) == ["left_atrium", "leftventricle", "Lung R"]

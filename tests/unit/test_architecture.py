@@ -15,6 +15,7 @@ ROOMS = (
     "gateway/intake",
     "gateway/results",
     "gateway/delivery",
+    "gateway/training_data",
     "engine",
     "fhir/emr",
     "storage",

@@ -13,8 +13,12 @@ from typing import Any
 import pytest
 
 from engine.bundle import Bundle, load_bundle, write_bundle
+from engine.calibration import calibrate
+from engine.calibration_file import calibration_document
 from engine.errors import BundleInvalid
+from engine.evidence import write_evidence
 from gateway.demo.make_model import MODEL
+from tests.support.known_cases import drawn
 
 
 @pytest.fixture
@@ -45,6 +49,9 @@ def _written_again(bundle: Bundle, root: Path) -> Bundle:
             target = root / fold.file.relative_to(bundle.root)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(fold.file, target)
+    write_evidence(root, bundle.evidence)
+    if (bundle.root / "sanity").is_dir():
+        shutil.copytree(bundle.root / "sanity", root / "sanity", dirs_exist_ok=True)
     moved = tuple(
         replace(
             configuration,
@@ -58,6 +65,8 @@ def _written_again(bundle: Bundle, root: Path) -> Bundle:
         plans_json=json.loads((bundle.root / "plans.json").read_text()),
         dataset_json=bundle.dataset_json.copy(),  # type: ignore[attr-defined]
         fingerprint_json=json.loads((bundle.root / "fingerprint.json").read_text()),
+        postprocessing=None if bundle.postprocessing is None else dict(bundle.postprocessing),
+        calibration_json=None if bundle.calibration is None else calibration_document(bundle.calibration),
     )
 
 
@@ -100,6 +109,34 @@ def test_digests_name_weights_and_configuration_apart(root: Path) -> None:
 
     _replace_file(root, "plans.json", lambda plans: plans.update(plans_name="other"))
     assert load_bundle(root).configuration_digest != stepped.configuration_digest
+
+
+@pytest.mark.requirement("ART-16")
+def test_a_calibration_is_a_listed_file_of_the_bundle_and_part_of_its_digest(root: Path) -> None:
+    before = load_bundle(root)
+    assert before.calibration is not None
+    assert list(before.calibration.labels) == ["Anterior", "Posterior"]
+    document = calibration_document(calibrate({"Anterior": drawn(1, 20)}))
+    again = write_bundle(
+        root,
+        before,
+        plans_json=json.loads((root / "plans.json").read_text()),
+        dataset_json=json.loads((root / "dataset.json").read_text()),
+        calibration_json=document,
+    )
+    assert again.calibration is not None
+    assert list(again.calibration.labels) == ["Anterior"]
+    assert calibration_document(again.calibration) == document
+    assert again.weights_digest == before.weights_digest
+    assert again.configuration_digest != before.configuration_digest
+    assert "calibration.json" in json.loads((root / "bundle.json").read_text())["files"]
+
+    _replace_file(root, "calibration.json", lambda content: content.update(features_version=99))
+    with pytest.raises(BundleInvalid, match=r"calibration\.json: features_version: 99 is unknown"):
+        load_bundle(root)
+    (root / "calibration.json").write_text("{}")
+    with pytest.raises(BundleInvalid, match=r"calibration\.json: SHA-256"):
+        load_bundle(root)
 
 
 @pytest.mark.requirement("INF-35", open="licence enforced, GPU named")
@@ -173,6 +210,7 @@ def _in(*path: str | int, value: object) -> Callable[[dict[str, Any]], None]:
         (_in("name", value="a" * 64), "name"),
         (_in("ensemble", value="logits"), "ensemble"),
         (_in("step_size", value=float(10**9)), "step_size"),
+        (_in("weights", value="int8"), "weights"),
         (_in("channels", value=[]), "channels"),
         (_in("channels", value=[{"index": 0, "name": "a"}, {"index": 1, "name": "b"}]), "channels"),
         (_in("labels", 0, "value", value=3), "labels"),
@@ -231,10 +269,10 @@ def test_demo_model_says_what_it_is(root: Path) -> None:
     bundle = load_bundle(root)
     assert (bundle.name, bundle.semver) == ("hippocampus-mr", "1.0.0")
     assert "CC BY-SA 4.0" in bundle.licence
-    assert "nnU-Net v2 2.8.1" in bundle.origin
+    assert "Trained by seggate on 200 cases" in bundle.origin
     assert bundle.contract.orientation == "RAS"
-    assert [fold.fold for fold in bundle.final_configurations[0].folds] == ["0", "1"]
-    assert bundle.configuration("3d_fullres").mirror_axes == (0, 1, 2)
-    assert sum(path.stat().st_size for path in root.rglob("*") if path.is_file()) < 3_000_000
+    assert [fold.fold for fold in bundle.final_configurations[0].folds] == ["0", "1", "2", "3", "4"]
+    assert bundle.configuration("3d_fullres").mirror_axes == (2,)
+    assert sum(path.stat().st_size for path in root.rglob("*") if path.is_file()) <= 8 * 2**20
     with pytest.raises(BundleInvalid, match="no configuration"):
         bundle.configuration("2d")

@@ -15,7 +15,7 @@ from engine.volume import Geometry
 from tests.support.raw_datasets import write_array, write_dataset
 
 
-@pytest.mark.requirement("ART-01", open="conversion from DICOM")
+@pytest.mark.requirement("ART-01")
 def test_cases_are_listed_by_name_with_their_channels_in_order(tmp_path: Path) -> None:
     dataset = open_dataset(write_dataset(tmp_path / "Dataset007_Two", channels=2))
     assert dataset.name == "Dataset007_Two"

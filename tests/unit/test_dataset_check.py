@@ -6,12 +6,14 @@ import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 
 from engine.dataset_check import KINDS, CheckReport, Severity, check_dataset
-from tests.support.raw_datasets import SPACING_ZYX, write_array, write_dataset
+from tests.support.raw_datasets import write_array, write_dataset, write_faulty_dataset
 
 SHAPE = (6, 10, 12)
 
@@ -35,7 +37,7 @@ def _edit_json(folder: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-@pytest.mark.requirement("ART-01", open="conversion from DICOM")
+@pytest.mark.requirement("ART-01")
 def test_a_clean_dataset_has_no_finding(tmp_path: Path) -> None:
     report = _check(write_dataset(tmp_path / "Dataset001_Clean", channels=2))
     assert report.findings == ()
@@ -43,30 +45,9 @@ def test_a_clean_dataset_has_no_finding(tmp_path: Path) -> None:
     assert report.num_cases == 6
 
 
-@pytest.mark.requirement("ART-01", open="conversion from DICOM")
+@pytest.mark.requirement("ART-01")
 def test_all_faults_of_a_dataset_are_found_in_one_pass(tmp_path: Path) -> None:
-    folder = write_dataset(tmp_path / "Dataset001_Bad", cases=14)
-    images, labels = folder / "imagesTr", folder / "labelsTr"
-    ones = np.ones(SHAPE, np.uint8)
-    (labels / "case_00.nii.gz").unlink()
-    write_array(labels / "case_01.nii.gz", ones * 7)
-    _nan_image(folder, "case_02")
-    write_array(labels / "case_03.nii.gz", np.ones((6, 10, 11), np.uint8))
-    write_array(labels / "case_04.nii.gz", ones, (2.0, 0.75, 0.75))
-    write_array(labels / "case_05.nii.gz", ones, origin=(1.0, 0.0, 0.0))
-    write_array(images / "case_06_0001.nii.gz", np.ones(SHAPE, np.float32))
-    (images / "case_07_0000.nii.gz").write_bytes(b"no image at all")
-    write_array(images / "case_08_0000.nii.gz", np.full((1, 10, 12), 5, np.float32))
-    write_array(labels / "case_08.nii.gz", np.ones((1, 10, 12), np.uint8))
-    write_array(labels / "case_09.nii.gz", ones * 0)
-    write_array(images / "case_10_0000.nii.gz", np.zeros(SHAPE, np.float32))
-    (images / "case_11_0000.nii.gz").write_bytes((images / "case_12_0000.nii.gz").read_bytes())
-    mirrored = (-1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
-    write_array(labels / "case_13.nii.gz", ones, SPACING_ZYX, (5.5, 0.0, 0.0), mirrored)
-    write_array(labels / "orphan.nii.gz", ones)
-    write_array(images / "scan.nii.gz", ones)
-    _edit_json(folder, numTraining=20, patients={"case_99": "p"})
-    (folder / "splits_final.json").write_text('[{"train": ["case_00"], "val": ["case_77"]}]')
+    folder = write_faulty_dataset(tmp_path / "Dataset001_Bad")
     report = _check(folder)
     assert _kinds(report) == {
         ("num-training", None),
@@ -212,3 +193,44 @@ def test_the_hippocampus_set_is_clean(shared_data: Path) -> None:
     report = check_dataset(shared_data / "Dataset004_Hippocampus", processes=2)
     assert report.findings == ()
     assert report.num_cases == 200
+
+
+def _mirror(folder: Path, name: str) -> None:
+    for path in (folder / "imagesTr" / f"{name}_0000.nii.gz", folder / "labelsTr" / f"{name}.nii.gz"):
+        image = sitk.ReadImage(str(path))
+        image.SetDirection((-1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0))
+        sitk.WriteImage(image, str(path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [
+        ({"labels": {"background": 0, "kidney_left": 1, "kidney_right": 2}}, "mixed-sides"),
+        ({"pairs": [["first", "second"]]}, "mixed-sides"),
+        ({}, "orientation"),
+        ({"pairs": [["first", "second"]], "overwrite_image_reader_writer": "SimpleITKIOWithReorient"}, None),
+    ],
+)
+def test_cases_that_are_mirror_images_as_stored_are_found(
+    tmp_path: Path, changes: dict[str, Any], kind: str | None
+) -> None:
+    folder = write_dataset(tmp_path / "Dataset001_Mixed", cases=4, **changes)
+    for name in ("case_01", "case_03"):
+        _mirror(folder, name)
+    report = _check(folder)
+    assert _kinds(report) == ({(kind, None)} if kind else set())
+    assert report.is_usable == (kind != "mixed-sides")
+    if kind:
+        assert "LPS in 2 (case_00, case_02); RPS in 2 (case_01, case_03)" in report.findings[0].cause
+
+
+def test_a_label_that_says_a_side_without_its_other_is_found(tmp_path: Path) -> None:
+    labels = {"background": 0, "left_kidney": 1, "liver": 2}
+    folder = write_dataset(tmp_path / "Dataset001_One", labels=labels)
+    report = _check(folder)
+    assert _kinds(report) == {("unpaired-side", None)}
+    assert report.is_usable
+    _edit_json(folder, pairs=[])
+    assert _check(folder).findings == ()
+    _edit_json(folder, pairs=[["left_kidney", "nothing"]])
+    assert _kinds(_check(folder)) == {("dataset-json", None)}

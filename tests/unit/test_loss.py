@@ -15,7 +15,7 @@ from torch import Tensor  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
 from engine.labels import LabelManager  # noqa: E402
-from engine.loss import SegmentationLoss, deep_supervision_weights, downsample_labels  # noqa: E402
+from engine.loss import BatchShare, SegmentationLoss, deep_supervision_weights, downsample_labels  # noqa: E402
 
 _DATASETS: dict[str, dict[str, Any]] = {
     "labels": {"labels": {"background": 0, "a": 1, "b": 2}},
@@ -136,32 +136,45 @@ def test_logits_far_off_keep_an_exact_and_finite_value() -> None:
     assert value.item() == pytest.approx(300.0 - 0.5)
 
 
-@pytest.mark.parametrize("name", ["labels", "regions"])
-def test_batch_dice_spans_the_processes_of_a_distributed_training(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """This process has the first sample, the other one the second; the gradient is averaged over the two."""
-    outputs, target = _inputs(LABELS[name], 1)
-    criterion = _loss(name, batch_dice=True, levels=1)
-    whole = outputs[0].clone().requires_grad_()
-    criterion([whole], target).backward()
+@pytest.mark.parametrize("batch_dice", [False, True])
+@pytest.mark.parametrize("name", LABELS)
+def test_the_parts_of_several_processes_add_up_to_the_loss_of_one(name: str, batch_dice: bool) -> None:
+    """A batch of three: this process has the first sample, another one two; values and gradients are added up."""
+    labels = LABELS[name]
+    outputs, target = _inputs(labels, 1)
+    logits, target = torch.cat([outputs[0], outputs[0].flip(2)[:1]]), torch.cat([target, target.flip(2)[:1]])
+    whole = logits.clone().requires_grad_()
+    expected = _loss(name, batch_dice=batch_dice, levels=1)([whole], target)
+    expected.backward()
 
-    sums: list[Tensor] = []
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: sums.append(tensor.clone()))
-    criterion([outputs[0][1:]], target[1:])
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.add_(sums[0]))
-    part = outputs[0][:1].clone().requires_grad_()
-    criterion([part], target[:1]).div(2).backward()
-    assert whole.grad is not None
-    assert part.grad is not None
-    torch.testing.assert_close(part.grad, whole.grad[:1], rtol=1e-4, atol=1e-8)
+    weights = deep_supervision_weights(1)
+    said: list[list[Tensor]] = []
+    for samples in (slice(0, 1), slice(1, 3)):
+        heard: list[Tensor] = []
+        share = BatchShare(part=len(range(3)[samples]) / 3, add_up=lambda t, heard=heard: heard.append(t.clone()))  # type: ignore[misc]
+        SegmentationLoss(labels, batch_dice=batch_dice, weights=weights, share=share)(
+            [logits[samples]], target[samples]
+        )
+        said.append(heard)
+
+    total = 0.0
+    for samples, others in ((slice(0, 1), said[1]), (slice(1, 3), said[0])):
+        waiting = iter(others)
+        share = BatchShare(part=len(range(3)[samples]) / 3, add_up=lambda t, waiting=waiting: t.add_(next(waiting)))  # type: ignore[misc]
+        part = logits[samples].clone().requires_grad_()
+        value = SegmentationLoss(labels, batch_dice=batch_dice, weights=weights, share=share)([part], target[samples])
+        value.backward()
+        total += value.item()
+        assert whole.grad is not None
+        assert part.grad is not None
+        torch.testing.assert_close(part.grad, whole.grad[samples], rtol=1e-4, atol=1e-8)
+    assert total == pytest.approx(expected.item(), abs=1e-6)
 
 
 def test_weights_halve_and_the_lowest_is_left_out() -> None:
     assert deep_supervision_weights(5) == pytest.approx((8 / 15, 4 / 15, 2 / 15, 1 / 15, 0.0))
     assert deep_supervision_weights(2) == (1.0, 0.0)
     assert deep_supervision_weights(1) == (1.0,)
-    assert 0 < deep_supervision_weights(3, distributed=True)[-1] < 1e-6
 
 
 def test_targets_are_the_nearest_voxels_as_torch_finds_them() -> None:

@@ -14,7 +14,7 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 from engine.architecture import Architecture  # noqa: E402
-from engine.network import build_network  # noqa: E402
+from engine.network import block_mean, build_network  # noqa: E402
 
 PLAIN = Architecture(
     network="plain",
@@ -97,3 +97,16 @@ def test_nothing_is_allocated_under_meta() -> None:
     with torch.device("meta"):
         network = build_network(huge, channels=1, heads=2)
     assert all(parameter.is_meta for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("block", [(2, 2, 2), (1, 2, 2), (4, 1, 2)])
+def test_the_deterministic_pooling_is_torchs(block: tuple[int, int, int]) -> None:
+    features = torch.randn(2, 3, 4, 6, 8, generator=torch.Generator().manual_seed(0))
+    ours, theirs = (features.clone().requires_grad_() for _ in range(2))
+    found, expected = block_mean(ours, block), nn.AvgPool3d(block, block)(theirs)
+    torch.testing.assert_close(found, expected)
+    found.square().sum().backward()  # type: ignore[no-untyped-call]
+    expected.square().sum().backward()
+    assert ours.grad is not None
+    assert theirs.grad is not None
+    torch.testing.assert_close(ours.grad, theirs.grad)

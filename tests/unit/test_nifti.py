@@ -96,6 +96,59 @@ def test_a_file_that_ends_before_its_last_voxel_is_refused(tmp_path: Path, endin
         read_label_map(path)
 
 
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("kind", ["u1", "i1", "<i2", ">i2", "<u2", "<i4", "<u4", "<i8", "<f4", ">f4", "<f8"])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_every_type_is_read_as_itk_reads_it(tmp_path: Path, kind: str, ending: str, scaled: bool) -> None:
+    """Plain voxels are taken from the file, others from ITK."""
+    array = np.random.default_rng(1).integers(0, 100, size=(3, 4, 5)).astype(np.dtype(kind).newbyteorder("="))
+    content = bytearray(write_image(tmp_path / "made.nii", array, (0.5, 0.6, 2.0)).read_bytes())
+    order = ">" if kind.startswith(">") else "<"
+    if order == ">":  # sizes of the header's fields: nifti1.h
+        fields = [(0, 1, 4), (40, 8, 2), (68, 4, 2), (76, 11, 4), (120, 1, 2), (252, 2, 2), (256, 18, 4)]
+        for offset, count, size in [*fields, (352, array.size, array.itemsize)]:
+            part = np.frombuffer(content, f"<i{size}", count, offset).byteswap()
+            content[offset : offset + part.nbytes] = part.tobytes()
+    if scaled:
+        content[112:120] = np.array([2.0, 3.0], f"{order}f4").tobytes()
+    path = tmp_path / f"a{ending}"
+    path.write_bytes(gzip.compress(content) if ending == ".nii.gz" else content)
+    image = sitk.ReadImage(str(path))
+    volume = read_nifti([path])
+    expected = array.astype(np.float32) * (2 if scaled else 1) + (3 if scaled else 0)
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(image), expected)
+    np.testing.assert_array_equal(volume.array[0], expected)
+    assert volume.geometry.spacing_mm == pytest.approx(image.GetSpacing()[::-1])
+    assert volume.geometry.origin_mm == pytest.approx(image.GetOrigin())
+    np.testing.assert_array_equal(read_label_map(path).array, expected)
+
+
+def test_a_flat_nifti_file_is_one_slice(tmp_path: Path) -> None:
+    path = write_image(tmp_path / "a.nii.gz", np.arange(12, dtype=np.int16).reshape(3, 4), (0.5, 0.6))
+    volume = read_nifti([path])
+    assert volume.array[0, 0].tolist() == np.arange(12).reshape(3, 4).tolist()
+    assert volume.geometry.spacing_mm == pytest.approx((1.0, 0.6, 0.5))
+
+
+def test_a_compressed_file_that_was_damaged_is_refused(tmp_path: Path) -> None:
+    """One bit of the voxels: only the checksum at the end of the file tells."""
+    path = write_image(tmp_path / "a.nii.gz", np.zeros((4, 5, 6), dtype=np.int16))
+    stored = bytearray(gzip.compress(gzip.decompress(path.read_bytes()), compresslevel=0))
+    stored[-40] ^= 1
+    path.write_bytes(stored)
+    with pytest.raises(InputRejected, match=r"a\.nii\.gz: not readable"):
+        read_nifti([path])
+
+
+def test_a_header_that_promises_more_than_a_file_can_hold_is_refused(tmp_path: Path) -> None:
+    path = write_image(tmp_path / "a.nii", np.zeros((4, 5, 6), dtype=np.int16))
+    content = bytearray(path.read_bytes())
+    content[42:48] = np.array([3000, 3000, 3000], "<i2").tobytes()
+    path.write_bytes(content)
+    with pytest.raises(InputRejected, match=r"a\.nii: ends before its last voxel"):
+        read_nifti([path])
+
+
 def test_spacing_comes_from_the_header_to_the_last_bit(tmp_path: Path) -> None:
     path = write_image(tmp_path / "a.nii.gz", np.ones((4, 5, 6), dtype=np.int16), (0.9, 0.7, 3.3))
     assert read_spacing_mm(path) == tuple(float(np.float32(v)) for v in (3.3, 0.7, 0.9))

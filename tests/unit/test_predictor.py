@@ -129,6 +129,26 @@ def test_the_mean_over_folds_decides_and_their_disagreement_is_told(tmp_path: Pa
     assert predict(bundle, volume, folds=["0"]).segments[0].fold_dice is None
 
 
+@pytest.mark.requirement("ART-16")
+@pytest.mark.parametrize("ensemble", ["probabilities", "probabilities-of-folds"])
+def test_the_entropy_at_the_border_is_each_network_s_own_and_their_mean(tmp_path: Path, ensemble: Ensemble) -> None:
+    """So that a result of many networks is seen as one network's is, and compared with what one was worth."""
+    bundle = threshold_bundle(tmp_path, folds=2, ensemble=ensemble)
+    array = np.full((1, 8, 8, 8), 5.0, dtype=np.float32)
+    array[:, :4] = 17.0
+    volume = Volume(array=array, geometry=Geometry(shape=(8, 8, 8), affine_lps=np.eye(4)))
+
+    def entropy(limit: float) -> float:
+        p = 1 / (1 + np.exp(limit - 17) + np.exp(17 - 30))
+        return float(-p * np.log2(p) - (1 - p) * np.log2(1 - p))
+
+    alone = [predict(bundle, volume, folds=[fold]).segments[0].border_entropy for fold in ("0", "1")]
+    assert alone == [pytest.approx(entropy(10), rel=1e-3), pytest.approx(entropy(14), rel=1e-3)]
+    both = predict(bundle, volume).segments
+    assert both[0].border_entropy == pytest.approx((entropy(10) + entropy(14)) / 2, rel=1e-3)
+    assert both[1].border_entropy is None
+
+
 @pytest.mark.requirement("ART-11")
 @pytest.mark.parametrize(("ensemble", "voxels"), [("probabilities", 512), ("probabilities-of-folds", 0)])
 def test_folds_are_joined_by_their_logits_or_by_their_probabilities_as_the_bundle_says(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -14,8 +15,10 @@ import pytest
 import gateway
 from engine.bundle import Bundle, load_bundle
 from engine.manifest import Code, LabelSpec, QualityThresholds
+from engine.quality_estimate import Calibration, LabelCalibration, Line, log_of_dice, log_of_hd95
 from gateway.results import quality
 from gateway.results.quality import CHECKS, Check, Verdict, source_doubts, worst
+from tests.support.known_cases import calibrated, of_labels
 
 MODEL = Path(gateway.__file__).parent / "demo" / "model"
 KIDNEY = Code(scheme="SCT", value="64033007", meaning="Kidney")
@@ -37,14 +40,34 @@ def label(value: int, name: str, **changes: Any) -> LabelSpec:
     return dataclasses.replace(spec, **changes)
 
 
+def worth(dice: float, hd95_mm: float, *, lower: float | None = 0.8, upper_mm: float | None = 5.0) -> LabelCalibration:
+    """A calibration by which every segment of `measured` has these estimates and bounds, whatever its evidence."""
+
+    def line(log: Callable[[float], float], value: float, bound: float | None) -> Line:
+        return Line(
+            intercept=log(value),
+            weights=MappingProxyType({}),
+            margin=None if bound is None else log(bound) - log(value),
+        )
+
+    return calibrated(
+        volume_centre=math.log(3.0),
+        dice=line(log_of_dice, dice, lower),
+        hd95=line(log_of_hd95, hd95_mm, upper_mm),
+    )
+
+
 LEFT = label(1, "left kidney", laterality="left", pair="right kidney")
 RIGHT = label(2, "right kidney", laterality="right", pair="left kidney")
 
 
-def bundle(*labels: LabelSpec, components: dict[str, int] | None = None) -> Bundle:
+def bundle(
+    *labels: LabelSpec, components: dict[str, int] | None = None, calibration: Calibration | None = None
+) -> Bundle:
     return dataclasses.replace(
         load_bundle(MODEL, verify=False),
         labels=labels,
+        calibration=calibration,
         quality=QualityThresholds(
             min_confidence=0.8, min_fold_dice=0.7, min_mirror_dice=0.7, max_components=components or {}
         ),
@@ -61,6 +84,7 @@ def measured(name: str = "organ", **changes: Any) -> dict[str, Any]:
         "confidence": 0.95,
         "fold_dice": 0.9,
         "mirror_dice": 0.9,
+        "border_entropy": 0.4,
         "centroid_lps_mm": [0.0, 0.0, 0.0],
     }
     return row | changes
@@ -88,7 +112,12 @@ def verdict_of(check: str, *rows: dict[str, Any], of: Bundle, mean_confidence: f
 
 @pytest.mark.requirement("CARD-02")
 def test_a_good_result_passes_every_check_and_each_has_name_value_limit_and_verdict() -> None:
-    of = bundle(LEFT, RIGHT, components={"left kidney": 1, "right kidney": 1})
+    of = bundle(
+        LEFT,
+        RIGHT,
+        components={"left kidney": 1, "right kidney": 1},
+        calibration=of_labels(**{"left kidney": worth(0.9, 3.0), "right kidney": worth(0.9, 3.0)}),
+    )
     rows = [
         measured("left kidney", centroid_lps_mm=[40.0, 0.0, 0.0]),
         measured("right kidney", centroid_lps_mm=[-40.0, 0.0, 0.0]),
@@ -194,7 +223,7 @@ def test_one_side_of_a_pair_alone_is_reviewed_and_named() -> None:
 
 
 @pytest.mark.requirement("CARD-02")
-@pytest.mark.requirement("ART-16", open="calibrated lower bound; HD95; with a reference")
+@pytest.mark.requirement("ART-16")
 @pytest.mark.parametrize(
     ("check", "key", "minimum"),
     [
@@ -216,6 +245,87 @@ def test_an_estimate_below_its_minimum_is_reviewed_and_below_half_of_it_held(
         (None, None),
     ):
         assert verdict_of(check, measured() | {key: value}, of=of, mean_confidence=None) is expected, value
+
+
+def estimated(**changes: Any) -> dict[str, Check]:
+    """The checks of a calibrated organ by name; `changes` are those of `worth` and of its row."""
+    of_worth = {"dice": 0.9, "hd95_mm": 3.0} | {k: changes.pop(k) for k in list(changes) if k in _OF_WORTH}
+    of = bundle(label(1, "organ"), calibration=of_labels(organ=worth(**of_worth)))
+    row = measured(**changes) if changes.get("voxels", 1) else empty()
+    return {c.name: c for c in judge([row], mean_confidence=None, bundle=of)[1]}
+
+
+_OF_WORTH = {"dice", "hd95_mm", "lower", "upper_mm"}
+
+
+@pytest.mark.requirement("ART-16")
+@pytest.mark.parametrize(
+    ("lower", "upper_mm", "flagged"),
+    [
+        (0.7001, 14.999, set()),
+        (0.6999, 14.999, {"estimated-dice"}),
+        (0.7001, 15.001, {"estimated-hd95"}),
+        (0.2, 80.0, {"estimated-dice", "estimated-hd95"}),
+        (None, 5.0, {"estimated-dice"}),
+        (0.8, None, {"estimated-hd95"}),
+    ],
+)
+def test_a_case_is_reviewed_for_the_bound_of_its_estimate_and_not_for_the_estimate(
+    lower: float | None, upper_mm: float | None, flagged: set[str]
+) -> None:
+    checks = estimated(lower=lower, upper_mm=upper_mm)
+    dice, hd95 = checks["estimated-dice"], checks["estimated-hd95"]
+    assert (dice.value, hd95.value) == (0.9, 3.0)
+    assert dice.bound == pytest.approx(lower or 0.0, abs=1e-4)
+    assert hd95.bound == pytest.approx(upper_mm, abs=1e-4)
+    assert {c.name for c in checks.values() if c.verdict is REVIEW} == flagged
+    assert dice.limit == "lower 90 % bound at least 0.7"
+    assert hd95.limit.startswith("upper 90 % bound at most 15 mm")
+    assert ("unknown from so few cases" in hd95.limit) == (upper_mm is None)
+    assert dice.to_json()["bound"] == dice.bound
+    assert ("bound" in hd95.to_json()) == (upper_mm is not None)
+
+
+@pytest.mark.requirement("ART-16")
+def test_folds_that_disagree_pull_the_bound_below_its_limit() -> None:
+    assert estimated(fold_dice=0.71)["estimated-dice"].verdict is PASS
+    check = estimated(fold_dice=0.69)["estimated-dice"]
+    assert (check.bound, check.verdict) == (0.69, REVIEW)
+
+
+@pytest.mark.requirement("ART-16")
+@pytest.mark.parametrize(
+    ("changes", "value"),
+    [
+        ({"volume_ml": 200.0}, "outside: volume"),
+        ({"border_entropy": None}, "outside: border-entropy"),
+        ({"touches_border": ["z-first"], "components": 50}, "outside: components, border"),
+        ({"voxels": 0}, "outside: empty"),
+    ],
+)
+def test_a_segment_unlike_those_of_the_calibration_is_reviewed_for_that_and_gets_no_estimate(
+    changes: dict[str, Any], value: str
+) -> None:
+    checks = estimated(**changes)
+    assert (checks["calibrated-range"].value, checks["calibrated-range"].verdict) == (value, REVIEW)
+    assert not {"estimated-dice", "estimated-hd95"} & checks.keys()
+    assert (estimated()["calibrated-range"].value, estimated()["calibrated-range"].verdict) == ("inside", PASS)
+
+
+def test_a_row_of_an_older_release_is_judged_without_the_entropy_it_does_not_have() -> None:
+    row = measured()
+    del row["border_entropy"]
+    of = bundle(label(1, "organ"), calibration=of_labels(organ=worth(0.9, 3.0)))
+    verdict, checks = judge([row], mean_confidence=None, bundle=of)
+    assert verdict is REVIEW
+    assert [c.name for c in checks if c.verdict is REVIEW] == ["calibrated-range"]
+
+
+def test_without_a_calibration_of_the_label_nothing_is_estimated() -> None:
+    names = {"estimated-dice", "estimated-hd95", "calibrated-range"}
+    for calibration in (None, of_labels(other=worth(0.9, 3.0))):
+        of = bundle(label(1, "organ"), calibration=calibration)
+        assert not names & {c.name for c in judge([measured()], mean_confidence=None, bundle=of)[1]}
 
 
 @pytest.mark.requirement("CARD-02")

@@ -101,6 +101,15 @@ def test_agreement_is_reported_per_segment() -> None:
     )
     assert one.fold_dice == one.mirror_dice == pytest.approx(2 / 3)
     assert two.fold_dice == 1.0
+    assert one.border_entropy is None
+
+
+def test_the_entropy_at_the_border_is_the_mean_of_the_networks() -> None:
+    volume, labels = scene()
+    specs = [spec(1, "one"), spec(2, "two")]
+    one, two = measure_segments(volume, labels, specs, confidences={}, border_entropies=[{1: 0.1}, {1: 0.3}])
+    assert one.border_entropy == pytest.approx(0.2)
+    assert two.border_entropy is None
 
 
 def test_mean_probability_of_labels_and_of_regions() -> None:

@@ -13,11 +13,13 @@ from engine.augmentation_profile import NNUNET, AugmentationPlan
 from engine.dataset import RawDataset, open_dataset
 from engine.errors import DatasetInvalid
 from engine.plans import Configuration, Plans, read_plans
-from engine.sides import Mirroring, SidesPolicy, lateral_axes, paired_labels, plan_mirroring
+from engine.sides import Mirroring, MirrorPolicy, SidesPolicy, lateral_axes, paired_labels, plan_mirroring
 from tests.support.raw_datasets import write_array, write_dataset
 
 SIDED = {"background": 0, "kidney_left": 1, "kidney_right": 2}
 # Columns are the directions of x, y, z: here x runs to the head, y to the left, z to the back.
+STRAIGHT = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
+MIRRORED = (-1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
 Y_IS_LATERAL = (0.0, 1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0)
 
 
@@ -68,11 +70,42 @@ def test_a_2d_patch_is_mirrored_freely_where_its_slices_are_stacked_from_side_to
     assert _mirroring(dataset, flat=True, forward=(2, 0, 1)).axes == (0, 1)
 
 
-def test_cases_that_are_stored_differently_mirror_neither_axis(tmp_path: Path) -> None:
-    dataset = _dataset(tmp_path / "d", ((1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0), Y_IS_LATERAL))
-    assert _mirroring(dataset).axes == (0,)
-    with pytest.raises(DatasetInvalid, match="1 and 2"):
-        _mirroring(dataset, "swap")
+@pytest.mark.parametrize("other", [MIRRORED, Y_IS_LATERAL, (-1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 1.0)])
+@pytest.mark.parametrize("policy", ["keep", "swap"])
+@pytest.mark.parametrize("mirror", ["all", "lateral", "none"])
+def test_cases_whose_left_lies_elsewhere_in_the_array_are_refused_where_labels_are_sides(
+    tmp_path: Path, other: tuple[float, ...], policy: SidesPolicy, mirror: MirrorPolicy
+) -> None:
+    dataset = _dataset(tmp_path / "d", (STRAIGHT, other))
+    with pytest.raises(DatasetInvalid, match=r"case_00 is stored LPS and case_01 .*SimpleITKIOWithReorient"):
+        plan_mirroring(dataset, *_plans(), policy, mirror)
+    assert plan_mirroring(dataset, *_plans(), "ignore").axes == (0, 1, 2)
+
+
+def test_cases_stored_differently_are_allowed_where_sides_lie_alike_or_do_not_matter(tmp_path: Path) -> None:
+    front_to_back = (1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 1.0)
+    assert _mirroring(_dataset(tmp_path / "sides", (STRAIGHT, front_to_back))).axes == (0, 1)
+    liver = _dataset(tmp_path / "liver", (STRAIGHT, MIRRORED), labels={"background": 0, "liver": 1})
+    assert _mirroring(liver).axes == (0, 1, 2)
+    reordered = {"overwrite_image_reader_writer": "SimpleITKIOWithReorient"}
+    assert _mirroring(_dataset(tmp_path / "reordered", (STRAIGHT, MIRRORED), **reordered)).axes == (0, 1)
+
+
+def test_an_oblique_image_lies_as_its_nearest_axes_do(tmp_path: Path) -> None:
+    turned = (0.866, -0.5, 0.0, 0.5, 0.866, 0.0, 0.0, 0.0, 1.0)
+    turned_mirrored = (-0.866, -0.5, 0.0, -0.5, 0.866, 0.0, 0.0, 0.0, 1.0)
+    assert _mirroring(_dataset(tmp_path / "alike", (STRAIGHT, turned))).axes == (0, 1)
+    with pytest.raises(DatasetInvalid, match=r"case_00 is stored LPS and case_01 RPS"):
+        _mirroring(_dataset(tmp_path / "mirrored", (turned, turned_mirrored)))
+
+
+def test_a_side_without_its_other_is_mirrored_and_the_log_says_so(tmp_path: Path) -> None:
+    found = _mirroring(_dataset(tmp_path / "d", labels={"background": 0, "kidney_left": 1, "liver": 2}))
+    assert found.axes == (0, 1, 2)
+    assert found.note is not None
+    assert found.note.startswith("kidney_left: a side without its other")
+    stated = _dataset(tmp_path / "stated", labels={"background": 0, "kidney_left": 1, "liver": 2}, pairs=[])
+    assert _mirroring(stated).note is None
 
 
 def test_a_reader_that_reorients_decides_the_axis(tmp_path: Path) -> None:
@@ -113,7 +146,7 @@ def test_only_left_and_right_are_mirrored_where_that_is_wanted(tmp_path: Path) -
 
 
 def test_the_lateral_axis_is_not_mirrored_alone_where_cases_are_stored_differently(tmp_path: Path) -> None:
-    dataset = _dataset(tmp_path / "d", ((1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0), Y_IS_LATERAL))
+    dataset = _dataset(tmp_path / "d", (STRAIGHT, Y_IS_LATERAL), labels={"background": 0, "liver": 1})
     with pytest.raises(DatasetInvalid, match="--mirror none"):
         plan_mirroring(dataset, *_plans(), mirror="lateral")
 

@@ -71,7 +71,7 @@ def test_every_object_is_legal(study: list[Path]) -> None:
         assert iod_errors(file) == [], file.name
 
 
-def test_the_demo_model_finds_both_structures_and_the_checks_pass(study: list[Path]) -> None:
+def test_the_demo_model_finds_both_structures_and_only_their_certainty_is_doubted(study: list[Path]) -> None:
     """What the demo's result rests on, without the gateway around it."""
     (part,) = read_series([f for f in study if f.name.startswith("series4")])
     assert part.volume is not None
@@ -93,5 +93,7 @@ def test_the_demo_model_finds_both_structures_and_the_checks_pass(study: list[Pa
         for s in prediction.segments
     ]
     verdict, checks = judge(measured, mean_confidence=prediction.mean_confidence, bundle=bundle, doubts=())
-    assert verdict is Verdict.PASS, checks
+    # An invented image is unlike the cases that the networks and their calibration know, and that is what is found.
+    assert verdict is Verdict.REVIEW, checks
+    assert {c.name for c in checks if c.verdict is not Verdict.PASS} == {"calibrated-range", "fold-agreement"}
     assert {c.name for c in checks} >= {"empty", "volume", "border", "components", "confidence", "fold-agreement"}

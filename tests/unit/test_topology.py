@@ -27,7 +27,7 @@ def _estimate(
     )
 
 
-@pytest.mark.requirement("ART-06", open="the probe on the GPU that is there")
+@pytest.mark.requirement("ART-06", open="a probe on a GPU")
 @pytest.mark.parametrize(
     ("network", "spacing", "patch", "stages", "values"),
     [

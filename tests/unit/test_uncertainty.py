@@ -5,7 +5,15 @@ import pytest
 from numpy.typing import NDArray
 
 from engine.labels import LabelManager
-from engine.uncertainty import Agreement, MirrorAgreement, fold_agreements, lowest_dice, table_size
+from engine.uncertainty import (
+    Agreement,
+    MirrorAgreement,
+    border_entropies,
+    fold_agreements,
+    lowest_dice,
+    mean_entropy,
+    table_size,
+)
 
 LABELS = LabelManager.from_dataset_json({"labels": {"background": 0, "a": 1, "b": 2}})
 
@@ -62,3 +70,84 @@ def test_a_table_has_room_for_the_highest_value_written() -> None:
         {"labels": {"background": 0, "whole": [1, 2], "core": [2]}, "regions_class_order": [1, 2]}
     )
     assert table_size(LABELS) == table_size(regions) == 3
+
+
+def entropy(probability: float) -> float:
+    return float(-probability * np.log2(probability) - (1 - probability) * np.log2(1 - probability))
+
+
+def cube(inside: float, border: float, outside: float) -> NDArray[np.float32]:
+    """Logits (2, 7, 7, 7): of label 1 in the middle of its 3 x 3 x 3 voxels, on their surface, and elsewhere."""
+    logits = np.full((2, 7, 7, 7), 0, dtype=np.float32)
+    logits[1] = outside
+    logits[1, 2:5, 2:5, 2:5] = border
+    logits[1, 3, 3, 3] = inside
+    return logits
+
+
+ONE = LabelManager.from_dataset_json({"labels": {"background": 0, "a": 1}})
+
+
+def found_in(logits: NDArray[np.float32], labels: LabelManager) -> dict[int, float]:
+    return border_entropies(logits, labels.logits_to_labels(logits), labels)
+
+
+def test_the_entropy_at_the_border_is_that_of_the_segment_s_own_outermost_voxels() -> None:
+    expected = entropy(1 / (1 + np.exp(-1.5)))
+    assert found_in(cube(9.0, 1.5, -0.1), ONE) == {1: pytest.approx(expected)}
+    assert found_in(cube(0.1, 1.5, -9.0), ONE) == {1: pytest.approx(expected)}
+    assert found_in(cube(9.0, 50.0, -9.0), ONE)[1] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_the_edge_of_the_image_is_no_border() -> None:
+    logits = cube(9.0, 1.5, -9.0)[:, 2:5, 2:5, 2:5]
+    assert found_in(logits, ONE) == {}
+    half = cube(9.0, 1.5, -9.0)[:, :4, 2:5, 2:5]
+    half[:, 2] = cube(9.0, 0.5, -9.0)[:, 2, 2:5, 2:5]
+    assert found_in(half, ONE) == {1: pytest.approx(entropy(1 / (1 + np.exp(-0.5))))}
+
+
+def test_two_labels_that_meet_have_a_border_there_and_an_absent_one_has_none() -> None:
+    logits = np.zeros((3, 1, 1, 4), dtype=np.float32)
+    logits[1, ..., :2], logits[2, ..., 2:] = (5.0, 1.0), (2.0, 5.0)
+    each = {k: np.exp(v) / (np.exp(v) + 2) for k, v in ((1, 1.0), (2, 2.0))}
+    assert found_in(logits, LABELS) == {k: pytest.approx(entropy(p)) for k, p in each.items()}
+    assert found_in(np.stack([logits[0], logits[1]]), ONE).keys() == {1}
+    assert found_in(-logits[:2], ONE) == {}
+
+
+def test_a_label_that_wins_with_less_than_one_half_is_wholly_unsure() -> None:
+    logits = np.zeros((3, 1, 1, 2), dtype=np.float32)
+    logits[1, ..., 0] = 0.1
+    assert found_in(logits, LABELS) == {1: 1.0}
+
+
+def test_regions_have_their_own_probability_and_what_another_region_took_over_counts_as_inside() -> None:
+    regions = LabelManager.from_dataset_json(
+        {"labels": {"background": 0, "whole": [1, 2], "core": [2]}, "regions_class_order": [1, 2]}
+    )
+    logits = np.full((2, 1, 1, 6), -5.0, dtype=np.float32)
+    logits[0, ..., 1:5] = (1.0, 4.0, 4.0, 1.0)
+    logits[1, ..., 2:4] = 2.0
+    found = found_in(logits, regions)
+    assert found == {
+        1: pytest.approx(entropy(1 / (1 + np.exp(-1.0)))),
+        2: pytest.approx(entropy(1 / (1 + np.exp(-2.0)))),
+    }
+    logits[0, ..., 1] = -1000.0
+    logits[1, ..., 1] = 2.0  # in the whole by its core only: the whole's own head has no doubt that it is not there
+    assert found_in(logits, regions)[1] == pytest.approx((1.0 + entropy(1 / (1 + np.exp(-1.0)))) / 2)
+
+
+def test_many_border_voxels_are_looked_at_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = np.random.default_rng(2).normal(size=(3, 9, 10, 11)).astype(np.float32)
+    whole = found_in(logits, LABELS)
+    monkeypatch.setattr("engine.uncertainty._BORDER_VALUES", 50)
+    assert found_in(logits, LABELS) == {value: pytest.approx(found) for value, found in whole.items()}
+
+
+def test_the_networks_that_have_a_segment_are_averaged() -> None:
+    assert mean_entropy([{1: 0.2, 2: 0.5}, {1: 0.4}], 1) == pytest.approx(0.3)
+    assert mean_entropy([{1: 0.2, 2: 0.5}, {1: 0.4}], 2) == 0.5
+    assert mean_entropy([{1: 0.2}], 3) is None
+    assert mean_entropy([], 1) is None

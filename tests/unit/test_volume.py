@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from engine.errors import InputRejected
-from engine.volume import Geometry, LabelMap, Volume, reorientation
+from engine.volume import Geometry, LabelMap, Volume, nonzero_box, reorientation
 
 CODES = ["".join(code) for order in permutations(["LR", "PA", "SI"]) for code in product(*order)]
 
@@ -116,3 +116,13 @@ def test_labels_of_another_grid_are_not_taken_back() -> None:
     wrong = LabelMap(array=np.zeros((3, 4, 5), dtype=np.uint8), geometry=oblique())
     with pytest.raises(ValueError, match="not on the grid"):
         change.restore_labels(wrong)
+
+
+def test_the_nonzero_box_is_of_all_channels() -> None:
+    array = np.zeros((2, 5, 6, 7), dtype=np.float32)
+    assert nonzero_box(array) is None
+    array[0, 1, 2, 3] = -1.0
+    assert nonzero_box(array) == (slice(1, 2), slice(2, 3), slice(3, 4))
+    array[1, 4, 0, 3:6] = 2.0
+    assert nonzero_box(array) == (slice(1, 5), slice(0, 3), slice(3, 6))
+    assert nonzero_box(array.transpose(0, 3, 1, 2)) == (slice(3, 6), slice(1, 5), slice(0, 3))

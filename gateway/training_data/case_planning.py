@@ -1,0 +1,189 @@
+"""Which cases a source makes: the series of each channel, and the labels that were drawn on them.
+
+Without a list, every series that labels belong to is a case; with several channels it is every study that has labels,
+with the one series that each channel takes. Labels of several files join into one case. What does not fit is a fault of
+its case and stops no other.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gateway.errors import Rejected
+from gateway.training_data.case_list import ListedCase
+from gateway.training_data.channels import Channel
+from gateway.training_data.faults import FAULT_ERRORS, Fault
+from gateway.training_data.label_names import LabelTable
+from gateway.training_data.label_objects import LabelObject, read_label_object
+from gateway.training_data.series_matching import SeriesIndex, the_one, uids
+from gateway.training_data.source_scan import Source, SourceSeries, shown
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """A case without its pseudonym. `series` in the order of the channels; `listed` and `patient` are what a list calls
+    case and patient; `joins`: several files may draw the same label."""
+
+    series: tuple[SourceSeries, ...]
+    labels: tuple[LabelObject, ...]
+    listed: str | None = None
+    patient: str | None = None
+    joins: bool = False
+
+    @property
+    def key(self) -> str:
+        """The same for the same series."""
+        return "|".join(series.series_instance_uid for series in self.series)
+
+
+@dataclass(kw_only=True)
+class Drafts:
+    """What planning found so far; `notes` are what a person should know, by the file or series concerned."""
+
+    cases: list[Draft] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+    notes: list[tuple[str, str]] = field(default_factory=list)
+
+
+def draft_cases(source: Source, channels: Sequence[Channel]) -> Drafts:
+    """From what the labels say. channels: empty for one channel of whatever series has labels."""
+    index, drafts = SeriesIndex(source), Drafts()
+    found: dict[str, tuple[tuple[SourceSeries, ...], list[LabelObject]]] = {}
+    for label in source.labels:
+        file = shown(label.file, source.root)
+        try:
+            candidates, note = index.candidates(label)
+            if channels:
+                wanted = tuple(s for s in candidates if any(channel.takes(s) for channel in channels))
+                if candidates and not wanted:
+                    drafts.notes.append((file, "left out: no channel takes the series that it was drawn on"))
+                    continue
+                series = _of_channels(source, wanted, channels)
+            else:
+                series = (the_one(candidates),)
+        except Rejected as error:
+            drafts.faults.append(Fault(case=None, file=file, cause=str(error)))
+            continue
+        if note:
+            drafts.notes.append((file, note))
+        key = "|".join(s.series_instance_uid for s in series)
+        found.setdefault(key, (series, []))[1].append(label)
+    drafts.cases = [Draft(series=series, labels=tuple(labels)) for series, labels in found.values()]
+    return drafts
+
+
+def draft_listed(source: Source, listed: Iterable[ListedCase], folder: Path, channels: Sequence[Channel]) -> Drafts:
+    """From a list in `folder`."""
+    index, drafts = SeriesIndex(source), Drafts()
+    known = {label.file.resolve(): label for label in source.labels}
+    taken: dict[str, str] = {}
+    for entry in listed:
+        problems: list[str] = []
+        series = [s for text in entry.series if (s := _listed_series(index, source, folder, text, problems))]
+        labels = [f for text in entry.labels if (f := _listed_label(known, source.root, folder, text, problems))]
+        if len(entry.series) != max(1, len(channels)):
+            problems.append(
+                f"{len(entry.series)} series for {max(1, len(channels))} channel(s); name all with --channel"
+            )
+        else:
+            problems += [
+                f"the channel {channel.name} does not take series {s.series_instance_uid}"
+                for channel, s in zip(channels, series, strict=False)
+                if not channel.takes(s)
+            ]
+        draft = Draft(series=tuple(series), labels=tuple(labels), listed=entry.case, patient=entry.patient, joins=True)
+        if not problems and taken.setdefault(draft.key, entry.where) != entry.where:
+            problems.append(f"its series are already a case ({taken[draft.key]}); list all labels in one entry")
+        if entry.case is not None and any(_identifies(entry.case, s) for s in series):
+            problems.append("its name is the patient's identifier or a UID; give another one, or none")
+        drafts.faults += [Fault(case=None, file=entry.where, cause=problem) for problem in problems]
+        if not problems:
+            drafts.cases.append(draft)
+    return drafts
+
+
+def chosen_values(draft: Draft, table: LabelTable, root: Path) -> tuple[Mapping[int, int], ...]:
+    """For each file of labels: number of the structure → value. Raises Rejected where none is taken, or two files draw
+    the same label and were not listed together."""
+    chosen: list[dict[int, int]] = []
+    drawn: dict[int, Path] = {}
+    for label in draft.labels:
+        values = {s.number: value for s in label.structures if (value := table.value(s.name)) is not None}
+        chosen.append(values)
+        for value in set(values.values()):
+            other = drawn.setdefault(value, label.file)
+            if other != label.file and not draft.joins:
+                raise Rejected(
+                    f"{shown(label.file, root)} and {shown(other, root)} both draw {table.name(value)!r}; choose one "
+                    "of them, or list both, in a --cases file"
+                )
+    if not drawn:
+        names = Counter(s.name for label in draft.labels for s in label.structures)
+        there = ", ".join(repr(name) for name in list(names)[:8]) or "nothing"
+        raise Rejected(f"none of the labels is drawn; there is {there}")
+    return tuple(chosen)
+
+
+def _of_channels(
+    source: Source, labelled: tuple[SourceSeries, ...], channels: Sequence[Channel]
+) -> tuple[SourceSeries, ...]:
+    """The series of each channel in the study of the labelled one. Raises Rejected naming the channel without a series,
+    or with several."""
+    study = {s.study_instance_uid for s in labelled}
+    if len(study) != 1:
+        the_one(labelled)
+    of_study = [s for s in source.series.values() if s.study_instance_uid in study]
+    chosen = []
+    for channel in channels:
+        taken = [s for s in labelled if channel.takes(s)] or [s for s in of_study if channel.takes(s)]
+        if len(taken) != 1:
+            which = f": {uids(taken)}" if taken else ""
+            raise Rejected(
+                f"channel {channel.name} takes {len(taken) or 'no'} series of the study{which}; one is needed (narrow "
+                "--channel NAME=MODALITY:DESCRIPTION, or list the case in a --cases file)"
+            )
+        chosen.append(taken[0])
+    if len({s.series_instance_uid for s in chosen}) != len(chosen):
+        raise Rejected("one series is taken by two channels; narrow --channel NAME=MODALITY:DESCRIPTION")
+    return tuple(chosen)
+
+
+def _listed_series(
+    index: SeriesIndex, source: Source, folder: Path, text: str, problems: list[str]
+) -> SourceSeries | None:
+    if text in source.series:
+        return source.series[text]
+    for base in (source.root, folder):
+        if (base / text).is_dir():
+            there = index.below((base / text).resolve()) or index.below(base / text)
+            if len(there) == 1:
+                return there[0]
+            what = f"{len(there)} series ({uids(there)})" if there else "no image series"
+            problems.append(f"folder {text} holds {what}; give the Series Instance UID")
+            return None
+    problems.append(f"series {text}: no such Series Instance UID or folder in the source")
+    return None
+
+
+def _listed_label(
+    known: Mapping[Path, LabelObject], root: Path, folder: Path, text: str, problems: list[str]
+) -> LabelObject | None:
+    for base in (root, folder):
+        file = base / text
+        if file.is_file():
+            try:
+                return known.get(file.resolve()) or read_label_object(file)
+            except FAULT_ERRORS as error:
+                problems.append(f"label {text}: {error}")
+                return None
+    problems.append(f"label {text}: no such file")
+    return None
+
+
+def _identifies(name: str, series: SourceSeries) -> bool:
+    folded = name.casefold()
+    known = (series.patient_id, series.study_instance_uid, series.series_instance_uid)
+    return any(text and folded == text.casefold() for text in known)

@@ -1,0 +1,153 @@
+"""Contours of an RTSTRUCT (PS3.3 C.8.8.6) → voxels on the grid of the images that they were drawn on.
+
+A contour belongs to the slice whose plane it lies in, whatever way the slices are turned. Within a plane contours are
+joined even-odd (`polygons`). Where they lie between slices the caller decides: an error, or the nearest slice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydicom.dataset import Dataset
+
+from engine.volume import Geometry
+from gateway.errors import Rejected
+from gateway.results import attributes
+from gateway.results.attributes import AttributeRejected, Where
+from gateway.results.frames import read_header
+from gateway.training_data.label_objects import CLOSED, contours_of
+from gateway.training_data.label_painting import LabelPainter
+from gateway.training_data.polygons import even_odd, inside_polygon
+
+BetweenSlices = Literal["refuse", "nearest"]
+"""What happens to a contour that lies between two slices: it is refused, or taken for the nearest one's."""
+IN_PLANE = 0.1
+"""A contour this near to a slice lies in it, and its points this near to one plane are planar (slice distances)."""
+_SAME_PLANE = 0.01
+_MOST_POINTS = 1_000_000
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Contour:
+    """points: (n, 2) as (x, y) and depth: place along z, all in voxel indices."""
+
+    points: NDArray[np.float64]
+    depth: float
+
+
+def paint_contours(
+    file: Path, values: Mapping[int, int], geometry: Geometry, painter: LabelPainter, *, between: BetweenSlices
+) -> list[str]:
+    """Paint the regions of interest of an RTSTRUCT. values: ROINumber → label value; others are passed over.
+
+    Returns what a person should know: slices without a contour within a region, contours that cross. Raises Rejected
+    (AttributeRejected) when a contour cannot be read, is not planar, lies in no slice or outside the images.
+    """
+    where = Where(file=file)
+    header = read_header(file, where)
+    where = Where(file=file, sop_instance_uid=attributes.required_uid(header, "SOPInstanceUID", where))
+    notes: list[str] = []
+    for number, items in contours_of(header, where):
+        if number in values and items:
+            what = f"ROI {number} in {where}"
+            contours = [_read(item, geometry, what, where) for item in items]
+            notes += _paint_region(values[number], contours, geometry, painter, between, what)
+    return notes
+
+
+def _read(item: Dataset, geometry: Geometry, what: str, where: Where) -> _Contour:
+    kind = attributes.text(item, "ContourGeometricType", where)
+    if kind not in CLOSED:
+        raise Rejected(f"{what}: a contour of type {kind[:32]!r} encloses nothing; remove it, or do not use this ROI")
+    numbers = attributes.numbers(item, "ContourData", where)
+    if not numbers or len(numbers) % 3 or len(numbers) > 3 * _MOST_POINTS:
+        problem = f"has {len(numbers)} numbers, which are no points,"
+        raise AttributeRejected("ContourData", problem, where, "export the contours again")
+    points_mm = np.array(numbers).reshape(-1, 3)
+    indices = (points_mm - geometry.affine_lps[:3, 3]) @ np.linalg.inv(geometry.affine_lps[:3, :3]).T
+    depth = float(indices[:, 2].mean())
+    if np.abs(indices[:, 2] - depth).max() > IN_PLANE:
+        raise Rejected(f"{what}: a contour does not lie in the plane of the slices; it was drawn on other images")
+    if max(np.abs(indices[:, :2]).max(), abs(depth)) > 10 * max(geometry.shape):
+        raise Rejected(f"{what}: a contour lies far outside the images; it was drawn on other ones")
+    return _Contour(points=indices[:, :2], depth=depth)
+
+
+def _paint_region(
+    value: int,
+    contours: Sequence[_Contour],
+    geometry: Geometry,
+    painter: LabelPainter,
+    between: BetweenSlices,
+    what: str,
+) -> list[str]:
+    slices, rows, columns = geometry.shape
+    away = [abs(c.depth - round(c.depth)) for c in contours]
+    off = [d for d in away if d > IN_PLANE]
+    if off and between == "refuse":
+        raise Rejected(
+            f"{what}: {len(off)} of {len(contours)} contours lie between slices (up to {max(off):.2f} of their "
+            "distance); `--between-slices nearest` takes them for the nearest slice's"
+        )
+    outside = [c for c in contours if not -0.5 <= c.depth < slices - 0.5]
+    if outside:
+        raise Rejected(f"{what}: {len(outside)} of {len(contours)} contours lie above or below the images")
+    crossing = repeated = 0
+    drawn: set[int] = set()
+    for plane in _planes(contours):
+        z = int(np.floor(plane[0].depth + 0.5))
+        drawn.add(z)
+        polygons = _distinct([c.points for c in plane])
+        repeated += len(plane) - len(polygons)
+        crossing += _cross(polygons, (rows, columns))
+        y, x = np.nonzero(even_odd(polygons, (rows, columns)))
+        painter.paint(value, np.full_like(y, z), y, x)
+    notes = []
+    if off:
+        notes.append(f"{len(off)} contours between slices were taken for the nearest slice's")
+    if repeated:
+        notes.append(f"{repeated} contours are there twice; one was used")
+    if crossing:
+        notes.append(f"on {crossing} slices contours of one ROI cross; where two overlap is outside (even-odd)")
+    gaps = max(drawn) - min(drawn) + 1 - len(drawn)
+    if gaps:
+        notes.append(f"{gaps} slices between the first and the last contour have none, and stay background")
+    return [f"{what}: {note}" for note in notes]
+
+
+def _planes(contours: Sequence[_Contour]) -> Iterator[list[_Contour]]:
+    """Contours of one plane together: two planes that go to one slice add up, and do not make holes in each other."""
+    ordered = sorted(contours, key=lambda c: c.depth)
+    plane: list[_Contour] = []
+    for contour in ordered:
+        if plane and contour.depth - plane[0].depth > _SAME_PLANE:
+            yield plane
+            plane = []
+        plane.append(contour)
+    yield plane
+
+
+def _distinct(polygons: Sequence[NDArray[np.float64]]) -> list[NDArray[np.float64]]:
+    found: dict[bytes, NDArray[np.float64]] = {}
+    for points in polygons:
+        found.setdefault(points.round(6).tobytes(), points)
+    return list(found.values())
+
+
+def _cross(polygons: Sequence[NDArray[np.float64]], shape: tuple[int, int]) -> bool:
+    """Whether two overlap without one holding the other. Touching is no overlap."""
+    if len(polygons) < 2:
+        return False
+    masks = [inside_polygon(points, shape) for points in polygons]
+    if np.sum(masks, axis=0, dtype=np.int32).max() < 2:
+        return False
+    return any(
+        (both := int((one & other).sum())) and both not in (int(one.sum()), int(other.sum()))
+        for index, one in enumerate(masks)
+        for other in masks[index + 1 :]
+    )
