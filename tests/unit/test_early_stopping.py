@@ -35,6 +35,8 @@ class Clock:
     def monotonic(self) -> float:
         return self.now
 
+    perf_counter = monotonic
+
 
 class Ticking(Trainer):
     """A step takes a second of `clock`."""
