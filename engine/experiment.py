@@ -24,6 +24,7 @@ from engine.parallel import Progress
 from engine.plans import Configuration, Plans, read_plans
 from engine.preprocessed import PreprocessJob, preprocess_dataset
 from engine.preprocessing_needs import fitting_processes, needed_bytes
+from engine.split_extension import uncovered
 from engine.splits import SPLITS_JSON, Split, read_splits
 
 PLANS_JSON = "plans.json"
@@ -71,7 +72,8 @@ class Experiment:
         if fold == ALL:
             return Split(train=names, val=names)
         splits = self.splits()
-        if not fold.isdecimal() or int(fold) >= len(splits):
+        # "00" would be trained beside "0".
+        if not fold.isdecimal() or int(fold) >= len(splits) or str(int(fold)) != fold:
             raise DatasetInvalid(f"{SPLITS_JSON}: no fold {fold[:20]!r}; there are 0 to {len(splits) - 1}, and {ALL}")
         return splits[int(fold)]
 
@@ -115,6 +117,10 @@ class Experiment:
         """Cases that no fold of the splits validates: no network predicts them that was not trained on them."""
         validated = {name for split in self.splits() for name in split.val}
         return tuple(case.name for case in self.dataset.cases if case.name not in validated)
+
+    def in_no_fold(self) -> tuple[str, ...]:
+        """Cases that the splits do not know: no fold but `all` is trained or validated on them."""
+        return uncovered(self.splits(), [case.name for case in self.dataset.cases])
 
     def model_folder(self, results: Path, trainer: str, configuration: str) -> Path:
         return results / self.name / f"{trainer}__{self.plans.plans_name}__{configuration}"

@@ -17,14 +17,15 @@ starting it again.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -32,42 +33,43 @@ from torch import nn
 
 from engine.augmentation_profile import AugmentationPlan
 from engine.cascade_stage import StageFold
+from engine.case_pictures import draw_best_and_worst
 from engine.compilation import Compile
-from engine.dataset import read_case
+from engine.data_digest import data_digest
 from engine.errors import DatasetInvalid
 from engine.experiment import (
     ALL,
-    BEST_CASE,
     EPOCHS,
     LOG,
     LOGITS,
     PROGRESS,
     REQUEST,
     VALIDATION,
-    WORST_CASE,
     Experiment,
     check_disk,
     is_finished,
 )
+from engine.finished_fold import DATA, IDENTITY, refuse_other_training
 from engine.json_writer import write_json
 from engine.memory_probe import StepMemory, check_step, measure_step
-from engine.metrics import CaseMetrics, CompositeScore, composite_score
-from engine.nifti import read_label_map
+from engine.metrics import CompositeScore, composite_score
 from engine.parallel import Progress
+from engine.prediction_record import claim_predictions, forget_predictions
 from engine.preprocessed import open_case
 from engine.provenance import this_software
 from engine.schedule import Schedule
 from engine.sibling_folds import refuse_other_mirroring
 from engine.sides import Mirroring, MirrorPolicy, SidesPolicy, plan_mirroring
+from engine.sliding_window import WindowGrid
 from engine.splits import Split, hold_out
 from engine.training import Precision, Trainer, TrainingSetup
-from engine.training_checkpoint import FINAL, LATEST, init_args
+from engine.training_checkpoint import FINAL, LATEST, init_args, weights_digest
 from engine.training_lock import is_asked_to_stop, training_lock
-from engine.training_log import EpochRecord
-from engine.training_plots import draw_overlay, draw_progress
+from engine.training_log import EpochRecord, write_epochs
+from engine.training_plots import draw_progress
 from engine.training_processes import TrainingProcesses
 from engine.training_profile import TrainingProfile
-from engine.validation import ModelInTraining, TorchBackend, cases_named, measure_on, validate
+from engine.validation import STEP_SIZE, ModelInTraining, TorchBackend, cases_named, measure_on, validate
 
 _REDRAW_EVERY_S = 30.0
 # Of a checkpoint: the best, the latest or final one, and the next while it is written.
@@ -79,8 +81,9 @@ _BYTES = 8
 @dataclass(frozen=True, kw_only=True)
 class FoldRequest:
     """What is to be trained. The fold's own seed is `seed` plus its number, so that the members of an ensemble start
-    differently. `keeps_logits`: for ensembles of configurations (engine/selection.py). `probes`: a step's memory is
-    measured before the first (engine/memory_probe.py)."""
+    differently. `keeps_logits`: for ensembles of configurations (engine/selection.py). `any_precision`: a fold that is
+    finished may have been trained in another one. `probes`: a step's memory is measured before the first
+    (engine/memory_probe.py)."""
 
     experiment: Experiment
     results: Path
@@ -96,6 +99,7 @@ class FoldRequest:
     mirror: MirrorPolicy = "all"
     keeps_logits: bool = True
     loader_threads: int = 1
+    any_precision: bool = False
     compile: Compile = "auto"
     probes: bool = True
 
@@ -139,26 +143,23 @@ def train_fold(
 
     Several `processes` call this together; the first one writes all but the validation's cases, which they divide.
 
-    Raises TrainingRefused (another process trains it, its checkpoint is of another training, or the stage before it is
-    not trained), TrainingDiverged, DatasetInvalid, InputRejected, DiskTooSmall, MemoryExceeded, WorkerDied, OSError;
-    the last checkpoint stays.
+    Raises TrainingRefused (another process trains it, it is finished or half done and of another training, or the stage
+    before it is not trained), TrainingDiverged, DatasetInvalid, InputRejected, DiskTooSmall, MemoryExceeded,
+    WorkerDied, OSError; the last checkpoint stays.
     """
     processes, report = processes or TrainingProcesses(), report or FoldReport()
 
     def asked() -> bool:
         return stop() or is_asked_to_stop(request.folder)
 
-    def begin() -> bool:
-        request.experiment.prepare_model_folder(request.model_folder)
-        return is_finished(request.folder)
-
     with training_lock(request.folder) if processes.is_first else nullcontext():
-        if processes.on_first(begin):
-            return processes.on_first(
-                lambda: request.stage.complete(device=request.device, stop=asked, progress=report.case)
-            )
+        processes.on_first(lambda: request.experiment.prepare_model_folder(request.model_folder))
         fold = _Fold(request, asked, report, processes)
         try:
+            if processes.on_first(fold.is_finished):
+                return processes.on_first(
+                    lambda: request.stage.complete(device=request.device, stop=asked, progress=report.case)
+                )
             return fold.run()
         except Exception as error:
             fold.log(f"failed: {error}")
@@ -186,6 +187,15 @@ class _Fold:
         self._drawn = 0.0
         self._memory: StepMemory | None = None
 
+    def is_finished(self) -> bool:
+        """Trained and validated, with all that was asked for. Raises TrainingRefused where it is of another training
+        than what is asked for."""
+        folder = self.request.folder
+        if not is_finished(folder):
+            return False
+        refuse_other_training(folder, self._request_json(), any_precision=self.request.any_precision)
+        return not self.request.keeps_logits or all((folder / LOGITS / f"{n}.npy").exists() for n in self.split.val)
+
     def run(self) -> bool:
         request, setup = self.request, self._setup()
         self.processes.on_first(lambda: self._check_memory(setup))
@@ -194,7 +204,12 @@ class _Fold:
             self._check_disk(trainer.network)
             self._begin(trainer)
         judge = self._judge if self.held_out else None
-        if not trainer.run(stop=self.stop, report=lambda record: self._epoch(trainer, record), judge=judge):
+        if not trainer.run(
+            stop=self.stop,
+            report=lambda record: self._epoch(trainer, record),
+            judge=judge,
+            judge_batches=self._judge_batches(),
+        ):
             if self.processes.is_first:
                 self._write_epochs(trainer.records)
             self.log(f"stopped in epoch {trainer.epoch}; a checkpoint is written")
@@ -203,6 +218,8 @@ class _Fold:
             self._write_epochs(trainer.records)
             self._draw(trainer.records)
         self.log(f"trained for {len(trainer.records)} epochs; {len(self.split.val)} cases are validated")
+        weights = weights_digest(trainer.network.state_dict())
+        self.processes.on_first(lambda: self._claim_predictions(weights))
         measured = validate(
             self._model(trainer.network, self.mirror_axes),
             self.experiment.dataset,
@@ -220,8 +237,8 @@ class _Fold:
         score = composite_score(measured)
         self.log(f"validated: {describe(score)}")
         if self.processes.is_first:
-            self._draw_cases(measured)
-            write_json({**self._request_json(), "result": asdict(score)}, request.folder / REQUEST)
+            draw_best_and_worst(self.experiment.dataset, self.split.val, measured, request.folder)
+            write_json({**self._request_json(), "weights": weights, "result": asdict(score)}, request.folder / REQUEST)
         return True
 
     @property
@@ -325,6 +342,37 @@ class _Fold:
         self.log(str(self._memory))
         check_step(self._memory)
 
+    def _judge_batches(self) -> int:
+        """How many batches the hold-out's cases are as long as."""
+        data, configuration = self.experiment.data_folder(self.request.configuration), self.configuration
+        windows = 0
+        for name in self.held_out:
+            z, y, x = open_case(data, name, self.labels).image_CZYX.shape[1:]
+            grid = WindowGrid(shape=(z, y, x), patch_size=configuration.patch_size, step_size=STEP_SIZE)
+            windows += len(grid)
+        return math.ceil(windows / configuration.batch_size)
+
+    def _claim_predictions(self, weights: str) -> None:
+        """Predictions that are there stay if the same weights made them, from the same data in the same way."""
+        previous = None if self.previous is None else self.previous.digest
+        made_by = [weights, list(self.mirror_axes), previous, self._data[DATA]]
+        kept = claim_predictions(
+            self.request.folder / VALIDATION,
+            self.request.folder / LOGITS,
+            hashlib.sha256(json.dumps(made_by).encode()).hexdigest(),
+            cases_named(self.experiment.dataset, self.split.val),
+            file_ending=self.experiment.dataset.json.file_ending,
+        )
+        if not kept:
+            self.log("predictions of other weights are removed")
+
+    @cached_property
+    def _data(self) -> dict[str, object]:
+        """What training.json has of the data and the trainer, as they were when this run began."""
+        folder = self.experiment.data_folder(self.request.configuration)
+        cases = (*self.split.train, *self.held_out, *self.split.val)
+        return {DATA: data_digest(folder, cases), IDENTITY: self._setup().identity()}
+
     def _check_disk(self, network: nn.Module) -> None:
         needed = _CHECKPOINTS * _BYTES * sum(p.numel() for p in network.parameters())
         folder = self.request.folder
@@ -354,6 +402,7 @@ class _Fold:
             "train": list(self.split.train),
             "hold_out": list(self.held_out),
             "val": list(self.split.val),
+            **self._data,
         }
 
     def _begin(self, trainer: Trainer) -> None:
@@ -362,19 +411,37 @@ class _Fold:
         if trainer.is_finished:
             return
         where = "goes on" if (request.folder / LATEST).exists() else "begins"
+        if where == "begins":
+            ending = self.experiment.dataset.json.file_ending
+            forget_predictions(request.folder / VALIDATION, request.folder / LOGITS, file_ending=ending)
         self.log(
             f"{request.configuration}, fold {request.fold}: {where} at epoch {trainer.epoch} of {schedule.epochs} on "
             f"{request.device.type} in {request.precision}, {self.processes.size} process(es); "
             f"{len(self.split.train)} cases to train on, {len(self.held_out)} held out, {len(self.split.val)} to "
             "validate on"
         )
-        if self.mirroring.note:
-            self.log(self.mirroring.note)
+        for note in (self.mirroring.note, *self._notes()):
+            if note:
+                self.log(note)
         if (schedule.epochs, schedule.iterations) != (1000, 250):
             self.log(
                 f"nnU-Net cannot go on from these checkpoints with this schedule ({schedule.epochs} x "
                 f"{schedule.iterations}): its own trainer assumes 1000 epochs of 250 iterations"
             )
+
+    def _notes(self) -> list[str]:
+        """What is particular about the fold's cases."""
+        notes = []
+        both = set(self.held_out) & set(self.split.val)
+        if both:
+            notes.append(
+                f"{len(both)} held-out case(s) are validated too: the hold-out chose the weights and the fold `{ALL}` "
+                "was trained on the others, so that its validation says little"
+            )
+        left = () if self.request.fold == ALL else self.experiment.in_no_fold()
+        if left:
+            notes.append(f"{len(left)} case(s) of the dataset are in no fold ({left[0]}): see `seggate plan --splits`")
+        return notes
 
     def _epoch(self, trainer: Trainer, record: EpochRecord) -> None:
         whole = "" if record.hold_out is None else f"; hold-out: {describe(record.hold_out)}"
@@ -389,38 +456,11 @@ class _Fold:
         self.report.epoch(record, self.request.schedule.epochs)
 
     def _write_epochs(self, records: Sequence[EpochRecord]) -> None:
-        """All of them each time: what was lost with a killed process is not in the file either."""
-        path = self.request.folder / EPOCHS
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        partial.write_text("".join(json.dumps(_line(record)) + "\n" for record in records), encoding="utf-8")
-        partial.replace(path)
+        write_epochs(records, self.request.folder / EPOCHS)
 
     def _draw(self, records: Sequence[EpochRecord]) -> None:
         draw_progress(records, self.request.folder / PROGRESS, labels=[label.name for label in self.labels.foreground])
         self._drawn = time.monotonic()
-
-    def _draw_cases(self, measured: Sequence[CaseMetrics]) -> None:
-        """The best and the worst case of the validation, by the mean Dice of their labels."""
-        means: dict[str, float] = {}
-        for name, metrics in zip(self.split.val, measured, strict=True):
-            dice = composite_score([metrics]).dice
-            if dice is not None:
-                means[name] = dice
-        if not means:
-            return
-        dataset, ending = self.experiment.dataset, self.experiment.dataset.json.file_ending
-        best, worst = max(means, key=lambda name: means[name]), min(means, key=lambda name: means[name])
-        for name, what, file in ((best, "best", BEST_CASE), (worst, "worst", WORST_CASE)):
-            loaded = read_case(cases_named(dataset, [name])[0], dataset.json)
-            predicted = read_label_map(self.request.folder / VALIDATION / f"{name}{ending}")
-            draw_overlay(
-                loaded.volume.array[0],
-                loaded.labels.array,
-                predicted.reoriented(dataset.json.orientation)[0].array,
-                loaded.volume.geometry.spacing_mm,
-                f"{what} of {len(means)} cases: {name}, mean Dice {means[name]:.3f}; line: reference",
-                self.request.folder / file,
-            )
 
 
 def describe(score: CompositeScore) -> str:
@@ -428,7 +468,3 @@ def describe(score: CompositeScore) -> str:
     if score.dice is None or score.hd95_mm is None or score.surface_dice is None:
         return "no label on either side"
     return f"Dice {score.dice:.4f}, HD95 {score.hd95_mm:.2f} mm, surface Dice {score.surface_dice:.4f}"
-
-
-def _line(record: EpochRecord) -> dict[str, object]:
-    return {**record.as_plain(), "score": record.score}

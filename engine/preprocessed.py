@@ -4,7 +4,8 @@
       CASE.npy            float32 (C, Z, Y, X), network axes and spacing, normalised
       CASE_seg.npy        int16 (Z, Y, X); -1 = background outside the nonzero region
       CASE_locations.npz  per class or region ("1", "1,2") sampled voxels int32 (n, 4), as rows (0, z, y, x)
-      CASE.json           written last: shapes, spacing, box, and the stamp of what the case was made from
+      CASE.json           written last: shapes, spacing, box, the stamp of what the case was made from, and the digest
+                          of image and label map
 
 Arrays are mapped into memory, so that a patch costs the pages it lies on. A case whose stamp is right is not made
 again. Names and rules are nnU-Net v2's.
@@ -29,6 +30,7 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.data_digest import CONTENT, STAMP, content_digest
 from engine.dataset import Case, DatasetJson, read_case
 from engine.errors import DatasetInvalid
 from engine.json_reader import Reader, read_json
@@ -218,7 +220,8 @@ def _make_case(job: PreprocessJob, case: Case) -> int:
         _write(folder / f"{case.name}_locations.npz", partial(_save_all, arrays=stored))
         document = {
             "format": FORMAT,
-            "stamp": _stamp(job, configuration, case),
+            STAMP: _stamp(job, configuration, case),
+            CONTENT: content_digest(image, labels),
             **shapes,
             "shape": list(image.shape),
             "spacing": list(network_spacing_mm(spacing_mm, configuration)),
@@ -232,7 +235,7 @@ def _is_made(job: PreprocessJob, configuration: Configuration, case: Case) -> bo
     """Its arrays are opened too: after a power failure a file can be empty whose name is there."""
     folder = job.folders[configuration.name]
     try:
-        stamp = read_json(folder / f"{case.name}.json", error=DatasetInvalid).get("stamp")
+        stamp = read_json(folder / f"{case.name}.json", error=DatasetInvalid).get(STAMP)
         return stamp == _stamp(job, configuration, case) and bool(_open_own_case(folder, case.name))
     except DatasetInvalid:
         return False

@@ -5,7 +5,8 @@
     <results>/<dataset>/inference_information.json                  what was chosen
 
 A candidate is one model, or two joined by the mean of their probabilities; with the profile `article` all of them
-joined. The score is the mean Dice of the foreground. The winner's folder gets postprocessing.json.
+joined. The score is the mean Dice of the foreground (engine/candidate_score.py). The winner's folder gets
+postprocessing.json.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from typing import Any
 
 import numpy as np
 
+from engine.candidate_score import invented_voxels, mean_dice
 from engine.case_results import join_outputs, measure_prediction, network_logits, write_prediction
 from engine.dataset import DATASET_JSON, Case, DatasetJson, read_case
 from engine.errors import DatasetInvalid
 from engine.evaluation import Pair, Row
 from engine.experiment import LOGITS, PLANS_JSON, VALIDATION, Experiment
 from engine.json_writer import write_json
-from engine.metrics import SUMMARY, read_summary, summarize, summary, write_summary_document
+from engine.metrics import SUMMARY, summarize, summary, write_summary_document
 from engine.parallel import Progress, map_cases
 from engine.plans import Configuration, Plans
 from engine.postprocessing_search import (
@@ -40,6 +42,7 @@ from engine.postprocessing_search import (
 )
 from engine.preprocessing import crop_to_nonzero
 from engine.training_profile import TrainingProfile
+from engine.validated_fold import ValidatedFold
 
 INFORMATION_JSON = "inference_information.json"
 
@@ -50,12 +53,18 @@ Report = Callable[[str], Progress]
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
     """One model, or several joined. `folder` has the predictions of every case and their summary; `score` is the mean
-    Dice of the foreground, None where a label is nowhere."""
+    Dice of the labels that the references have, None where they have none; `invented_voxels` are of other labels."""
 
     name: str
     configurations: tuple[str, ...]
     folder: Path
     score: float | None
+    invented_voxels: int
+
+    @property
+    def rank(self) -> tuple[float, int]:
+        """Higher is better: by the score, then by what is not invented."""
+        return -math.inf if self.score is None else self.score, -self.invented_voxels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +90,8 @@ def select_model(
     processes: int,
     report: Report = lambda _what: lambda _done, _total: None,
 ) -> Selection:
-    """Raises DatasetInvalid naming the fold that is not validated, or the case that is in none or in two of the folds;
-    InputRejected, WorkerDied."""
+    """Raises DatasetInvalid naming the fold that is not validated, or was on other cases than the splits name, or the
+    case that is in none or in two of the folds; InputRejected, WorkerDied."""
     selecting = _Selecting(experiment, results, profile, tuple(folds), processes, report)
     return selecting.run(tuple(configurations))
 
@@ -112,7 +121,9 @@ class _Selecting:
         for group in groups:
             if not set(group) & set(lacking):
                 candidates.append(self._ensemble(group))
-        best = max(candidates, key=lambda c: -math.inf if c.score is None else c.score)
+        best = max(candidates, key=lambda c: c.rank)
+        if best.score is None:
+            notes.append("the references have no label at all: nothing says which model is better")
         if self.profile.ensembles_everything:
             last = self._last_stages(configurations)
             best = next(c for c in candidates if c.configurations == last)
@@ -185,20 +196,22 @@ class _Selecting:
         folder = model / f"crossval_results_folds_{'_'.join(self.folds)}"
         self._begin(folder)
         entries = []
-        wanted = self._fold_of_case()
-        ending = self.experiment.dataset.json.file_ending
+        self._fold_of_case()
         for fold in self.folds:
-            for entry in read_summary(model / f"fold_{fold}" / VALIDATION / SUMMARY)["metric_per_case"]:
-                name = Path(entry["prediction_file"]).name
-                if name.removesuffix(ending) not in wanted:
-                    continue  # excluded since
-                # The folder may have been moved since its summary was written.
-                shutil.copy2(model / f"fold_{fold}" / VALIDATION / name, folder / name)
-                entries.append({**entry, "prediction_file": str(folder / name)})
+            validated = ValidatedFold(
+                folder=model / f"fold_{fold}",
+                split=self.experiment.split(fold),
+                dataset=self.experiment.dataset,
+            )
+            progress = self.report(f"{configuration}, fold {fold}: measured anew")
+            for entry in validated.entries(processes=self.processes, progress=progress):
+                path = Path(entry["prediction_file"])
+                shutil.copy2(path, folder / path.name)
+                entries.append({**entry, "prediction_file": str(folder / path.name)})
         entries.sort(key=lambda entry: str(entry["prediction_file"]))
         document = summarize(entries)
         write_summary_document(folder / SUMMARY, document)
-        return Candidate(name=model.name, configurations=(configuration,), folder=folder, score=_score(document))
+        return _candidate(model.name, (configuration,), folder, document)
 
     def _ensemble(self, group: tuple[str, ...]) -> Candidate:
         """The mean of the configurations' probabilities, from the logits that their folds kept."""
@@ -229,7 +242,7 @@ class _Selecting:
         )
         document = summary(rows)
         write_summary_document(folder / SUMMARY, document)
-        return Candidate(name=title, configurations=group, folder=folder, score=_score(document))
+        return _candidate(title, group, folder, document)
 
     def _has_logits(self, configuration: str) -> bool:
         model = self._model_folder(configuration)
@@ -268,8 +281,8 @@ class _Selecting:
                 "ensembling_allowed": True,
                 "all_results": {c.name: c.score for c in candidates},
                 "best_model_or_ensemble": {
-                    "result_on_crossval_pre_pp": _score(found.before),
-                    "result_on_crossval_post_pp": _score(found.after),
+                    "result_on_crossval_pre_pp": mean_dice(found.before),
+                    "result_on_crossval_post_pp": mean_dice(found.after),
                     "postprocessing_file": str(best.folder / POSTPROCESSING_JSON),
                     "some_plans_file": str(best.folder / PLANS_JSON),
                     "selected_model_or_models": selected,
@@ -307,6 +320,11 @@ def _join(job: _Join, case: Case) -> Row:
     return str(case.label), str(path), dict(measure_prediction(path, loaded, job.dataset_json))
 
 
-def _score(document: Mapping[str, Any]) -> float | None:
-    score = float(document["foreground_mean"]["Dice"])
-    return None if math.isnan(score) else score
+def _candidate(name: str, configurations: tuple[str, ...], folder: Path, document: Mapping[str, Any]) -> Candidate:
+    return Candidate(
+        name=name,
+        configurations=configurations,
+        folder=folder,
+        score=mean_dice(document),
+        invented_voxels=invented_voxels(document),
+    )

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +25,8 @@ from engine.allocator import freed_memory_kept
 from engine.augmentation_profile import AugmentationPlan
 from engine.batches import Batch, BatchSource, BatchStream
 from engine.compilation import ChosenForward, Compile, Forward, resolved
+from engine.data_digest import data_digest
+from engine.determinism import determinism
 from engine.errors import TrainingDiverged, TrainingRefused
 from engine.labels import LabelManager
 from engine.loss import BatchShare, SegmentationLoss, deep_supervision_weights
@@ -37,6 +39,7 @@ from engine.sampling import PatchSampler
 from engine.schedule import Schedule
 from engine.stage_predictions import PreviousStage
 from engine.training_checkpoint import BEST, FINAL, LATEST, TrainingState, read_state, write_state
+from engine.training_identity import difference
 from engine.training_log import EpochRecord, averages, best_judged, epochs_without_gain, nnunet_logging
 from engine.training_processes import TrainingProcesses
 
@@ -84,7 +87,8 @@ class TrainingSetup:
         return self.channels + len(self.augmentation.previous_labels)
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same for a training to go on; plain values. Time budget and device may change."""
+        """What must be the same for a training to go on, its cases' arrays among it; plain values. Time budget and
+        device may change. Raises DatasetInvalid when a case is not there."""
         schedule = self.schedule
         return {
             "configuration": self.configuration.name,
@@ -93,6 +97,7 @@ class TrainingSetup:
             "augmentation": _digest(self.augmentation),
             "training cases": _digest(self.training_cases),
             "validation cases": _digest(self.validation_cases),
+            "training data": data_digest(self.folder, (*self.training_cases, *self.validation_cases)),
             "previous stage": None if self.previous is None else self.previous.digest,
             "seed": self.seed,
             "epochs": schedule.epochs,
@@ -154,6 +159,8 @@ class Trainer:
         self._spent_s = 0.0  # in this epoch, before `_since`
         self._since = time.monotonic()
         self._validation_s: float | None = None
+        self._judge_s: float | None = None
+        self._judge_batches = 0
         self._save_every_s, self._last_saved, self._saving_s = save_every_s, self._since, 0.0
         architecture, schedule = setup.configuration.architecture, setup.schedule
         network = build_network(
@@ -191,35 +198,48 @@ class Trainer:
     def is_finished(self) -> bool:
         return (self.folder / FINAL).exists()
 
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """Of the data as it is when the training begins or goes on."""
+        return self.setup.identity()
+
     def run(
         self,
         *,
         stop: Callable[[], bool] = lambda: False,
         report: Callable[[EpochRecord], None] = lambda _record: None,
         judge: Judge | None = None,
+        judge_batches: int = 0,
     ) -> bool:
         """Trains until the schedule ends (True) or `stop` says so (False), with a checkpoint either way; `report` gets
         each epoch's record.
 
         With `judge` the best checkpoint is that of the lowest composite score, the training ends after the schedule's
-        `patience` epochs without a lower one, and the final checkpoint has the best one's weights.
+        `patience` epochs without a lower one, and the final checkpoint has the best one's weights. `judge_batches`: how
+        many batches it is as long as, for the time that a budget keeps for it until it was measured.
 
-        Raises TrainingDiverged, DatasetInvalid, and OSError when a checkpoint cannot be written; the last checkpoint
-        stays in each case.
+        Raises TrainingDiverged, DatasetInvalid, TrainingRefused when the best checkpoint is of another training, and
+        OSError when a checkpoint cannot be written; the last checkpoint stays in each case.
         """
         if self.is_finished:
             return True
+        self._judge_batches = judge_batches
+        if not (self.folder / LATEST).exists():
+            # It is of a training that was here before, and this one may never have a score.
+            (self.folder / BEST).unlink(missing_ok=True)
+        _ = self.identity  # of the data that is opened now
         stop = self.processes.agreed(stop)
         self._since = self._last_saved = time.monotonic()
         with (
             freed_memory_kept(),
-            _determinism(self.setup.deterministic),
+            determinism(self.setup.deterministic),
             BatchStream(self.source("training"), threads=self.setup.loader_threads) as batches,
             BatchStream(self.source("validation"), threads=self.setup.loader_threads) as held_out,
         ):
-            while self._agreed_progress() < 1:
+            # An epoch that was stopped after the budget's last step still has to be validated.
+            while self._losses or self._agreed_progress() < 1:
                 found = self._validate(held_out, stop) if self._train_epoch(batches, stop) else None
-                whole = judge(self.network, self.epoch) if judge is not None and found is not None else None
+                whole = self._judged(judge) if judge is not None and found is not None else None
                 if found is None or (judge is not None and stop()):
                     self._save(LATEST)
                     return False
@@ -227,7 +247,7 @@ class Trainer:
                 if self.processes.is_first:
                     report(record)
         if judge is not None and (self.folder / BEST).exists():
-            best = read_state(self.folder / BEST)
+            best = self._best()
             self.network.load_state_dict(best.weights, strict=True)
             self.optimizer.load_state_dict(dict(best.optimizer))
         self._save(FINAL)
@@ -245,11 +265,16 @@ class Trainer:
         patience = self.setup.schedule.patience
         if patience is not None and epochs_without_gain(self.records) >= patience:
             return 1.0
-        steps_s = self._epoch_s() / max(1, self.iteration)
-        # Until a validation was measured: a batch of it costs less than half a step, which goes backward as well.
-        validation_s = self._validation_s or self.setup.schedule.validation_iterations * steps_s / 2
+        # Until it was measured: a batch without its way backward costs half a step.
+        batch_s = self._epoch_s() / max(1, self.iteration) / 2
+        schedule, validation_s, judge_s = self.setup.schedule, self._validation_s, self._judge_s
+        reserved_s = batch_s * self._judge_batches if judge_s is None else judge_s
+        reserved_s += batch_s * schedule.validation_iterations if validation_s is None else validation_s
+        if validation_s is None and schedule.budget_s is not None:
+            # The first steps may be slow.
+            reserved_s = min(reserved_s, schedule.budget_s / 2)
         spent_s = sum(record.seconds for record in self.records) + self._epoch_s()
-        return self.setup.schedule.progress(self.epoch, spent_s, validation_s + 2 * self._saving_s)
+        return schedule.progress(self.epoch, spent_s, reserved_s + 2 * self._saving_s)
 
     def _agreed_progress(self) -> float:
         """By the first process's clock."""
@@ -329,6 +354,24 @@ class Trainer:
         self.processes.add_up(torch.from_numpy(dice.counts))
         return float(total) / len(losses), dice.per_class
 
+    def _judged(self, judge: Judge) -> CompositeScore | None:
+        started = time.monotonic()
+        whole = judge(self.network, self.epoch)
+        if whole is not None:
+            self._judge_s = time.monotonic() - started
+        return whole
+
+    def _best(self) -> TrainingState:
+        """The best checkpoint. Raises TrainingRefused when it is not this training's, which keeps its latest."""
+        best = read_state(self.folder / BEST)
+        found = difference(best.own["identity"], self.identity)
+        if found is not None:
+            self._save(LATEST)
+            raise TrainingRefused(
+                f"{self.folder.name}/{BEST} is of another training ({found}); remove this fold, and train it again"
+            )
+        return best
+
     def _close_epoch(
         self, validation_loss: float, dice: tuple[float | None, ...], whole: CompositeScore | None, *, judged: bool
     ) -> EpochRecord:
@@ -403,12 +446,13 @@ class Trainer:
             init_args=self.setup.init_args,
             mirror_axes=self.setup.augmentation.inference_mirror_axes,
             own={
-                "identity": self.setup.identity(),
+                "identity": self.identity,
                 "threads": torch.get_num_threads(),
                 "processes": self.processes.size,
                 "iteration": self.iteration,
                 "losses": list(self._losses),
                 "spent_s": self._epoch_s(),
+                "judge_s": self._judge_s,
                 "records": [record.as_plain() for record in self.records],
             },
         )
@@ -419,13 +463,11 @@ class Trainer:
     def _resume(self, name: str) -> None:
         state = read_state(self.folder / name)
         own, where = state.own, f"{self.folder.name}/{name}"
-        for key, value in self.setup.identity().items():
-            before = own["identity"].get(key)
-            if before != value:
-                raise TrainingRefused(
-                    f"{where} is of another training ({key}: {before!r} then, {value!r} now); train into another "
-                    "folder, or remove this one"
-                )
+        found = difference(own["identity"], self.identity)
+        if found is not None:
+            raise TrainingRefused(
+                f"{where} is of another training ({found}); train into another folder, or remove this one"
+            )
         now = {"thread": torch.get_num_threads(), "process": self.processes.size}
         for what, number in now.items():
             before = own.get(f"{what}s", 1)
@@ -439,24 +481,10 @@ class Trainer:
             self._scaler.load_state_dict(dict(state.scaler))
         self.epoch, self.iteration = state.epoch, own["iteration"]
         self._best_ema, self._losses, self._spent_s = state.best_ema, list(own["losses"]), own["spent_s"]
+        self._judge_s = own.get("judge_s")
         self.records = [EpochRecord.from_plain(record) for record in own["records"]]
 
 
 def _digest(*parts: object) -> str:
     """Of data classes and tuples, whose text has all that is in them."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
-
-
-@contextmanager
-def _determinism(wanted: bool) -> Iterator[None]:
-    if wanted:
-        # cuBLAS adds up in the same order only with a workspace of its own for each stream.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    torch.use_deterministic_algorithms(wanted or before[0])
-    torch.backends.cudnn.benchmark = not wanted
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch.backends.cudnn.benchmark = before[1]

@@ -9,6 +9,7 @@ learning rate of a shorter training cannot be carried over.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -101,6 +102,15 @@ def read_state(path: Path) -> TrainingState:
         mirror_axes=checkpoint.mirror_axes,
         own=own,
     )
+
+
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """Changes with any weight, and with nothing else."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def _contiguous(optimizer: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from engine.metrics import CompositeScore
@@ -48,6 +51,15 @@ class EpochRecord:
                 "hold_out": None if whole is None else CompositeScore(**whole),
             }
         )
+
+
+def write_epochs(records: Sequence[EpochRecord], path: Path) -> None:
+    """One epoch a line, with its score; all of them each time: what was lost with a killed process is not in the file
+    either."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    lines = (json.dumps({**record.as_plain(), "score": record.score}) + "\n" for record in records)
+    partial.write_text("".join(lines), encoding="utf-8")
+    partial.replace(path)
 
 
 def best_judged(records: Sequence[EpochRecord]) -> EpochRecord | None:

@@ -37,7 +37,7 @@ from engine.stage_predictions import NextStage, PreviousStage
 from engine.training_processes import TrainingProcesses
 from engine.volume import LabelMap, Volume
 
-_STEP_SIZE = 0.5
+STEP_SIZE = 0.5
 
 FloatArray = NDArray[np.float32]
 
@@ -108,7 +108,7 @@ class ModelInTraining:
         grid = WindowGrid(
             shape=network_shape(cropped.shape, cropped.spacing_mm, self.configuration),
             patch_size=self.configuration.patch_size,
-            step_size=_STEP_SIZE,
+            step_size=STEP_SIZE,
         )
         logits = [
             predict_logits(image, grid, backend, heads=self.labels.num_heads, mirror_axes=self.mirror_axes)

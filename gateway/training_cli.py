@@ -89,10 +89,10 @@ def plan(
         str | None, typer.Option(help="Name of the plans. Default: the planner's and profile's.")
     ] = None,
     splits: Annotated[
-        Literal["nnunet", "stratified"] | None,
+        Literal["nnunet", "stratified", "extend"] | None,
         typer.Option(
             help="Folds: nnU-Net's random ones, or whole patients evened out by volume and labels. Default: stratified "
-            "where dataset.json names patients, else nnunet."
+            "where dataset.json names patients, else nnunet. extend: new cases join the folds that are there."
         ),
     ] = None,
     fingerprint: Annotated[

@@ -11,13 +11,14 @@ from rich.progress import Progress
 
 from engine.baseline_extraction import extract_baseline
 from engine.bundle import Bundle
+from engine.bundle_versions import FIRST, find_bundle, made_of, next_version, note_bundle
 from engine.calibration_cases import calibrate_bundle, describe
 from engine.calibration_file import calibration_document
 from engine.errors import EngineError
 from engine.experiment import Experiment, open_experiment
 from engine.manifest import Ensemble, Weights
 from engine.model_card import ModelCard, read_card
-from engine.model_figures import complete_card, read_choice
+from engine.model_figures import Chosen, complete_card, read_choice
 from engine.parallel import default_processes
 from engine.quality_estimate import Calibration
 from engine.sanity_making import dataset_cases
@@ -107,7 +108,7 @@ def export_chosen(
     site_cases = dataset_cases(experiment.dataset, sanity_cases)
     with progress_bar("intensities", hidden=hide_bar) as advance:
         baseline = extract_baseline(experiment, processes=processes or default_processes(), progress=advance)
-    ensemble: Ensemble = "probabilities-of-folds" if chosen.trainer in _JOINED_APART else "probabilities"
+    ensemble = _ensemble(chosen)
     with Progress(console=Console(stderr=True), disable=hide_bar, transient=True) as bar:
         task = bar.add_task("exporting", total=1.0)
 
@@ -124,7 +125,7 @@ def export_chosen(
 
         if not calibrates:
             notes.append("--no-calibration: the gateway will not estimate the quality of this model's results")
-        return import_model(
+        bundle = import_model(
             results / experiment.name,
             out,
             name=name,
@@ -140,10 +141,28 @@ def export_chosen(
             progress=lambda share, what: bar.update(task, completed=share, description=what),
             notice=notes.append,
         )
+    if out.absolute().parent == bundles_folder(experiment, results).absolute():
+        note_bundle(bundle, made_of(experiment, results, chosen, ensemble=ensemble))
+    return bundle
+
+
+def newest_bundle(experiment: Experiment, results: Path) -> tuple[Any | None, str, str]:
+    """The bundle of what is selected if it is there, else None; the version that a new one has, and why."""
+    chosen, folder = read_choice(experiment, results), bundles_folder(experiment, results)
+    wanted = made_of(experiment, results, chosen, ensemble=_ensemble(chosen))
+    return find_bundle(folder, wanted), *next_version(folder, wanted)
+
+
+def _ensemble(chosen: Chosen) -> Ensemble:
+    return "probabilities-of-folds" if chosen.trainer in _JOINED_APART else "probabilities"
+
+
+def bundles_folder(experiment: Experiment, results: Path) -> Path:
+    return results / experiment.name / "bundles"
 
 
 def default_folder(experiment: Experiment, results: Path, semver: str | None) -> Path:
-    return results / experiment.name / "bundles" / (semver or "1.0.0")
+    return bundles_folder(experiment, results) / (semver or FIRST)
 
 
 def document(bundle: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from engine.fingerprint import FINGERPRINT_JSON, Fingerprint, extract_fingerprin
 from engine.parallel import default_processes
 from engine.planners import PROFILES, PlannerName, ProfileName
 from engine.planning import Planned, PlanRequest, plan_experiment, write_plans
+from engine.split_extension import extend_splits, uncovered
 from engine.splits import (
     FOLDS,
     SPLITS_JSON,
@@ -31,7 +33,7 @@ from gateway.training_device import DeviceName, PrecisionName, chosen_device, ch
 if TYPE_CHECKING:
     from engine.plan_probe import PlanProbe
 
-SplitsKind = Literal["nnunet", "stratified"]
+SplitsKind = Literal["nnunet", "stratified", "extend"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,10 +232,11 @@ def _write_plans(options: PlanOptions, name: str, planned: Planned) -> Path:
 def _splits(
     options: PlanOptions, dataset: RawDataset, fingerprint: Fingerprint, target: Path, notes: list[str]
 ) -> tuple[Split, ...]:
-    """The dataset's own splits, or new ones; those that are already there are kept. Empty for too small a dataset.
+    """The dataset's own splits, or new ones; those that are already there are kept, or extended by the cases that are
+    new. Empty for too small a dataset.
 
-    Raises DatasetInvalid when splits are there that differ from the dataset's own or from the kind asked for: what
-    was trained on them would no longer fit.
+    Raises DatasetInvalid when there are none to extend, or when splits are there that differ from the dataset's own or
+    from the kind asked for: what was trained on them would no longer fit.
     """
     names = [case.name for case in dataset.cases]
     read = partial(read_splits, cases=names, excluded=dataset.excluded_names)
@@ -245,6 +248,8 @@ def _splits(
         wanted = read(own)
     elif options.splits is None and target.exists():
         wanted = read(target)
+    elif options.splits == "extend":
+        return _extended(dataset, fingerprint, target, notes)
     elif len(names) < FOLDS and options.splits is None:
         notes.append(f"no {SPLITS_JSON}: {len(names)} case(s), {FOLDS} are needed; train the fold `all`")
         return ()
@@ -256,13 +261,44 @@ def _splits(
         raise DatasetInvalid(
             f"{target}: other splits are already there; remove the file, and train again what was trained on them"
         )
-    shared = set().union(*(patients_in_both(split, dataset.json.patients) for split in wanted))
+    _note_cases(wanted, dataset, notes)
+    return wanted
+
+
+def _extended(dataset: RawDataset, fingerprint: Fingerprint, target: Path, notes: list[str]) -> tuple[Split, ...]:
+    names = [case.name for case in dataset.cases]
+    if not target.exists():
+        raise DatasetInvalid(f"--splits extend: {target} is not there; plan without it first")
+    before = read_splits(target, names, excluded=dataset.excluded_names)
+    new = uncovered(before, names)
+    wanted = extend_splits(before, fingerprint.cases, patients=dataset.json.patients)
+    if new:
+        notes.append(
+            f"{len(new)} new case(s) are in the folds now ({_first(new)}); what was trained on the old folds has to be "
+            "trained again"
+        )
+    _note_cases(wanted, dataset, notes)
+    return wanted
+
+
+def _note_cases(splits: tuple[Split, ...], dataset: RawDataset, notes: list[str]) -> None:
+    """What is amiss with the cases of these folds."""
+    left = uncovered(splits, [case.name for case in dataset.cases])
+    if left:
+        notes.append(
+            f"{len(left)} case(s) are in no fold: {_first(left)}; nothing but the fold `all` is trained on them. "
+            "--splits extend deals them to the folds, and leaves the others where they are"
+        )
+    shared = set().union(*(patients_in_both(split, dataset.json.patients) for split in splits))
     if shared:
         notes.append(
             f"{len(shared)} patient(s) are in training and validation of one fold, which makes validation too good; "
             "--splits stratified keeps patients together"
         )
-    return wanted
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _document(planned: Planned, written: dict[str, Path], notes: list[str]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from engine.experiment import Experiment, open_experiment, preprocess_experiment
 from engine.parallel import default_processes
 from engine.planners import ProfileName
 from engine.sides import MirrorPolicy, SidesPolicy
-from engine.training_lock import ask_to_stop, holder
+from engine.training_lock import ask_to_stop, holder, is_asked_to_stop, training_lock
 from engine.training_profile import TRAINING_PROFILES
 from gateway.commands.output import print_json, progress_bar, say, table
 from gateway.training_device import (
@@ -142,11 +142,8 @@ def run_folds(
         return stop.is_set() or is_orphaned()
 
     folders: list[Path] = []
-    configurations = [request.configuration for request in requests]
     hide_bar = hide_bar or not processes.is_first
-    if not processes.on_first(
-        lambda: preprocess_missing(experiment, configurations, options, asked, hide_bar=hide_bar)
-    ):
+    if not processes.on_first(lambda: _preprocess_for(requests, experiment, options, asked, hide_bar=hide_bar)):
         return "stopped", folders
     for request in requests:
         if processes.agreed(asked)():
@@ -159,6 +156,26 @@ def run_folds(
         if not finished:
             return "stopped", folders
     return "finished", folders
+
+
+def _preprocess_for(
+    requests: Sequence[FoldRequest],
+    experiment: Experiment,
+    options: TrainOptions,
+    stop: Callable[[], bool],
+    *,
+    hide_bar: bool,
+) -> bool:
+    """Holds the first fold meanwhile, so that `seggate train status` and `stop` see that it is at work."""
+    first = requests[0].folder
+    configurations = [request.configuration for request in requests]
+
+    def asked() -> bool:
+        return stop() or is_asked_to_stop(first)
+
+    with training_lock(first):
+        made = preprocess_missing(experiment, configurations, options, asked, hide_bar=hide_bar)
+        return made and not asked()
 
 
 def preprocess_missing(
@@ -220,6 +237,7 @@ def fold_requests(options: TrainOptions, experiment: Experiment, budget_s: float
             seed=options.seed,
             device=device,
             precision=chosen_precision(options.precision, device),
+            any_precision=options.precision == "auto",
             deterministic=options.deterministic,
             sides=options.sides,
             mirror=options.mirror,
@@ -253,6 +271,11 @@ def wrong_usage(options: TrainOptions) -> str | None:
         parse_budget(options.budget)
     except ValueError as error:
         return str(error)
+    if options.deterministic and options.budget is not None:
+        return (
+            "--budget and --deterministic exclude each other: within a budget the learning rate follows the clock, so "
+            "that no two runs are alike; give --epochs and --iterations instead"
+        )
     if options.patience is not None and TRAINING_PROFILES[options.profile].hold_out_share is None:
         return f"--patience needs a hold-out, which the profile {options.profile} does not have"
     if options.deterministic and options.compile == "on":

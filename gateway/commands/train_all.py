@@ -7,10 +7,8 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from engine.bundle import load_bundle
 from engine.errors import DatasetInvalid, EngineError
 from engine.experiment import Experiment, open_experiment
-from engine.manifest import MANIFEST
 from engine.model_card import ModelCard
 from engine.planners import plans_name
 from engine.training_profile import TRAINING_PROFILES
@@ -105,11 +103,15 @@ def _run(
     labels = experiment.dataset.json.labels
     if not as_json:
         select.present(selection, labels)
-    out = export.default_folder(experiment, options.results, None)
-    if (out / MANIFEST).exists():
-        bundle = load_bundle(out)
-        notes.append(f"{out} was there already; `seggate export --semver` makes another")
+    bundle, semver, why = export.newest_bundle(experiment, options.results)
+    if bundle is not None:
+        notes.append(
+            f"{bundle.root} was there already, of these very networks; `seggate export --semver` makes another"
+        )
     else:
+        out = export.default_folder(experiment, options.results, semver)
+        if why:
+            notes.append(f"{why}: this is {semver}")
         try:
             bundle = export.export_chosen(
                 experiment,
@@ -117,7 +119,7 @@ def _run(
                 out,
                 ModelCard(),
                 name=None,
-                semver=None,
+                semver=semver,
                 processes=options.processes,
                 calibrates=options.calibrates,
                 notes=notes,
@@ -125,7 +127,7 @@ def _run(
                 go_on=partial(_leave_when, stop),
             )
         except _Stopped:
-            return {"state": "stopped", "folds": rows}
+            return {"state": "stopped", "folds": rows, "notes": notes}
     if not as_json:
         for note in notes:
             say(f"note: {note}")

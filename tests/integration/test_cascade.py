@@ -126,7 +126,6 @@ def test_a_bundle_of_the_cascade_predicts_what_its_validation_did(trained: tuple
 def test_a_finished_fold_makes_predictions_that_are_missing_without_training(
     trained: tuple[Path, Any], tmp_path: Path, kept_logits: bool
 ) -> None:
-    """Even where another schedule is asked for: what is finished stays as it is."""
     root = tmp_path / "copy"
     shutil.copytree(trained[0], root)
     before, folder = _predictions(root), stage_folder(_model(root, LOWRES), CASCADE)
@@ -136,7 +135,8 @@ def test_a_finished_fold_makes_predictions_that_are_missing_without_training(
     if not kept_logits:
         for fold in ("fold_0", "fold_1"):
             shutil.rmtree(_model(root, LOWRES) / fold / "validation_logits")
-    assert _run(root, "train", str(root / NAME), "--configuration", LOWRES, *ONCE)["state"] == "finished"
+    words = SHORT if kept_logits else (*SHORT, "--no-keep-logits")
+    assert _run(root, "train", str(root / NAME), "--configuration", LOWRES, *words)["state"] == "finished"
     after = _predictions(root)
     assert final.stat().st_mtime_ns == written
     for name, (fold, labels) in before.items():

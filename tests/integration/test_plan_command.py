@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -240,6 +241,37 @@ def test_splits_that_are_there_are_kept_and_never_changed(tmp_path: Path, folder
     assert refused.exit_code == 1
     assert "other splits are already there" in refused.stderr
     assert _read(made / "splits_final.json") == own
+
+
+def test_new_cases_are_named_and_join_the_folds_when_they_are_asked_to(
+    tmp_path: Path, folder: Path, made: Path
+) -> None:
+    words = [str(folder), "--plans-only", "--processes", "1", "--json"]
+    assert _plan(tmp_path, *words).exit_code == 0
+    before = _read(made / "splits_final.json")
+    for sub, ending in (("imagesTr", "_0000.nii.gz"), ("labelsTr", ".nii.gz")):
+        shutil.copy(folder / sub / f"case_05{ending}", folder / sub / f"case_06{ending}")
+    document = _read(folder / "dataset.json")
+    (folder / "dataset.json").write_text(json.dumps({**document, "numTraining": 7}))
+    kept = json.loads(_plan(tmp_path, *words).stdout)
+    assert any("1 case(s) are in no fold: case_06;" in note for note in kept["notes"])
+    assert _read(made / "splits_final.json") == before
+    extended = json.loads(_plan(tmp_path, *words, "--splits", "extend").stdout)
+    assert any("1 new case(s) are in the folds now (case_06)" in note for note in extended["notes"])
+    after = _read(made / "splits_final.json")
+    assert sum("case_06" in fold["val"] for fold in after) == 1
+    assert sum("case_06" in fold["train"] for fold in after) == 4
+    without = [{side: [n for n in fold[side] if n != "case_06"] for side in fold} for fold in after]
+    assert without == [{side: sorted(fold[side]) for side in fold} for fold in before]
+    again = json.loads(_plan(tmp_path, *words, "--splits", "extend").stdout)
+    assert _read(made / "splits_final.json") == after
+    assert not any("case_06" in note for note in again["notes"])
+
+
+def test_splits_that_are_not_there_cannot_be_extended(tmp_path: Path, folder: Path) -> None:
+    ran = _plan(tmp_path, str(folder), "--splits", "extend", "--plans-only", "--processes", "1")
+    assert ran.exit_code == 1
+    assert "plan without it first" in ran.stderr
 
 
 def test_the_datasets_own_splits_are_taken(tmp_path: Path, folder: Path, made: Path) -> None:

@@ -21,6 +21,7 @@ import torch
 
 from engine.nifti import read_label_map
 from engine.result_folder import open_result
+from tests.support.raw_datasets import write_array
 from tests.support.tiny_experiment import NAME, planned, seggate, shown
 
 PREFIX = "nnUNetTrainer__nnUNetPlans__"
@@ -154,3 +155,31 @@ def test_a_fold_that_is_not_validated_is_named(tmp_path: Path, trained: Path) ->
     ran = seggate(copy, "select", str(copy / NAME))
     assert ran.exit_code == 0, ran.output
     assert "3d_fullres" in ran.stdout
+
+
+def test_a_fold_that_was_trained_on_other_splits_is_named(tmp_path: Path, trained: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(trained, copy)
+    splits = copy / "preprocessed" / NAME / "splits_final.json"
+    old = json.loads(splits.read_text())
+    names = sorted(old[0]["train"] + old[0]["val"])
+    splits.write_text(json.dumps([{"train": names[3:], "val": names[:3]}, {"train": names[:3], "val": names[3:]}]))
+    ran = seggate(copy, "select", str(copy / NAME), "--json")
+    assert ran.exit_code == 1
+    error = shown(ran)["error"]
+    assert (
+        "fold_0 is of other folds than those of splits_final.json (validation cases: case_01 now, case_04 then)"
+        in error
+    )
+
+
+def test_corrected_label_maps_are_measured_anew(tmp_path: Path, trained: Path, selected: Any) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(trained, copy)
+    for index in range(6):
+        labels = np.zeros((10, 16, 18), dtype=np.uint8)
+        labels[0, 0, :2] = 1, 2
+        write_array(copy / NAME / "labelsTr" / f"case_{index:02}.nii.gz", labels, (1.0, 1.0, 1.0))
+    found = shown(seggate(copy, "select", str(copy / NAME), "--json"))
+    assert found["candidates"].keys() == selected["candidates"].keys()
+    assert all(found["candidates"][name] < 0.1 < score for name, score in selected["candidates"].items())

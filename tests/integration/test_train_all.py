@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -101,13 +102,25 @@ def _kill_when(root: Path, raw: Path, happened: Any) -> None:
             process.kill()
 
 
-def test_a_folder_of_images_is_planned_first(tmp_path: Path) -> None:
+def test_a_folder_of_images_is_planned_first_and_each_model_gets_a_bundle_of_its_own(tmp_path: Path) -> None:
     raw = write_bright(tmp_path / NAME, cases=4, shape=(8, 14, 14))
     names = [f"case_{index:02}" for index in range(4)]
     (raw / "splits_final.json").write_text(json.dumps([{"train": names[1:], "val": names[:1]}]))
-    found = _all(tmp_path, raw, "--epochs", "1", "--iterations", "1", "--configuration", "2d")
+    words = ("--epochs", "1", "--iterations", "1", "--configuration", "2d", "--precision", "float32")
+    found = _all(tmp_path, raw, *words)
     assert (tmp_path / "preprocessed" / NAME / "nnUNetPlans.json").exists()
     assert load_bundle(Path(found["bundle"])).final_configurations[0].name == "2d"
+    again = _all(tmp_path, raw, *words)
+    assert again["bundle"] == found["bundle"]
+    assert "was there already, of these very networks" in again["notes"][-1]
+    # The same figures by other weights.
+    shutil.rmtree(next((tmp_path / "results").rglob("fold_0")))
+    other = _all(tmp_path, raw, *words, "--seed", "3")
+    assert (found["semver"], other["semver"]) == ("1.0.0", "1.1.0")
+    assert Path(other["bundle"]) == Path(found["bundle"]).with_name("1.1.0")
+    assert other["weights_digest"] != found["weights_digest"]
+    assert "1.0.0 is of other networks: this is 1.1.0" in other["notes"]
+    assert _all(tmp_path, raw, *words, "--seed", "3")["bundle"] == other["bundle"]
 
 
 def test_told_to_stop_while_quality_is_estimated_it_ends_without_a_bundle_and_goes_on(

@@ -7,14 +7,18 @@ import base64
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.support.peers import ROOT, require_peer
@@ -25,6 +29,7 @@ import torch
 
 from engine.training_checkpoint import BEST, FINAL, LATEST, read_state
 from engine.training_lock import training_lock
+from tests.support.raw_datasets import write_array
 from tests.support.tiny_experiment import NAME, planned, seggate, shown
 from tests.support.tiny_training import same_weights
 
@@ -67,6 +72,7 @@ def test_a_fold_leaves_checkpoints_validation_log_pictures_and_a_report(trained:
         "case_00.nii.gz",
         "case_02.nii.gz",
         "case_04.nii.gz",
+        "predicted_by.json",
         "summary.json",
     }
     for name in ("progress.png", "overlay_best.png", "overlay_worst.png"):
@@ -114,22 +120,32 @@ def test_a_killed_training_that_is_started_again_ends_as_one_that_was_not(tmp_pa
 
 def _run_until(root: Path, raw: Path, log: Path, line: str, number: int) -> int:
     """Trains in a process of its own, which gets the signal once the log has the line; returns its exit code."""
-    words = ["train", str(raw), "--fold", "0", *SHORT, "--results", str(root / "results")]
-    words += ["--preprocessed", str(root / "preprocessed"), "--processes", "1", "--no-probe"]
+    with _training(root, raw, *SHORT) as process:
+        _wait_for(log, line, process)
+        process.send_signal(number)
+        return process.wait(timeout=120)
+
+
+@contextmanager
+def _training(root: Path, raw: Path, *words: str) -> Iterator[subprocess.Popen[str]]:
+    """Fold 0 in a process of its own, killed in the end."""
+    command = [sys.executable, "-m", "gateway.cli", "train", str(raw), "--fold", "0", *words]
+    command += ["--results", str(root / "results"), "--preprocessed", str(root / "preprocessed"), "--processes", "1"]
+    command += ["--no-probe"]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'fhir'}:{os.environ.get('PYTHONPATH', '')}"}
-    with subprocess.Popen(
-        [sys.executable, "-m", "gateway.cli", *words], env=environment, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         try:
-            deadline = time.monotonic() + 60
-            while not (log.exists() and line in log.read_text()):
-                assert process.poll() is None, process.stderr and process.stderr.read()
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
-            process.send_signal(number)
-            return process.wait(timeout=60)
+            yield process
         finally:
             process.kill()
+
+
+def _wait_for(log: Path, line: str, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not (log.exists() and line in log.read_text()):
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 @pytest.mark.requirement("ART-06", open="a probe on a GPU")
@@ -231,15 +247,157 @@ def test_status_says_how_far_each_fold_is(trained: Path) -> None:
     assert seggate(trained, "train", "status", "Dataset902_None").exit_code == 1
 
 
-def test_another_schedule_for_a_finished_training_is_refused_with_what_differs(tmp_path: Path) -> None:
-    raw = planned(tmp_path)
-    folder = tmp_path / MODEL / "fold_0"
-    assert seggate(tmp_path, "train", str(raw), "--fold", "0", *SHORT, "--seed", "4").exit_code == 0
-    (folder / "training.json").write_text("{}")
-    ran = seggate(tmp_path, "train", str(raw), "--fold", "0", *SHORT, "--seed", "5", "--json")
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--seed", "5"], "seed: 0 then, 5 now"),
+        (["--epochs", "50"], "epochs: 2 then, 50 now"),
+        (["--iterations", "3"], "iterations: 2 then, 3 now"),
+        (["--precision", "bf16"], "precision: 'float32' then, 'bf16' now"),
+        (["--mirror", "none"], "mirror_axes: [0, 1, 2] then, [] now"),
+    ],
+)
+def test_a_finished_fold_refuses_another_training_with_what_differs_and_stays_as_it_is(
+    trained: Path, words: list[str], named: str
+) -> None:
+    folder = trained / MODEL / "fold_0"
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.suffix not in (".lock", ".txt")}
+    ran = seggate(trained, "train", str(trained / NAME), "--fold", "0", *SHORT, *words, "--json")
     assert ran.exit_code == 1
-    assert "seed: 4 then, 5 now" in shown(ran)["error"]
-    assert "failed: " in (folder / "training_log.txt").read_text()
+    assert named in shown(ran)["error"]
+    assert f"To train it again remove {folder}" in shown(ran)["error"]
+    assert named in (folder / "training_log.txt").read_text()
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path in before} == before
+
+
+def test_a_finished_fold_takes_any_precision_where_none_is_asked_for(trained: Path) -> None:
+    words = [word for word in SHORT if word not in ("--precision", "float32")]
+    ran = seggate(trained, "train", str(trained / NAME), "--fold", "0", *words, "--json")
+    assert ran.exit_code == 0, ran.output
+    assert shown(ran)["state"] == "finished"
+
+
+def test_a_finished_fold_notices_that_label_maps_were_corrected_and_that_its_splits_changed(
+    tmp_path: Path, trained: Path
+) -> None:
+    root = _copy(trained, tmp_path)
+    splits = root / "preprocessed" / NAME / "splits_final.json"
+    content = json.loads(splits.read_text())
+    splits.write_text(json.dumps([content[1], content[0]]))
+    ran = seggate(root, "train", str(root / NAME), "--fold", "0", *SHORT, "--json")
+    assert "validation cases: case_01, case_03, case_05 now, case_00, case_02, case_04 then" in shown(ran)["error"]
+    splits.write_text(json.dumps(content))
+    # A copy has other times; that alone is no change.
+    ran = seggate(root, "train", str(root / NAME), "--fold", "0", *SHORT, "--json")
+    assert ran.exit_code == 0, ran.output
+    labels = np.zeros((10, 16, 18), dtype=np.uint8)
+    labels[2:4, 2:4, 2:4] = 1
+    write_array(root / NAME / "labelsTr" / "case_00.nii.gz", labels, (1.0, 1.0, 1.0))
+    ran = seggate(root, "train", str(root / NAME), "--fold", "0", *SHORT, "--json")
+    assert ran.exit_code == 1
+    assert "images or label maps have changed since" in shown(ran)["error"]
+
+
+@pytest.fixture(scope="module")
+def other_seed(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same fold with another seed."""
+    root = _copy(trained, tmp_path_factory.mktemp("other"))
+    shutil.rmtree(root / MODEL)
+    ran = seggate(root, "train", str(root / NAME), "--fold", "0", *SHORT, "--seed", "9")
+    assert ran.exit_code == 0, ran.output
+    return root
+
+
+@pytest.mark.parametrize("exchanged", [False, True], ids=["trained again", "another's checkpoint"])
+def test_predictions_of_other_weights_are_never_a_validation(
+    tmp_path: Path, trained: Path, other_seed: Path, exchanged: bool
+) -> None:
+    root = _copy(trained, tmp_path)
+    fold, other = root / MODEL / "fold_0", other_seed / MODEL / "fold_0"
+    (fold / FINAL).unlink()
+    if exchanged:
+        shutil.copy(other / FINAL, fold)
+    request = json.loads((fold / "training.json").read_text())
+    del request["result"]
+    (fold / "training.json").write_text(json.dumps(request))
+    ran = seggate(root, "train", str(root / NAME), "--fold", "0", *SHORT, "--seed", "9")
+    assert ran.exit_code == 0, ran.output
+    for name in ("validation/case_00.nii.gz", "validation_logits/case_00.npy", "validation/predicted_by.json"):
+        same = (fold / name).read_bytes() == (other / name).read_bytes()
+        # The record has the times of the references, which a copy of the dataset has not.
+        assert same or name.endswith(".json"), name
+    means = [json.loads((f / "validation/summary.json").read_text())["mean"] for f in (fold, other)]
+    assert means[0] == means[1]
+    log = (fold / "training_log.txt").read_text()
+    assert ("predictions of other weights are removed" in log) == exchanged
+
+
+def test_logits_that_were_not_kept_are_made_when_they_are_asked_for(tmp_path: Path, trained: Path) -> None:
+    root = _copy(trained, tmp_path)
+    logits = root / MODEL / "fold_0" / "validation_logits"
+    kept = (logits / "case_00.npy").read_bytes()
+    shutil.rmtree(logits)
+    ran = seggate(root, "train", str(root / NAME), "--fold", "0", *SHORT, "--no-keep-logits")
+    assert ran.exit_code == 0, ran.output
+    assert not logits.exists()
+    ran = seggate(root, "train", str(root / NAME), "--fold", "0", *SHORT)
+    assert ran.exit_code == 0, ran.output
+    assert (logits / "case_00.npy").read_bytes() == kept
+    assert "result" in json.loads((root / MODEL / "fold_0" / "training.json").read_text())
+
+
+def _copy(root: Path, target: Path) -> Path:
+    """With other times."""
+    for name in (NAME, "preprocessed", "results"):
+        shutil.copytree(root / name, target / name, copy_function=shutil.copyfile)
+    return target
+
+
+def test_the_fold_all_of_the_article_says_that_its_hold_out_is_validated_too(tmp_path: Path) -> None:
+    raw = planned(tmp_path, profile="article", cases=4)
+    words = ["--profile", "article", "--configuration", "2d", "--epochs", "1", "--iterations", "1", "--threads", "1"]
+    ran = seggate(tmp_path, "train", str(raw), "--fold", "all", *words)
+    assert ran.exit_code == 0, ran.output
+    log = next((tmp_path / "results").rglob("fold_all/training_log.txt")).read_text()
+    assert "1 held-out case(s) are validated too" in log
+
+
+def test_train_stop_ends_a_running_training_with_a_checkpoint(tmp_path: Path) -> None:
+    raw = planned(tmp_path)
+    fold = tmp_path / MODEL / "fold_0"
+    words = ("--precision", "float32", "--threads", "1")  # 1000 epochs
+    with _training(tmp_path, raw, *words) as process:
+        _wait_for(fold / "training_log.txt", "begins at epoch 0", process)
+        ran = seggate(tmp_path, "train", "stop", str(raw))
+        assert ran.exit_code == 0, ran.output
+        assert f"asked to stop: {fold}" in " ".join(ran.output.split())
+        assert process.wait(timeout=120) == 0
+    assert (fold / LATEST).exists()
+    assert "stopped in epoch 0" in (fold / "training_log.txt").read_text()
+    assert not (fold / "stop").exists()
+
+
+def test_train_stop_ends_preprocessing_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = planned(tmp_path)
+    done: list[int] = []
+
+    def preprocess(
+        _experiment: Any, _configurations: Any, *, progress: Callable[[int, int], None], **_options: Any
+    ) -> int:
+        for case in range(6):
+            done.append(case)
+            if case == 2:
+                status = shown(seggate(tmp_path, "train", "status", str(raw), "--json"))
+                assert [row["state"] for row in status["folds"]] == ["running"]
+                assert seggate(tmp_path, "train", "stop", str(raw)).exit_code == 0
+            progress(case + 1, 6)
+        return 6
+
+    monkeypatch.setattr("gateway.commands.train.preprocess_experiment", preprocess)
+    ran = seggate(tmp_path, "train", str(raw), *SHORT, "--json")
+    assert ran.exit_code == 0, ran.output
+    assert shown(ran) == {"ok": True, "state": "stopped", "folds": []}
+    assert done == [0, 1, 2]
 
 
 def test_a_disk_that_is_too_small_is_refused_with_numbers_before_anything_is_trained(
@@ -258,6 +416,8 @@ def test_a_disk_that_is_too_small_is_refused_with_numbers_before_anything_is_tra
     ("words", "code", "named"),
     [
         (["--budget", "soon"], 2, "--budget 'soon'"),
+        (["--budget", "30m", "--deterministic"], 2, "the learning rate follows the clock"),
+        (["--fold", "00", "--epochs", "1", "--iterations", "1"], 1, "no fold '00'; there are 0 to 1"),
         (["--fold", "7"], 1, "no fold '7'; there are 0 to 1"),
         (["--deterministic", "--compile", "on"], 2, "which --deterministic excludes"),
         pytest.param(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +17,36 @@ require_peer("torch")
 import torch
 from torch import nn
 
+from engine.batches import Batch
+from engine.errors import TrainingRefused
 from engine.metrics import CompositeScore
 from engine.schedule import Schedule
 from engine.training import Trainer, TrainingSetup
 from engine.training_checkpoint import BEST, FINAL, LATEST, read_state
 from engine.training_log import EpochRecord, best_judged, epochs_without_gain
 from tests.support.tiny_training import same_weights, tiny_setup, weights
+
+
+class Clock:
+    """In the place of the module `time`."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    perf_counter = monotonic
+
+
+class Ticking(Trainer):
+    """A step takes a second of `clock`."""
+
+    clock: Clock
+
+    def step(self, batch: Batch) -> float:
+        self.clock.now += 1.0
+        return super().step(batch)
+
 
 DICE = (0.5, 0.8, 0.7, 0.6, 0.9, 0.9)
 
@@ -111,6 +136,54 @@ def test_a_hold_out_without_any_score_ends_with_the_last_weights(tmp_path: Path,
     assert trainer.run(judge=scripted([None, None]))
     assert not (tmp_path / BEST).exists()
     assert same_weights(read_state(tmp_path / FINAL).weights, weights(trainer))
+
+
+def test_the_best_checkpoint_of_another_training_is_never_taken(tmp_path: Path, setup: TrainingSetup) -> None:
+    assert Trainer(replace(setup, seed=8), tmp_path / "other").run(judge=scripted(DICE))
+    folder = tmp_path / "fold_0"
+    folder.mkdir()
+    shutil.copy(tmp_path / "other" / BEST, folder)
+    trainer = Trainer(replace(setup, schedule=replace(setup.schedule, epochs=2)), folder)
+    assert trainer.run(judge=scripted([None, None]))
+    assert same_weights(read_state(folder / FINAL).weights, weights(trainer))
+    assert not (folder / BEST).exists()
+
+
+def test_a_best_checkpoint_that_was_exchanged_meanwhile_is_refused_and_the_latest_stays(
+    tmp_path: Path, setup: TrainingSetup
+) -> None:
+    assert Trainer(replace(setup, seed=8), tmp_path / "other").run(judge=scripted(DICE))
+    trainer = Trainer(setup, tmp_path / "fold_0")
+
+    def judge(network: nn.Module, epoch: int) -> CompositeScore | None:
+        if epoch == 3:
+            shutil.copy(tmp_path / "other" / BEST, tmp_path / "fold_0")
+        return scripted(DICE)(network, epoch)
+
+    with pytest.raises(TrainingRefused, match=r"checkpoint_best\.pth is of another training \(seed: 8 then, 7 now\)"):
+        trainer.run(judge=judge)
+    assert {path.name for path in (tmp_path / "fold_0").iterdir()} == {BEST, LATEST}
+
+
+@pytest.mark.parametrize("iterations", [10, 100_000])
+def test_a_budget_keeps_time_for_the_hold_out(
+    tmp_path: Path, setup: TrainingSetup, monkeypatch: pytest.MonkeyPatch, iterations: int
+) -> None:
+    """With epochs that are short beside the budget and with one that is longer. By a clock that only steps (1 s) and
+    judgements (20 s, as said before) move."""
+    clock = Clock()
+    monkeypatch.setattr("engine.training.time", clock)
+    schedule = Schedule(epochs=1000, iterations=iterations, validation_iterations=1, budget_s=100.0)
+    trainer = Ticking(replace(setup, schedule=schedule, deterministic=False), tmp_path, save_every_s=1e9)
+    trainer.clock = clock
+
+    def judge(_network: nn.Module, _epoch: int) -> CompositeScore | None:
+        clock.now += 20.0
+        return whole(0.5)
+
+    assert trainer.run(judge=judge, judge_batches=40)
+    assert 80 <= sum(record.seconds for record in trainer.records) <= 101
+    assert trainer.records[-1].hold_out is not None
 
 
 def test_epochs_that_were_not_judged_count_for_the_patience_and_are_never_best() -> None:

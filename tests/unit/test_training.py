@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.support.peers import ROOT, require_peer
@@ -29,6 +31,7 @@ from engine.training import Trainer, TrainingSetup, default_precision
 from engine.training_checkpoint import BEST, FINAL, LATEST, read_state
 from engine.training_log import EpochRecord
 from tests.support.nnunet_results import TrainedModel
+from tests.support.raw_datasets import write_array
 from tests.support.tiny_training import CASES, SCHEDULE, TINY, same_weights, tiny_setup, weights
 
 STEPS = SCHEDULE.epochs * SCHEDULE.iterations
@@ -176,6 +179,26 @@ def test_another_training_in_the_same_folder_is_refused_with_what_differs(
     assert (tmp_path / LATEST).read_bytes() == kept
 
 
+def test_a_half_trained_fold_does_not_go_on_with_other_data(tmp_path: Path) -> None:
+    setup = tiny_setup(tmp_path)
+    Trainer(setup, tmp_path / "fold_0").run(stop=after(2))
+    label = tmp_path / "raw" / "Dataset901_Tiny" / "labelsTr" / f"{CASES[1]}.nii.gz"
+    labels = np.zeros((10, 16, 18), dtype=np.uint8)
+    labels[2:5, 2:5, 2:5] = 1
+    write_array(label, labels, (1.0, 1.0, 1.0))
+    with pytest.raises(TrainingRefused, match="of another training \\(training data: "):
+        Trainer(tiny_setup(tmp_path), tmp_path / "fold_0")
+
+
+def test_a_training_goes_on_in_a_copy_of_everything_made_anew(tmp_path: Path) -> None:
+    """Other paths, other times, preprocessed again."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    Trainer(tiny_setup(here), here / "fold_0").run(stop=after(2))
+    for name in ("raw", "fold_0"):
+        shutil.copytree(here / name, there / name, copy_function=shutil.copyfile)
+    assert Trainer(tiny_setup(there), there / "fold_0").iteration == 1
+
+
 class Patient(Trainer):
     """Steps that cost time."""
 
@@ -200,6 +223,21 @@ def test_a_budget_of_time_is_kept_and_the_rate_falls_to_zero_in_it(
     assert rates[-1] < 0.15 * schedule.learning_rate
     assert trainer.records[-1].validation_loss is not None
     assert (tmp_path / FINAL).exists()
+
+
+def test_a_stop_after_the_last_step_of_a_budget_leaves_its_epoch_to_be_validated(
+    tmp_path: Path, setup: TrainingSetup
+) -> None:
+    schedule = Schedule(epochs=10, iterations=100_000, validation_iterations=2, budget_s=1.0)
+    setup = replace(setup, schedule=schedule, deterministic=False)
+    trainer = Patient(setup, tmp_path)
+    assert not trainer.run(stop=lambda: not trainer.network.training)
+    assert trainer.iteration > 1
+    resumed = Trainer(setup, tmp_path)
+    assert resumed.iteration == trainer.iteration
+    assert resumed.progress() == 1
+    assert resumed.run()
+    assert [record.epoch for record in resumed.records] == [0]
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_valid(tmp_path: Path, setup: TrainingSetup) -> None:

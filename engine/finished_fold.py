@@ -1,0 +1,47 @@
+"""A finished fold against what is asked for: it is left as it is only where it would be trained alike again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from engine.errors import DatasetInvalid, TrainingRefused
+from engine.experiment import REQUEST
+from engine.json_reader import read_json
+from engine.training_identity import changed_cases, differences
+
+DATA, IDENTITY, SCHEDULE, PRECISION = "data", "identity", "schedule", "precision"
+"""Keys of training.json: digest of all the fold's cases (engine/data_digest.py), the trainer's identity."""
+_CASES = {"train": "training cases", "hold_out": "held-out cases", "val": "validation cases"}
+_PLAIN = ("profile", "seed", "deterministic", "mirror_axes", "inference_mirror_axes")
+# Of the identity, what nothing else says.
+_DIGESTS = ("plans", "labels", "augmentation", "previous stage", "optimiser")
+
+
+def refuse_other_training(folder: Path, asked: Mapping[str, Any], *, any_precision: bool = False) -> None:
+    """Raises TrainingRefused with everything in which `asked` (what training.json would say now) differs from the
+    finished fold's training.json. `any_precision`: none was asked for, each will do.
+
+    What an earlier version did not note is not compared.
+    """
+    found = _differences(read_json(folder / REQUEST, error=DatasetInvalid), asked, any_precision=any_precision)
+    if found:
+        raise TrainingRefused(
+            f"{folder.parent.name}/{folder.name} is finished and is of another training ({'; '.join(found)}). To train "
+            f"it again remove {folder}, or choose another --results; to keep it, ask for what it was trained with"
+        )
+
+
+def _differences(before: Mapping[str, Any], asked: Mapping[str, Any], *, any_precision: bool) -> list[str]:
+    plain = [*_PLAIN, *([] if any_precision else [PRECISION])]
+    found = differences(before.get(SCHEDULE, {}), asked[SCHEDULE])
+    found += differences(before, {key: asked[key] for key in plain})
+    cases = [changed_cases(words, before.get(key, asked[key]), asked[key]) for key, words in _CASES.items()]
+    found += [text for text in cases if text is not None]
+    if not found:
+        identity = asked[IDENTITY]
+        found = differences(before.get(IDENTITY, {}), {key: identity[key] for key in _DIGESTS})
+    if not any(cases) and before.get(DATA, asked[DATA]) != asked[DATA]:
+        found.append("images or label maps have changed since")
+    return found
