@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,10 +98,9 @@ def export_chosen(
     calibrates: bool,
     notes: list[str],
     hide_bar: bool,
-    go_on: Callable[[], None] = lambda: None,
 ) -> Any:
-    """The bundle (engine.bundle.Bundle). `sanity_cases` are names of the dataset's cases. `go_on` is called after each
-    calibrated case; what it raises ends the export without a bundle, and another one goes on there. Raises what
+    """The bundle (engine.bundle.Bundle). `sanity_cases` are names of the dataset's cases. Ended at any point, it
+    leaves no bundle, and another one goes on with the cases that were calibrated. Raises what
     `engine.export.import_model` does, DatasetInvalid when nothing is selected or a name is no case."""
     import_model = importer("exporting a model")
     chosen = read_choice(experiment, results)
@@ -117,7 +116,6 @@ def export_chosen(
 
             def advance(done: int, total: int) -> None:
                 bar.update(cases, completed=done, total=total, description=f"estimating quality {done}/{total}")
-                go_on()
 
             found = calibrate_bundle(staged, experiment, chosen.folds, results, progress=advance)
             notes.extend(found.notes)

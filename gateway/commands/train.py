@@ -6,13 +6,11 @@ import json
 import math
 import os
 import re
-import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
@@ -26,6 +24,7 @@ from engine.sides import MirrorPolicy, SidesPolicy
 from engine.training_lock import ask_to_stop, holder, is_asked_to_stop, training_lock
 from engine.training_profile import TRAINING_PROFILES
 from gateway.commands.output import print_json, progress_bar, say, table
+from gateway.stop_signal import stop_requests
 from gateway.training_device import (
     DeviceName,
     PrecisionName,
@@ -292,25 +291,6 @@ def parse_budget(text: str | None) -> float | None:
     if not seconds:
         raise ValueError(f"--budget {text!r}: a time like 90s, 30m, 2h or 1h30m is needed")
     return float(seconds)
-
-
-@contextmanager
-def stop_requests() -> Iterator[threading.Event]:
-    """Set by SIGTERM and Ctrl-C: a training then writes its checkpoint and ends. A second one ends the process."""
-    asked = threading.Event()
-    before: dict[int, Any] = {}
-
-    def ask(number: int, _frame: FrameType | None) -> None:
-        asked.set()
-        signal.signal(number, before[number])
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        before[number] = signal.signal(number, ask)
-    try:
-        yield asked
-    finally:
-        for known, handler in before.items():
-            signal.signal(known, handler)
 
 
 def failed(what: str, error: Exception, *, as_json: bool) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import DatasetInvalid, EngineError
@@ -24,18 +25,14 @@ from gateway.commands.train import (
     parse_budget,
     present_folds,
     run_folds,
-    stop_requests,
     wrong_usage,
 )
+from gateway.stop_signal import StopRequested, raised_when_stopped, stop_requests
 from gateway.training_device import training_processes
 from gateway.training_launcher import is_launched
 
 if TYPE_CHECKING:
     from engine.training_processes import TrainingProcesses
-
-
-class _Stopped(Exception):
-    """Leaves the export between two cases."""
 
 
 def train_all(options: TrainOptions, *, as_json: bool) -> int:
@@ -76,7 +73,9 @@ def _run(
     options: TrainOptions, stop: threading.Event, processes: TrainingProcesses, *, as_json: bool
 ) -> dict[str, Any] | None:
     """What `--json` prints; None in all processes of the training but the first, which plans, selects and exports."""
-    name = processes.on_first(lambda: _plan(options, hide_bar=as_json))
+    name = processes.on_first(lambda: _planned(options, stop, hide_bar=as_json))
+    if name is None:
+        return {"state": "stopped", "folds": [], "notes": []} if processes.is_first else None
     experiment = open_experiment(options.folder, options.preprocessed, plans_name=name, name=options.dataset_name)
     notes: list[str] = []
     configurations = experiment.in_stage_order(options.configurations or _trainable(experiment, notes))
@@ -89,8 +88,29 @@ def _run(
     rows = fold_rows(folders)
     if not as_json:
         present_folds(rows)
-    if state == "stopped":
-        return {"state": state, "folds": rows, "notes": notes}
+    made = None
+    if state == "finished":
+        with suppress(StopRequested), raised_when_stopped(stop):
+            made = _model_of(experiment, configurations, options, notes, as_json=as_json)
+    if made is None:
+        return {"state": "stopped", "folds": rows, "notes": notes}
+    if not as_json:
+        for note in notes:
+            say(f"note: {note}")
+    return {"state": state, "folds": rows, **made, "notes": notes}
+
+
+def _planned(options: TrainOptions, stop: threading.Event, *, hide_bar: bool) -> str | None:
+    """The name of the plans; None when it was told to stop."""
+    with suppress(StopRequested), raised_when_stopped(stop):
+        return _plan(options, hide_bar=hide_bar)
+    return None
+
+
+def _model_of(
+    experiment: Experiment, configurations: Sequence[str], options: TrainOptions, notes: list[str], *, as_json: bool
+) -> dict[str, Any]:
+    """Selects and exports; what `--json` prints of both."""
     selection = select.select_trained(
         experiment,
         options.results,
@@ -112,32 +132,19 @@ def _run(
         out = export.default_folder(experiment, options.results, semver)
         if why:
             notes.append(f"{why}: this is {semver}")
-        try:
-            bundle = export.export_chosen(
-                experiment,
-                options.results,
-                out,
-                ModelCard(),
-                name=None,
-                semver=semver,
-                processes=options.processes,
-                calibrates=options.calibrates,
-                notes=notes,
-                hide_bar=as_json,
-                go_on=partial(_leave_when, stop),
-            )
-        except _Stopped:
-            return {"state": "stopped", "folds": rows, "notes": notes}
-    if not as_json:
-        for note in notes:
-            say(f"note: {note}")
-    return {
-        "state": state,
-        "folds": rows,
-        "selection": select.document(selection, labels),
-        **export.document(bundle),
-        "notes": notes,
-    }
+        bundle = export.export_chosen(
+            experiment,
+            options.results,
+            out,
+            ModelCard(),
+            name=None,
+            semver=semver,
+            processes=options.processes,
+            calibrates=options.calibrates,
+            notes=notes,
+            hide_bar=as_json,
+        )
+    return {"selection": select.document(selection, labels), **export.document(bundle)}
 
 
 def _trainable(experiment: Experiment, notes: list[str]) -> tuple[str, ...]:
@@ -151,11 +158,6 @@ def _trainable(experiment: Experiment, notes: list[str]) -> tuple[str, ...]:
             "first stage has no prediction of it by a network that does not know it"
         )
     return tuple(name for name in planned if name not in left)
-
-
-def _leave_when(stop: threading.Event) -> None:
-    if stop.is_set():
-        raise _Stopped
 
 
 def _plan(options: TrainOptions, *, hide_bar: bool) -> str:

@@ -66,7 +66,8 @@ def make(dataset: Path, work: Path, out: Path, *, epochs: int, iterations: int) 
     from engine.training_profile import TRAINING_PROFILES
     from gateway.commands.export import export_chosen
     from gateway.commands.select import select_trained
-    from gateway.commands.train import TrainOptions, fold_requests, run_folds, stop_requests
+    from gateway.commands.train import TrainOptions, fold_requests, run_folds
+    from gateway.stop_signal import stop_requests
 
     preprocessed, results = work / "preprocessed", work / "results"
     _plan(dataset, preprocessed)

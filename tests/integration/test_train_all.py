@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -123,30 +121,39 @@ def test_a_folder_of_images_is_planned_first_and_each_model_gets_a_bundle_of_its
     assert _all(tmp_path, raw, *words, "--seed", "3")["bundle"] == other["bundle"]
 
 
-def test_told_to_stop_while_quality_is_estimated_it_ends_without_a_bundle_and_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("where", "trained"),
+    [
+        ("gateway.commands.train_all.plan_folder", False),
+        ("gateway.commands.select.select_trained", True),
+        ("gateway.commands.export.extract_baseline", True),
+        ("gateway.commands.export.calibrate_bundle", True),
+    ],
+)
+def test_a_signal_outside_of_the_training_ends_it_there_and_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, trained: bool
 ) -> None:
-    raw, stop = planned(tmp_path), threading.Event()
-    words = ("--configuration", "2d", *SHORT)
-    calibrated: list[str] = []
+    raw, words = planned(tmp_path), ("--configuration", "2d", *SHORT)
+    if not trained:
+        shutil.rmtree(tmp_path / "preprocessed")
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
 
-    def calibrate(_bundle: Any, _experiment: Any, _folds: Any, _results: Any, *, progress: Any) -> Any:
-        progress(1, 2)
-        if not calibrated:
-            calibrated.append("one case")
-            stop.set()
-        progress(2, 2)
-        return of_labels()
+    def told_to_stop(*_: Any, **__: Any) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        raise AssertionError("went on")
 
-    monkeypatch.setattr("gateway.commands.train_all.stop_requests", lambda: contextlib.nullcontext(stop))
-    monkeypatch.setattr("gateway.commands.export.calibrate_bundle", calibrate)
-    found = _all(tmp_path, raw, *words)
+    with monkeypatch.context() as patched:
+        patched.setattr(where, told_to_stop)
+        found = _all(tmp_path, raw, *words)
     assert found["state"] == "stopped"
-    assert not list((tmp_path / "results" / NAME / "bundles").iterdir())
-    stop.clear()
-    again = _all(tmp_path, raw, *words)
-    assert again["state"] == "finished"
-    assert load_bundle(Path(again["bundle"])).calibration is None
+    assert bool(found["folds"]) == trained
+    assert not list((tmp_path / "results").rglob("bundle.json"))
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+    if trained:
+        monkeypatch.setattr("gateway.commands.export.calibrate_bundle", lambda *_, **__: of_labels())
+        again = _all(tmp_path, raw, *words)
+        assert again["state"] == "finished"
+        assert load_bundle(Path(again["bundle"])).calibration is None
 
 
 @pytest.mark.requirement("ART-05")
