@@ -64,14 +64,27 @@ def hold_out(
     share: float = 0.1,
     seed: int = _SEED,
 ) -> Split:
-    """Takes about `share` of the cases out as `val`, in whole patients, alike to the rest as in `stratified_splits`.
+    """Takes `share` of the cases out as `val`, in whole patients, alike to the rest as in `stratified_splits`.
 
-    At least one patient is taken and one is left; DatasetInvalid when there are not two.
+    As near to the share as whole patients allow, and no label's only cases unless there is no other way. At least one
+    patient is taken and one is left; DatasetInvalid when there are not two.
     """
     if not 0 < share <= 0.5:
         raise ValueError(f"share {share}: more than 0 and at most 0.5 is needed")
-    parts = _deal(cases, patients or {}, round(1 / share), seed, enough=2)
-    return _splits([case.name for case in cases], parts[:1])[0]
+    parts = [part for part in _deal(cases, patients or {}, round(1 / share), seed, enough=2) if part]
+    wanted, taken = share * len(cases), set[str]()
+    parts.sort(key=lambda part: (_takes_all_of_a_label(part, cases), abs(len(part) - wanted)))
+    for part in parts:
+        both = taken | part
+        nearer = abs(len(both) - wanted) < abs(len(taken) - wanted)
+        if not taken or (nearer and not _takes_all_of_a_label(both, cases)):
+            taken = both
+    return _splits([case.name for case in cases], [taken])[0]
+
+
+def _takes_all_of_a_label(taken: Collection[str], cases: Sequence[CaseSummary]) -> bool:
+    left = {label for case in cases if case.name not in taken for label in case.labels}
+    return any(label not in left for case in cases for label in case.labels)
 
 
 def patients_in_both(split: Split, patients: Mapping[str, str]) -> set[str]:

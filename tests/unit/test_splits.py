@@ -123,6 +123,31 @@ def test_the_hold_out_is_a_tenth_of_whole_patients_alike_to_the_rest() -> None:
     assert sorted((*grouped.train, *grouped.val)) == [case.name for case in CASES]
 
 
+@pytest.mark.parametrize(
+    ("sizes", "held_out"),
+    [((50, *[1] * 10), 6), ((10, 5, 5), 5), ((19, 1), 1), ((30, 20, 3, 3, 2, 2), 6), ((10, 10), 10), ((1,) * 25, 3)],
+)
+def test_the_hold_out_is_as_near_to_its_share_as_whole_patients_allow(sizes: tuple[int, ...], held_out: int) -> None:
+    """A tenth of the cases, though one patient has most of them."""
+    cases, patients = [], {}
+    for patient, size in enumerate(sizes):
+        for index in range(size):
+            cases.append(CaseSummary(name=f"{patient}_{index}", foreground_ml=1.0 + len(cases), labels=(1,)))
+            patients[f"{patient}_{index}"] = f"patient {patient}"
+    out = hold_out(cases, patients=patients)
+    assert (len(out.val), len(out.train)) == (held_out, sum(sizes) - held_out)
+    assert patients_in_both(out, patients) == set()
+
+
+def test_the_hold_out_does_not_take_the_only_cases_of_a_label() -> None:
+    for rare in range(12):
+        cases = [
+            CaseSummary(name=f"case_{i:03}", foreground_ml=1.0 + i, labels=(1, 2) if i == rare else (1,))
+            for i in range(12)
+        ]
+        assert f"case_{rare:03}" in hold_out(cases).train
+
+
 def test_the_hold_out_leaves_somebody_on_each_side() -> None:
     out = hold_out(_cases(2))
     assert len(out.train) == len(out.val) == 1
