@@ -129,7 +129,8 @@ def test_the_hold_out_is_a_tenth_of_whole_patients_alike_to_the_rest() -> None:
 )
 def test_the_hold_out_is_as_near_to_its_share_as_whole_patients_allow(sizes: tuple[int, ...], held_out: int) -> None:
     """A tenth of the cases, though one patient has most of them."""
-    cases, patients = [], {}
+    cases: list[CaseSummary] = []
+    patients: dict[str, str] = {}
     for patient, size in enumerate(sizes):
         for index in range(size):
             cases.append(CaseSummary(name=f"{patient}_{index}", foreground_ml=1.0 + len(cases), labels=(1,)))
