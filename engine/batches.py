@@ -27,7 +27,7 @@ from engine.errors import DatasetInvalid
 from engine.labels import LabelManager
 from engine.preprocessed import PreprocessedCase, open_case
 from engine.preprocessing import OUTSIDE
-from engine.sampling import PatchSampler, central_bounds, read_patch
+from engine.sampling import Bounds, PatchSampler, central_bounds, read_patch
 from engine.stage_predictions import PreviousStage
 
 Batch = tuple[Tensor, Tensor]
@@ -75,11 +75,22 @@ class BatchSource:
             labels.append(seg)
         return augment_batch(images, labels, draws, self.plan)
 
-    def _read(self, epoch: int, iteration: int, sample: int, draw: SampleDraw) -> tuple[Tensor, Tensor]:
+    def label_patch(self, *, epoch: int, iteration: int, sample: int) -> NDArray[np.int16]:
+        """The middle of a sample's label map (z, y, x) as stored, without augmentation; none negative. `sample` is any
+        of the batch of all processes. Raises DatasetInvalid."""
+        case, bounds = self._place(epoch, iteration, sample)
+        patch = read_patch(case.labels_1ZYX, central_bounds(bounds, self.plan.patch_size), 0, np.int16)
+        labels: NDArray[np.int16] = np.maximum(patch[0], 0)
+        return labels
+
+    def _place(self, epoch: int, iteration: int, sample: int) -> tuple[PreprocessedCase, Bounds]:
         case = self._open(self.names[self.sampler.case(epoch=epoch, iteration=iteration, sample=sample)])
-        bounds = self.sampler.bounds(
+        return case, self.sampler.bounds(
             case.labels_1ZYX.shape[1:], case.locations, epoch=epoch, iteration=iteration, sample=sample
         )
+
+    def _read(self, epoch: int, iteration: int, sample: int, draw: SampleDraw) -> tuple[Tensor, Tensor]:
+        case, bounds = self._place(epoch, iteration, sample)
         if not draw.is_spatial:
             bounds = central_bounds(bounds, self.plan.patch_size)
         image = read_patch(case.image_CZYX, bounds, 0)

@@ -28,6 +28,7 @@ from engine.compilation import ChosenForward, Compile, Forward, resolved
 from engine.data_digest import data_digest
 from engine.determinism import determinism
 from engine.errors import TrainingDiverged, TrainingRefused
+from engine.head_start import start_heads
 from engine.labels import LabelManager
 from engine.loss import BatchShare, SegmentationLoss, deep_supervision_weights
 from engine.metrics import CompositeScore
@@ -168,6 +169,7 @@ class Trainer:
         )
         initialize(network, random_generator(setup.seed, Purpose.WEIGHTS, epoch=0, iteration=0))
         self._format = torch.channels_last if setup.configuration.is_2d else torch.channels_last_3d
+        self._heads = network.decoder.seg_layers
         self.network: nn.Module = network.to(setup.device)
         self.network.to(memory_format=self._format)  # type: ignore[call-overload]
         self.optimizer = torch.optim.SGD(
@@ -230,6 +232,8 @@ class Trainer:
         _ = self.identity  # of the data that is opened now
         stop = self.processes.agreed(stop)
         self._since = self._last_saved = time.monotonic()
+        if not self.records and not self.iteration:
+            start_heads(self._heads, self.source("training"), self.setup.labels)
         with (
             freed_memory_kept(),
             determinism(self.setup.deterministic),
