@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,22 +38,18 @@ def join_outputs(
 
 
 def write_prediction(predicted: LabelMap, case: Case, path: Path) -> None:
-    """A label map in the voxel order of the case's own files; the whole file or none, and OSError then."""
-    write_nifti(predicted.reoriented(read_orientation(case.channels[0]))[0], path)
-
-
-def are_logits_readable(path: Path) -> bool:
-    """Whether a file of `write_logits` is there with all that its header promises."""
+    """A label map in the voxel order of the case's own files; the whole file or none."""
+    partial = path.with_name(f".partial-{path.name}")
     try:
-        np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-        return False
-    return True
+        write_nifti(predicted.reoriented(read_orientation(case.channels[0]))[0], partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_logits(logits: HalfArray, path: Path) -> None:
     """float16 (K, Z, Y, X); the whole file or none."""
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    partial = path.with_name(f".partial-{path.name}")
     try:
         with partial.open("wb") as file:
             np.save(file, logits, allow_pickle=False)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -169,7 +168,6 @@ def open_dataset(folder: Path) -> RawDataset:
         raise DatasetInvalid(
             f"{IMAGES} holds no file CASE_0000{dataset_json.file_ending}; there is nothing to train on"
         )
-    _check_names({case.name for case in cases})
     exclusions = read_exclusions(folder)
     used = tuple(case for case in cases if case.name not in exclusions)
     excluded = tuple(case for case in cases if case.name in exclusions)
@@ -182,15 +180,6 @@ def open_dataset(folder: Path) -> RawDataset:
         excluded=excluded,
         exclusions=exclusions,
     )
-
-
-def _check_names(names: AbstractSet[str]) -> None:
-    """nnU-Net's preprocessed folder, and ours, has CASE and CASE_seg for image and labels of a case."""
-    for name in sorted(names):
-        if f"{name}_seg" in names:
-            raise DatasetInvalid(
-                f"{name}_seg and {name}: the preprocessed files of one would be those of the other; rename one of them"
-            )
 
 
 def unused_files(dataset: RawDataset) -> tuple[list[Path], list[Path]]:
@@ -210,7 +199,7 @@ def read_case(case: Case, dataset_json: DatasetJson) -> LoadedCase:
     """Reads the files of one case.
 
     Raises InputRejected with the names of case and file: a channel or the label is missing, a file cannot be read or
-    holds NaN or infinity, files do not lie on one grid (`grid_difference`), or a label is not declared.
+    holds NaN or infinity, or files do not lie on one grid (`grid_difference`).
     """
     wanted = len(dataset_json.channel_names)
     if list(case.channels) != list(range(wanted)):
@@ -220,7 +209,6 @@ def read_case(case: Case, dataset_json: DatasetJson) -> LoadedCase:
         volume = _read_channels(list(case.channels.values()))
         labels = read_label_map(case.label)
         _check_grid(volume.geometry, labels.geometry, case.label)
-        _check_declared(labels, dataset_json.labels, case.label)
         spacing = read_spacing_mm(case.channels[0])
     except InputRejected as error:
         raise type(error)(f"{case.name}: {error}") from error
@@ -252,16 +240,6 @@ def _check_grid(image: Geometry, other: Geometry, path: Path) -> None:
     difference = grid_difference(image, other)
     if difference is not None and difference.is_error:
         raise InputRejected(f"{path.name}: {difference.text}")
-
-
-def _check_declared(labels: LabelMap, declared: LabelManager, path: Path) -> None:
-    # Declared values have no gaps, and a label map has none below 0.
-    highest, found = max(*declared.values, declared.ignore_label or 0), int(labels.array.max(initial=0))
-    if found > highest:
-        raise InputRejected(
-            f"{path.name}: label {found} occurs; dataset.json declares 0 to {highest}: correct the label map, or "
-            "declare the value (`seggate dataset check` names every such case)"
-        )
 
 
 def count_labels(labels: LabelMap) -> dict[int, int]:

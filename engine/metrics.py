@@ -108,7 +108,6 @@ def measure_case(
     """Metrics of every region of one case.
 
     `reference` and `prediction` are label maps (Z, Y, X) of equal shape, values from 0 on, spacing in mm (z, y, x).
-    Values above those of the regions are of none, as in nnU-Net.
     Ignored voxels are background on both sides where surfaces are measured. ValueError for shapes that differ.
     """
     if reference.shape != prediction.shape or reference.ndim != 3:
@@ -118,9 +117,7 @@ def measure_case(
         annotated = reference != ignore_label
         ignored = reference.size - int(np.count_nonzero(annotated))
         reference, prediction = reference * annotated, prediction * annotated
-    highest = max(max(region) for region in regions)
-    reference, prediction = (_without_strays(side, highest) for side in (reference, prediction))
-    pairs = _pairs(reference, prediction, highest)
+    pairs = _pairs(reference, prediction, max(max(region) for region in regions))
     pairs[0, 0] -= ignored
     boxes = [ndimage.find_objects(side, len(pairs)) for side in (reference, prediction)]
     ruler = SurfaceRuler(reference.shape, spacing_mm) if surfaces else None
@@ -218,11 +215,6 @@ def write_summary_document(path: Path, document: Mapping[str, Any]) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _without_strays(labels: NDArray[Any], highest: int) -> NDArray[Any]:
-    """Everything above `highest` as one value: tables and memory are as large as the highest value of a map."""
-    return np.minimum(labels, highest + 1) if int(labels.max(initial=0)) > highest else labels
 
 
 def _pairs(reference: NDArray[Any], prediction: NDArray[Any], highest: int) -> NDArray[np.int64]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import math
-import os
-import threading
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -42,7 +40,7 @@ def write_report(folder: Path, dataset_json: DatasetJson) -> Path:
         parts.append(f"<h2>{escape(fold.name)}</h2>")
         parts += [_picture(fold / name) for name in (PROGRESS, BEST_CASE, WORST_CASE) if (fold / name).exists()]
     page = f"<!doctype html><meta charset=utf-8><title>{escape(folder.name)}</title><style>{_STYLE}</style>"
-    path, partial = folder / REPORT, folder / f".{REPORT}.{os.getpid()}.{threading.get_ident()}"
+    path, partial = folder / REPORT, folder / f".{REPORT}"
     partial.write_text(page + "\n".join(parts), encoding="utf-8")
     partial.replace(path)
     return path

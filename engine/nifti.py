@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import gzip
 import math
-import os
 import zlib
 from collections.abc import Sequence
 from io import BufferedIOBase
@@ -35,8 +33,6 @@ _NIFTI_TYPES = MappingProxyType(
 _CHUNK = 2**20
 # Deflate makes at most 1032 bytes of one.
 _MOST_DEFLATED = 1100
-# nnU-Net's spacing along the axis that a 2D image lacks, in parts of its coarser one.
-_MISSING_AXIS = 999.0
 # ITK refuses directions that are not orthonormal; the header itself holds float32.
 _ORTHOGONALITY = 1e-4
 
@@ -95,7 +91,7 @@ def read_spacing_mm(path: Path) -> tuple[float, float, float]:
         raise InputRejected(f"{path.name}: not readable as an image") from error
     spacing = [abs(float(value)) for value in reader.GetSpacing()]
     if len(spacing) == 2:
-        spacing.append(_MISSING_AXIS * max(spacing))
+        spacing.append(999.0 * max(spacing))
     x, y, z = spacing[:3]
     return z, y, x
 
@@ -116,16 +112,13 @@ def read_orientation(path: Path) -> str:
 
 
 def write_nifti(labels: LabelMap, path: Path) -> None:
-    """The label map as a file with its own geometry, as `write_image` does."""
+    """The label map as a file with its own geometry; ValueError on a sheared grid, which NIfTI by ITK cannot hold."""
     write_image(labels.array, labels.geometry, path)
 
 
 def write_image(array_ZYX: NDArray[Any], geometry: Geometry, path: Path) -> None:
-    """One channel or label map (Z, Y, X) as a file, in the type of its array; the whole file or none. ITK says nothing
-    when a disk is full: what was written is read again before it gets its name.
-
-    ValueError on a sheared grid, which NIfTI by ITK cannot hold; OSError when the file cannot be written.
-    """
+    """One channel or label map (Z, Y, X) as a file, in the type of its array. ValueError on a sheared grid, as above;
+    OSError when the file cannot be written."""
     direction = geometry.direction
     if np.abs(direction.T @ direction - np.eye(3)).max() > _ORTHOGONALITY:
         raise ValueError(f"{path.name}: the grid is sheared (gantry tilt) and cannot be written by ITK")
@@ -133,32 +126,15 @@ def write_image(array_ZYX: NDArray[Any], geometry: Geometry, path: Path) -> None
     image.SetSpacing(geometry.spacing_mm[::-1])
     image.SetOrigin(geometry.origin_mm)
     image.SetDirection(direction.ravel().tolist())
-    # The kind of file is told by the end of its name.
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
     try:
-        try:
-            sitk.WriteImage(image, str(partial), True)
-            is_whole = np.array_equal(_read(partial)[0], array_ZYX)
-        except (RuntimeError, InputRejected) as error:
-            raise _not_written(path) from error
-        if not is_whole:
-            raise _not_written(path)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        sitk.WriteImage(image, str(path), True)
+    except RuntimeError as error:
+        raise OSError(f"{path.name}: cannot be written; is the disk full?") from error
 
 
-def _not_written(path: Path) -> OSError:
-    return OSError(errno.ENOSPC, "not written to its end; is the disk full?", path.name)
-
-
-def is_readable(path: Path) -> bool:
-    """Whether an image file is there and can be read to its end: not so after a power failure or on a full disk."""
-    try:
-        _read(path)
-    except InputRejected:
-        return False
-    return True
+def check_stored(path: Path) -> None:
+    """Refuses (InputRejected, NotFinite) a NIfTI-1 file that is cut short or stores NaN or infinity."""
+    _stored_voxels(path)
 
 
 def _read(path: Path) -> tuple[Any, Geometry]:
@@ -178,8 +154,6 @@ def _read(path: Path) -> tuple[Any, Geometry]:
     affine[:dimensions, :dimensions] = np.reshape(reader.GetDirection(), (dimensions, dimensions))
     affine[:dimensions, :dimensions] *= reader.GetSpacing()
     affine[:dimensions, 3] = reader.GetOrigin()
-    if dimensions == 2:
-        affine[2, 2] = _MISSING_AXIS * max(reader.GetSpacing())
     array = _stored_voxels(path)
     if array is None or array.size != math.prod(reader.GetSize()):
         try:

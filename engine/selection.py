@@ -30,7 +30,6 @@ from engine.evaluation import Pair, Row
 from engine.experiment import LOGITS, PLANS_JSON, VALIDATION, Experiment
 from engine.json_writer import write_json
 from engine.metrics import SUMMARY, summarize, summary, write_summary_document
-from engine.nifti import is_readable
 from engine.parallel import Progress, map_cases
 from engine.plans import Configuration, Plans
 from engine.postprocessing_search import (
@@ -310,8 +309,7 @@ def _join(job: _Join, case: Case) -> Row:
     path = job.folder / f"{case.name}{job.dataset_json.file_ending}"
     files = job.logits[case.name]
     loaded = read_case(case, job.dataset_json)
-    newest_ns = max(file.stat().st_mtime_ns for file in files)
-    if not is_readable(path) or path.stat().st_mtime_ns < newest_ns:
+    if not path.exists() or path.stat().st_mtime_ns < max(file.stat().st_mtime_ns for file in files):
         cropped = crop_to_nonzero(loaded.volume, job.plans)
         outputs = [
             network_logits(np.load(file, allow_pickle=False), cropped, configuration)

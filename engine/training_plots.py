@@ -46,9 +46,7 @@ def draw_progress(records: Sequence[EpochRecord], path: Path, *, labels: Sequenc
     for panel in axes:
         panel.grid(alpha=0.3)
         # Where curves that get better are not: to look for the best place takes long, and matplotlib then warns.
-        legend = panel.legend(fontsize="small", ncols=2, loc="lower right" if panel is dice else "upper right")
-        for text in legend.get_texts():
-            text.set_parse_math(False)  # a label may have any name
+        panel.legend(fontsize="small", ncols=2, loc="lower right" if panel is dice else "upper right")
     axes[-1].set_xlabel("epoch")
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     _save(figure, path)
@@ -79,7 +77,7 @@ def draw_overlay(
                 panel.contour(there, levels=[0.5], colors=[colour], linewidths=1.2)
         panel.set_title(f"slice {z + 1} of {len(image_ZYX)}", fontsize="small")
         panel.set_axis_off()
-    figure.suptitle(title, fontsize="medium", parse_math=False)
+    figure.suptitle(title, fontsize="medium")
     _save(figure, path)
 
 

@@ -17,7 +17,6 @@ from torch import nn
 
 from engine.backends import Backend
 from engine.case_results import (
-    are_logits_readable,
     join_outputs,
     measure_labels,
     measure_prediction,
@@ -30,7 +29,6 @@ from engine.errors import DatasetInvalid
 from engine.labels import LabelManager
 from engine.logits_to_labels import NetworkLogits, to_half
 from engine.metrics import SUMMARY, CaseMetrics, as_plain, from_plain, write_summary
-from engine.nifti import is_readable
 from engine.parallel import Progress
 from engine.plans import Configuration, Plans
 from engine.preprocessing import CroppedImage, crop_to_nonzero, network_shape, preprocess, stack_labels
@@ -134,10 +132,9 @@ def validate(
     """Predicts the named cases, measures them, and writes the label maps and nnU-Net's summary.json into `folder`.
 
     The networks' logits go into `logits_folder`, for ensembles of configurations, and their labels to the
-    `next_stages` of a cascade. A case whose files are there and readable is measured and not predicted again. Several
-    processes divide the cases between them; each gets the metrics of all. None, without a summary, when `stop` says so
-    between two cases. Raises OSError when a file cannot be written whole, InputRejected, DatasetInvalid for a name
-    that is no case.
+    `next_stages` of a cascade. A case whose files are there is measured and not predicted again. Several processes
+    divide the cases between them; each gets the metrics of all. None, without a summary, when `stop` says so between
+    two cases. Raises InputRejected, DatasetInvalid for a name that is no case.
     """
     processes = processes or TrainingProcesses()
     for needed in (folder, logits_folder):
@@ -151,7 +148,7 @@ def validate(
         loaded = read_case(case, dataset.json)
         path = folder / f"{case.name}{dataset.json.file_ending}"
         stored = None if logits_folder is None else logits_folder / f"{case.name}.npy"
-        there = is_readable(path) and (stored is None or are_logits_readable(stored))
+        there = path.exists() and (stored is None or stored.exists())
         if not there or any(stage.lacks(case.name) for stage in next_stages):
             cropped = crop_to_nonzero(loaded.volume, model.plans)
             output = model.logits(cropped, case=case.name)

@@ -183,7 +183,7 @@ def train_run(
         bool,
         typer.Option("--deterministic", help="Bit-identical on the same kind of processor, with as many threads."),
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Decides weights, patches and augmentation.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Decides weights, patches and augmentation.")] = 0,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to train.")] = "auto",
     devices: Annotated[
         int, typer.Option(min=1, help="GPUs (or processes of a processor) that share every batch of a fold.")

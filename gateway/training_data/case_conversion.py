@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from engine.dataset import IMAGES, LABELS, grid_difference
 from engine.errors import InputRejected
 from engine.json_reader import read_json
 from engine.json_writer import write_json
-from engine.nifti import read_label_map, write_image
+from engine.nifti import check_stored, read_label_map, write_image
 from engine.volume import Geometry, reorientation
 from gateway.errors import Rejected
 from gateway.results.series import SeriesPart, decode, read_series
@@ -250,9 +251,19 @@ class _Conversion:
         return array.astype(np.int16) if whole else array
 
     def _write(self, array: NDArray[Any], grid: Geometry, path: Path) -> None:
+        """The whole file or none, read again as far as its length: ITK does not notice a full disk."""
         self.at = path.name
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_image(array, grid, path)
+        made = path.with_name(f".{os.getpid()}.{path.name}")
+        try:
+            write_image(array, grid, made)
+            try:
+                check_stored(made)
+            except InputRejected as error:
+                raise OSError(errno.ENOSPC, f"{path.name}: was not written to its end; is the disk full?") from error
+            made.replace(path)
+        finally:
+            made.unlink(missing_ok=True)
 
 
 def _grid(part: SeriesPart) -> Geometry:

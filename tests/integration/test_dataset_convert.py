@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 import pydicom
 import pytest
-import SimpleITK
 from typer.testing import CliRunner
 
 from engine.dataset import open_dataset
-from engine.nifti import read_label_map, read_nifti
+from engine.nifti import read_label_map, read_nifti, write_image
 from engine.volume import reorientation
 from gateway.cli import app
 from tests.support.labelled_studies import (
@@ -491,15 +490,14 @@ def test_a_full_disk_stops_with_an_error_and_what_is_made_stays(
     tmp_path: Path, studies: list[PhantomSeries], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[str] = []
-    write = SimpleITK.WriteImage
 
-    def full(image: Any, path: str, compress: bool) -> None:
-        write(image, path, compress)
-        written.append(path)
+    def full(array: Any, geometry: Any, path: Path) -> None:
+        write_image(array, geometry, path)
+        written.append(path.name)
         if len(written) > 3:
-            os.truncate(path, os.stat(path).st_size // 2)
+            os.truncate(path, path.stat().st_size // 2)
 
-    monkeypatch.setattr(SimpleITK, "WriteImage", full)
+    monkeypatch.setattr("gateway.training_data.case_conversion.write_image", full)
     source, out = tmp_path / "source", tmp_path / "raw" / NAME
     ran = convert(source, out, "--json")
     assert "is the disk full?" in shown(ran, 1)["error"]

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -100,20 +99,6 @@ def test_a_validation_that_was_stopped_goes_on_and_predicts_nothing_twice(tmp_pa
     whole = validate(_model(dataset, Threshold()), dataset, CASES[:2], tmp_path / "again")
     assert validate(model, dataset, CASES[:2], folder) == whole
     assert backend.runs == 2 * once
-
-
-@pytest.mark.parametrize("cut", ["validation/case_00.nii.gz", "logits/case_00.npy"])
-def test_what_is_cut_short_on_disk_is_predicted_again(tmp_path: Path, dataset: RawDataset, cut: str) -> None:
-    """After a power failure."""
-    backend, logits = Threshold(), tmp_path / "logits"
-    model, folder = _model(dataset, backend), tmp_path / "validation"
-    whole = validate(model, dataset, CASES[:2], folder, logits_folder=logits)
-    once = backend.runs // 2
-    content = (tmp_path / cut).read_bytes()
-    os.truncate(tmp_path / cut, len(content) // 2)
-    assert validate(model, dataset, CASES[:2], folder, logits_folder=logits) == whole
-    assert backend.runs == 3 * once
-    assert (tmp_path / cut).read_bytes() == content
 
 
 def test_stored_logits_give_the_same_labels_again(tmp_path: Path, dataset: RawDataset) -> None:
