@@ -72,7 +72,8 @@ def _start(command: Sequence[str], environment: Mapping[str, str]) -> subprocess
 
 def _wait(children: Sequence[subprocess.Popen[bytes]], stop: threading.Event, grace_s: float) -> int:
     code, is_asked, deadline = 0, False, float("inf")
-    while any(child.poll() is None for child in children):
+    while True:
+        is_over = all(child.poll() is not None for child in children)
         if stop.is_set() and not is_asked:
             is_asked = True
             for child in children:
@@ -84,6 +85,8 @@ def _wait(children: Sequence[subprocess.Popen[bytes]], stop: threading.Event, gr
             if failed.returncode < 0:
                 rank, name = children.index(failed), signal.Signals(-failed.returncode).name
                 say(f"seggate: process {rank} of the training was ended by {name}; the others end as well")
+        if is_over:
+            return code
         if time.monotonic() > deadline:
             for child in children:
                 child.kill()
@@ -91,7 +94,6 @@ def _wait(children: Sequence[subprocess.Popen[bytes]], stop: threading.Event, gr
             time.sleep(_CHECK_S)
         else:
             stop.wait(_CHECK_S)
-    return code or next((1 for child in children if child.returncode), 0)
 
 
 def own_command() -> list[str]:

@@ -33,6 +33,10 @@ def test_the_exit_code_is_that_of_the_first_that_failed_and_the_others_are_ended
     assert run(code, grace_s=0.1) == 7
 
 
+def test_the_exit_code_is_theirs_where_all_failed_at_once() -> None:
+    assert run("import sys; sys.exit(7)") == 7
+
+
 def test_a_process_that_was_killed_is_named(capfd: pytest.CaptureFixture[str]) -> None:
     code = f"import os\nif os.environ['RANK'] == '1': os.kill(os.getpid(), 9)\n{WAITS}"
     assert run(code, grace_s=0.1) == 1
