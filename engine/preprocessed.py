@@ -31,8 +31,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.data_digest import CONTENT, STAMP, content_digest
-from engine.dataset import Case, DatasetJson, read_case
-from engine.errors import DatasetInvalid
+from engine.dataset import DATASET_JSON, Case, DatasetJson, read_case
+from engine.errors import DatasetInvalid, InputRejected
 from engine.json_reader import Reader, read_json
 from engine.json_writer import write_json
 from engine.labels import LabelManager
@@ -45,6 +45,7 @@ FORMAT = 1
 _SAMPLES_PER_CLASS = 10_000
 _LEAST_SHARE = 0.01
 _LOCATION_SEED = 1234
+_MOST = int(np.iinfo(np.int16).max)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -104,6 +105,11 @@ def preprocess_dataset(
 
     Raises InputRejected or DatasetInvalid with the case's name, OSError when the disk is full, WorkerDied.
     """
+    if job.dataset_json.labels.highest_value > _MOST:
+        raise DatasetInvalid(
+            f"{DATASET_JSON}: labels up to {job.dataset_json.labels.highest_value}; preprocessed cases hold {_MOST} at "
+            "most, as nnU-Net's do"
+        )
     for folder in job.folders.values():
         folder.mkdir(parents=True, exist_ok=True)
     # A read-only view cannot travel to another process.
@@ -201,7 +207,10 @@ def _make_case(job: PreprocessJob, case: Case) -> int:
     if not missing:
         return 0
     loaded = read_case(case, job.dataset_json)
-    cropped = crop_to_nonzero(loaded.volume, job.plans)
+    try:
+        cropped = crop_to_nonzero(loaded.volume, job.plans)
+    except InputRejected as error:
+        raise InputRejected(f"{case.name}: {error}") from error
     spacing_mm = cropped.spacing_mm
     shapes = {
         "shape_before_cropping": list(cropped.full_shape),
