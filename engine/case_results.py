@@ -16,7 +16,7 @@ from engine.nifti import is_flat, read_label_map, read_orientation, write_nifti
 from engine.plans import Configuration, Plans
 from engine.preprocessing import CroppedImage, network_spacing_mm
 from engine.volume import Geometry, LabelMap
-from engine.whole_file import whole_file
+from engine.whole_file import save_array, whole_file
 
 
 def network_logits(logits: HalfArray, cropped: CroppedImage, configuration: Configuration) -> NetworkLogits:
@@ -59,7 +59,7 @@ def has_prediction(path: Path) -> bool:
 def write_logits(logits: HalfArray, path: Path) -> None:
     """float16 (K, Z, Y, X); the whole file or none. Raises OSError (the disk is full)."""
     with whole_file(path) as partial, partial.open("wb") as file:
-        np.save(file, logits, allow_pickle=False)
+        save_array(file, logits)
 
 
 def has_logits(path: Path) -> bool:

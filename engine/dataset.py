@@ -353,8 +353,8 @@ def _check_file_names(cases: Sequence[Case]) -> None:
     for name in sorted(names):
         if f"{name}{_LABELS_OF}" in names:
             raise DatasetInvalid(
-                f"the cases {name} and {name}{_LABELS_OF}: preprocessed, the labels of the one have the file name of the "
-                "other's image; rename one of them"
+                f"the cases {name} and {name}{_LABELS_OF}: preprocessed, the labels of the one have the file name of "
+                "the other's image; rename one of them"
             )
 
 

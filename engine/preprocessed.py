@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -40,6 +39,7 @@ from engine.parallel import Progress, map_cases
 from engine.plans import Configuration, Plans
 from engine.preprocessing import crop_to_nonzero, network_spacing_mm, preprocess_labelled
 from engine.sampling import ClassKey, ClassLocations, StoredArray
+from engine.whole_file import save_array, whole_file
 
 FORMAT = 1
 _SAMPLES_PER_CLASS = 10_000
@@ -224,8 +224,8 @@ def _make_case(job: PreprocessJob, case: Case) -> int:
         locations = locate(labels, job.dataset_json.labels)
         folder = job.folders[configuration.name]
         stored = {",".join(map(str, key if isinstance(key, tuple) else (key,))): v for key, v in locations.items()}
-        _write(folder / f"{case.name}.npy", partial(_save, array=image))
-        _write(folder / f"{case.name}_seg.npy", partial(_save, array=labels))
+        _write(folder / f"{case.name}.npy", partial(save_array, array=image))
+        _write(folder / f"{case.name}_seg.npy", partial(save_array, array=labels))
         _write(folder / f"{case.name}_locations.npz", partial(_save_all, arrays=stored))
         document = {
             "format": FORMAT,
@@ -271,20 +271,11 @@ def _stamp(job: PreprocessJob, configuration: Configuration, case: Case) -> str:
     return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
 
 
-def _save(file: BinaryIO, array: NDArray[Any]) -> None:
-    np.save(file, array, allow_pickle=False)
-
-
 def _save_all(file: BinaryIO, arrays: Mapping[str, NDArray[Any]]) -> None:
     np.savez(file, allow_pickle=False, **arrays)
 
 
 def _write(path: Path, save: Any) -> None:
     """The whole file or none: a worker that is ended leaves nothing that looks complete."""
-    made = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with made.open("wb") as file:
-            save(file)
-        made.replace(path)
-    finally:
-        made.unlink(missing_ok=True)
+    with whole_file(path) as made, made.open("wb") as file:
+        save(file)

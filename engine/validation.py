@@ -135,8 +135,8 @@ def validate(
 
     The networks' logits go into `logits_folder`, for ensembles of configurations, and their labels to the
     `next_stages` of a cascade. A case whose files are there, and whole, is measured and not predicted again. Several
-    processes divide the cases between them; each gets the metrics of all. None, without a summary, when `stop` says so between
-    two cases. Raises InputRejected, DatasetInvalid for a name that is no case.
+    processes divide the cases between them; each gets the metrics of all. None, without a summary, when `stop` says so
+    between two cases. Raises InputRejected, DatasetInvalid for a name that is no case, OSError.
     """
     processes = processes or TrainingProcesses()
     for needed in (folder, logits_folder):

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
 
 
 @contextmanager
@@ -23,3 +28,13 @@ def whole_file(path: Path, *, keeps_ending: bool = False) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def save_array(file: BinaryIO, array: NDArray[Any]) -> None:
+    """numpy's `save`, with an OSError that says what is wrong: its own only counts what was written."""
+    try:
+        np.save(file, array, allow_pickle=False)
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise OSError(errno.ENOSPC, "not written to its end; is the disk full?", str(file.name)) from error
