@@ -447,8 +447,7 @@ def test_what_cannot_be_trained_is_said(trained: Path, words: list[str], code: i
 def test_a_seed_beyond_its_bounds_is_wrong_usage(tmp_path: Path, seed: str) -> None:
     ran = seggate(tmp_path, "train", str(tmp_path / NAME), "--seed", seed)
     assert ran.exit_code == 2
-    assert "--seed" in ran.output
-    assert "0<=x<=9223372036854775807" in ran.output
+    assert "Invalid value for '--seed'" in ran.output
 
 
 def test_the_greatest_seed_trains(tmp_path: Path) -> None:
