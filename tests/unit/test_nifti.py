@@ -173,7 +173,7 @@ def test_spacing_comes_from_the_header_to_the_last_bit(tmp_path: Path) -> None:
 def test_whole_numbers_are_read_as_they_are_and_labels_only_within_16_bits(
     tmp_path: Path, dtype: type, value: int
 ) -> None:
-    array = np.zeros((2, 3, 4), dtype=dtype)
+    array: NDArray[Any] = np.zeros((2, 3, 4), dtype=dtype)
     array[1, 1, 1] = value
     path = write_image(tmp_path / "a.nii.gz", array)
     found = read_whole_numbers(path)

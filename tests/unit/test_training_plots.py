@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     found: list[str] = []
     save = Figure.savefig
 
-    def note(self: Figure, *arguments: object, **options: object) -> None:
+    def note(self: Figure, *arguments: Any, **options: Any) -> None:
         save(self, *arguments, **options)
         found.extend(text.get_text() for text in self.findobj(Text) if isinstance(text, Text))
 
