@@ -95,12 +95,23 @@ class BatchSource:
             bounds = central_bounds(bounds, self.plan.patch_size)
         image = read_patch(case.image_CZYX, bounds, 0)
         labels = read_patch(case.labels_1ZYX, bounds, OUTSIDE)
+        self._check_labels(case.name, labels)
         if case.previous_1ZYX is not None:
             before = read_patch(case.previous_1ZYX, bounds, OUTSIDE, labels.dtype)
             labels = np.concatenate([labels, before])
         if len(self.plan.patch_size) == 2:
             image, labels = image[:, 0], labels[:, 0]
         return self._tensor(image), self._tensor(labels)
+
+    def _check_labels(self, name: str, labels: NDArray[Any]) -> None:
+        """What was preprocessed elsewhere was not checked there, and a wrong class ends torch without a word of it."""
+        low, high = int(labels.min()), int(labels.max())
+        if low < OUTSIDE or high > self.labels.highest_value:
+            raise DatasetInvalid(
+                f"{self.folder.name}/{name}: holds label {high if high > self.labels.highest_value else low}; declared "
+                f"are 0 to {self.labels.highest_value}. Correct its label map or dataset.json, remove the case's files "
+                "from this folder, and preprocess the dataset again"
+            )
 
     def _tensor(self, array: NDArray[Any]) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(array))

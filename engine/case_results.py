@@ -12,10 +12,11 @@ from engine.errors import InputRejected
 from engine.labels import LabelManager
 from engine.logits_to_labels import HalfArray, NetworkLogits, segment
 from engine.metrics import CaseMetrics, evaluated_regions, measure_case
-from engine.nifti import read_label_map, read_orientation, write_nifti
+from engine.nifti import is_flat, read_label_map, read_orientation, write_nifti
 from engine.plans import Configuration, Plans
 from engine.preprocessing import CroppedImage, network_spacing_mm
 from engine.volume import Geometry, LabelMap
+from engine.whole_file import save_array, whole_file
 
 
 def network_logits(logits: HalfArray, cropped: CroppedImage, configuration: Configuration) -> NetworkLogits:
@@ -38,24 +39,36 @@ def join_outputs(
 
 
 def write_prediction(predicted: LabelMap, case: Case, path: Path) -> None:
-    """A label map in the voxel order of the case's own files; the whole file or none."""
-    partial = path.with_name(f".partial-{path.name}")
+    """A label map in the voxel order of the case's own files, with as many axes; the whole file or none. Raises OSError
+    (the disk is full)."""
+    like = case.channels[0]
+    write_nifti(predicted.reoriented(read_orientation(like))[0], path, flat=is_flat(like))
+
+
+def has_prediction(path: Path) -> bool:
+    """Whether a label map is there that can be read to its end: not what a full disk or a power failure left of one."""
+    if not path.exists():
+        return False
     try:
-        write_nifti(predicted.reoriented(read_orientation(case.channels[0]))[0], partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        read_label_map(path)
+    except InputRejected:
+        return False
+    return True
 
 
 def write_logits(logits: HalfArray, path: Path) -> None:
-    """float16 (K, Z, Y, X); the whole file or none."""
-    partial = path.with_name(f".partial-{path.name}")
+    """float16 (K, Z, Y, X); the whole file or none. Raises OSError (the disk is full)."""
+    with whole_file(path) as partial, partial.open("wb") as file:
+        save_array(file, logits)
+
+
+def has_logits(path: Path) -> bool:
+    """Whether logits are there, as long as their header says; they are not read."""
     try:
-        with partial.open("wb") as file:
-            np.save(file, logits, allow_pickle=False)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return False
+    return True
 
 
 def measure_prediction(path: Path, loaded: LoadedCase, dataset_json: DatasetJson) -> CaseMetrics:

@@ -27,13 +27,14 @@ from engine.errors import DatasetInvalid, ImportRefused, InputRejected
 from engine.exclusions import Exclusion, read_exclusions
 from engine.json_reader import Reader, read_json
 from engine.labels import LabelManager
-from engine.nifti import read_label_map, read_nifti, read_spacing_mm
+from engine.nifti import narrowed, read_nifti, read_spacing_mm, read_whole_numbers
 from engine.volume import AS_STORED, Geometry, LabelMap, Volume, reorientation
 
 DATASET_JSON = "dataset.json"
 IMAGES = "imagesTr"
 LABELS = "labelsTr"
 MAX_CHANNELS = 256
+_MOST_NAMED = 10
 
 # The first of nnU-Net's readers that knows the ending; it goes into the plans.
 _READER_OF_ENDING: Mapping[str, str] = MappingProxyType(
@@ -52,6 +53,7 @@ _READER_OF_ENDING: Mapping[str, str] = MappingProxyType(
 # nnU-Net's other readers take the spacing from elsewhere (TIFF) or have several values a pixel (PNG).
 _READ_HERE = frozenset({"SimpleITKIO", "NibabelIO", "SimpleITKIOWithReorient", "NibabelIOWithReorient"})
 _REORIENTED = "RAS"
+_LABELS_OF = "_seg"
 _CASE_FILE = r"(?P<case>.+)_(?P<channel>\d{4})"
 
 
@@ -153,7 +155,7 @@ def open_dataset(folder: Path) -> RawDataset:
     """The dataset with the files that its cases need; no image is opened, and a file that is absent is no error yet.
 
     Cases in exclusions.json are set apart. Raises DatasetInvalid when dataset.json or exclusions.json is at fault, the
-    file ending cannot be read here, or there is no case.
+    file ending cannot be read here, there is no case, or files made from two cases would have one name.
     """
     dataset_json = read_dataset_json(folder / DATASET_JSON)
     if dataset_json.image_reader_writer not in _READ_HERE:
@@ -170,6 +172,7 @@ def open_dataset(folder: Path) -> RawDataset:
         )
     exclusions = read_exclusions(folder)
     used = tuple(case for case in cases if case.name not in exclusions)
+    _check_file_names(used)
     excluded = tuple(case for case in cases if case.name in exclusions)
     if not used:
         raise DatasetInvalid(f"all {len(cases)} cases are excluded; there is nothing to train on")
@@ -199,7 +202,8 @@ def read_case(case: Case, dataset_json: DatasetJson) -> LoadedCase:
     """Reads the files of one case.
 
     Raises InputRejected with the names of case and file: a channel or the label is missing, a file cannot be read or
-    holds NaN or infinity, or files do not lie on one grid (`grid_difference`).
+    holds NaN or infinity, or files do not lie on one grid (`grid_difference`). DatasetInvalid, with the values, for
+    labels that dataset.json does not declare.
     """
     wanted = len(dataset_json.channel_names)
     if list(case.channels) != list(range(wanted)):
@@ -207,11 +211,17 @@ def read_case(case: Case, dataset_json: DatasetJson) -> LoadedCase:
         raise InputRejected(f"{case.name}: channels {found}; the dataset has {wanted}, from 0000 on")
     try:
         volume = _read_channels(list(case.channels.values()))
-        labels = read_label_map(case.label)
+        labels = read_whole_numbers(case.label)
         _check_grid(volume.geometry, labels.geometry, case.label)
         spacing = read_spacing_mm(case.channels[0])
     except InputRejected as error:
         raise type(error)(f"{case.name}: {error}") from error
+    if unexpected := undeclared_labels(labels, dataset_json.labels):
+        raise DatasetInvalid(
+            f"{case.name}: {case.label.name}: {unexpected}; correct the label map, or declare the value under `labels` "
+            f"in {DATASET_JSON}"
+        )
+    labels = narrowed(labels)
     # Where positions differ a little the label takes the image's: nnU-Net matches voxels by index.
     change = reorientation(volume.geometry, dataset_json.orientation)
     return LoadedCase(
@@ -249,6 +259,21 @@ def count_labels(labels: LabelMap) -> dict[int, int]:
     for plane in labels.array:
         voxels += np.bincount(plane.ravel(), minlength=voxels.size)
     return {int(value): int(voxels[value]) for value in np.flatnonzero(voxels)}
+
+
+def undeclared_labels(labels: LabelMap, declared: LabelManager) -> str:
+    """The values that are neither declared nor the ignore label, with how many voxels each has; empty where there are
+    none."""
+    array, highest = labels.array, declared.highest_value  # declared values are 0, 1, 2, ... without gaps
+    if int(array.min()) >= 0 and int(array.max()) <= highest:
+        return ""
+    values, counts = np.unique(array[(array < 0) | (array > highest)], return_counts=True)
+    named = ", ".join(
+        f"{value} in {n} voxel{'s' if n > 1 else ''}"
+        for value, n in zip(values[:_MOST_NAMED].tolist(), counts.tolist(), strict=False)
+    )
+    more = f" and {len(values) - _MOST_NAMED} more" if len(values) > _MOST_NAMED else ""
+    return f"label {named}{more}; declared are 0 to {highest}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,6 +345,17 @@ def _cases_of_folders(folder: Path, dataset_json: DatasetJson) -> list[Case]:
         Case(name=name, channels=dict(sorted(found[name].items())), label=folder / LABELS / f"{name}{ending}")
         for name in sorted(found)
     ]
+
+
+def _check_file_names(cases: Sequence[Case]) -> None:
+    """A preprocessed case is CASE and CASE_seg, here and in nnU-Net."""
+    names = {case.name for case in cases}
+    for name in sorted(names):
+        if f"{name}{_LABELS_OF}" in names:
+            raise DatasetInvalid(
+                f"the cases {name} and {name}{_LABELS_OF}: preprocessed, the labels of the one have the file name of "
+                "the other's image; rename one of them"
+            )
 
 
 def _explicit_cases(folder: Path, dataset_json: DatasetJson) -> list[Case]:

@@ -23,11 +23,12 @@ from engine.dataset import (
     count_labels,
     grid_difference,
     open_dataset,
+    undeclared_labels,
     unused_files,
 )
 from engine.errors import DatasetInvalid, InputRejected, NotFinite
 from engine.exclusions import EXCLUSIONS_JSON, Exclusion
-from engine.nifti import read_label_map, read_nifti
+from engine.nifti import narrowed, read_nifti, read_whole_numbers
 from engine.parallel import Progress, map_cases
 from engine.sides import ONE_ORIENTATION, lateral_direction, paired_labels, unpaired_labels
 from engine.splits import SPLITS_JSON, read_splits
@@ -286,7 +287,7 @@ def _read_labels(case: Case, findings: list[Finding]) -> LabelMap | None:
         findings.append(Finding(kind="missing-label", case=case.name, file=case.label.name, cause="is not there"))
         return None
     try:
-        return read_label_map(case.label)
+        return read_whole_numbers(case.label)
     except (InputRejected, OSError, MemoryError, ValueError) as error:
         findings.append(_unreadable(case, case.label, error))
         return None
@@ -307,14 +308,8 @@ def _compared(case: Case, path: Path, grid: Geometry, other: Geometry) -> Iterab
 
 
 def _check_values(case: Case, labels: LabelMap, dataset_json: DatasetJson) -> Iterable[Finding]:
-    voxels = count_labels(labels)
     manager = dataset_json.labels
-    allowed = {*manager.values, *(() if manager.ignore_label is None else (manager.ignore_label,))}
-    unexpected = {value: n for value, n in voxels.items() if value not in allowed}
-    if unexpected:
-        named = ", ".join(f"{value} in {n} voxels" for value, n in list(unexpected.items())[:_MOST_NAMED])
-        more = f" and {len(unexpected) - _MOST_NAMED} more" if len(unexpected) > _MOST_NAMED else ""
-        cause = f"label {named}{more}; declared are {min(allowed)} to {max(allowed)}"
-        yield Finding(kind="unexpected-label", case=case.name, file=case.label.name, cause=cause)
-    elif not any(value not in (0, manager.ignore_label) for value in voxels):
+    if unexpected := undeclared_labels(labels, manager):
+        yield Finding(kind="unexpected-label", case=case.name, file=case.label.name, cause=unexpected)
+    elif not any(value not in (0, manager.ignore_label) for value in count_labels(narrowed(labels))):
         yield Finding(kind="empty-foreground", case=case.name, file=case.label.name, cause="holds no foreground label")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from engine.dataset import grid_difference
+from engine.dataset import grid_difference, undeclared_labels
 from engine.errors import DatasetInvalid, InputRejected
 from engine.labels import LabelManager
 from engine.metrics import CaseMetrics, evaluated_regions, measure_case
-from engine.nifti import read_label_map
+from engine.nifti import read_whole_numbers
 from engine.parallel import Progress, map_cases
 
 Row = tuple[str, str, CaseMetrics]
@@ -48,16 +49,34 @@ def find_pairs(predictions: Path, references: Path, ending: str, *, chill: bool 
 
 
 def evaluate_pairs(
-    pairs: list[Pair], labels: LabelManager, *, processes: int, progress: Progress | None = None, surfaces: bool = True
+    pairs: list[Pair],
+    labels: LabelManager,
+    *,
+    processes: int,
+    progress: Progress | None = None,
+    surfaces: bool = True,
+    warn: Callable[[str], None] | None = None,
 ) -> list[Row]:
-    """Raises InputRejected with the case that cannot be read or whose two files do not lie on one grid, WorkerDied."""
+    """A value that is not declared is of no label, as in nnU-Net; `warn` is told of it, with case, file and value.
+
+    Raises InputRejected with the case that cannot be read or whose two files do not lie on one grid, DatasetInvalid for
+    an undeclared value where nobody would be warned, WorkerDied.
+    """
     evaluate = partial(_evaluate, labels=labels, surfaces=surfaces)
-    return map_cases(evaluate, pairs, processes=processes, progress=progress)
+    rows = []
+    for row, unexpected in map_cases(evaluate, pairs, processes=processes, progress=progress):
+        for text in unexpected:
+            if warn is None:
+                raise DatasetInvalid(text)
+            warn(f"{text}; it counts as none of them")
+        rows.append(row)
+    return rows
 
 
-def _evaluate(pair: Pair, *, labels: LabelManager, surfaces: bool) -> Row:
+def _evaluate(pair: Pair, *, labels: LabelManager, surfaces: bool) -> tuple[Row, list[str]]:
+    """And what is undeclared in the files."""
     try:
-        reference, prediction = read_label_map(pair.reference), read_label_map(pair.prediction)
+        reference, prediction = read_whole_numbers(pair.reference), read_whole_numbers(pair.prediction)
     except InputRejected as error:
         raise type(error)(f"{pair.name}: {error}") from error
     difference = grid_difference(reference.geometry, prediction.geometry)
@@ -72,8 +91,16 @@ def _evaluate(pair: Pair, *, labels: LabelManager, surfaces: bool) -> Row:
         ignore_label=labels.ignore_label,
         surfaces=surfaces,
     )
+    unexpected = [
+        f"{pair.name}: {file} {path.name}: {text}"
+        for file, path, found in (
+            ("reference", pair.reference, reference),
+            ("prediction", pair.prediction, prediction),
+        )
+        if (text := undeclared_labels(found, labels))
+    ]
     # A read-only view cannot travel to another process.
-    return str(pair.reference), str(pair.prediction), dict(metrics)
+    return (str(pair.reference), str(pair.prediction), dict(metrics)), unexpected
 
 
 def _names(folder: Path, ending: str) -> set[str]:

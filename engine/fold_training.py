@@ -34,6 +34,7 @@ from torch import nn
 from engine.augmentation_profile import AugmentationPlan
 from engine.cascade_stage import StageFold
 from engine.case_pictures import draw_best_and_worst
+from engine.case_results import has_logits
 from engine.compilation import Compile
 from engine.data_digest import data_digest
 from engine.errors import DatasetInvalid
@@ -194,7 +195,10 @@ class _Fold:
         if not is_finished(folder):
             return False
         refuse_other_training(folder, self._request_json(), any_precision=self.request.any_precision)
-        return not self.request.keeps_logits or all((folder / LOGITS / f"{n}.npy").exists() for n in self.split.val)
+        ending = self.experiment.dataset.json.file_ending
+        return all((folder / VALIDATION / f"{name}{ending}").exists() for name in self.split.val) and (
+            not self.request.keeps_logits or all(has_logits(folder / LOGITS / f"{n}.npy") for n in self.split.val)
+        )
 
     def run(self) -> bool:
         request, setup = self.request, self._setup()

@@ -107,8 +107,9 @@ def measure_case(
 ) -> CaseMetrics:
     """Metrics of every region of one case.
 
-    `reference` and `prediction` are label maps (Z, Y, X) of equal shape, values from 0 on, spacing in mm (z, y, x).
-    Ignored voxels are background on both sides where surfaces are measured. ValueError for shapes that differ.
+    `reference` and `prediction` are label maps (Z, Y, X) of equal shape, spacing in mm (z, y, x). A value of no region
+    is in none of them, as in nnU-Net. Ignored voxels are background on both sides where surfaces are measured.
+    ValueError for shapes that differ.
     """
     if reference.shape != prediction.shape or reference.ndim != 3:
         raise ValueError(f"label maps {reference.shape} and {prediction.shape}: two alike (Z, Y, X) are needed")
@@ -117,11 +118,12 @@ def measure_case(
         annotated = reference != ignore_label
         ignored = reference.size - int(np.count_nonzero(annotated))
         reference, prediction = reference * annotated, prediction * annotated
-    pairs = _pairs(reference, prediction, max(max(region) for region in regions))
+    highest = max(max(region) for region in regions)
+    reference, prediction = _up_to(highest, reference), _up_to(highest, prediction)
+    pairs = _pairs(reference, prediction, highest)
     pairs[0, 0] -= ignored
     boxes = [ndimage.find_objects(side, len(pairs)) for side in (reference, prediction)]
     ruler = SurfaceRuler(reference.shape, spacing_mm) if surfaces else None
-    diagonal_mm = math.hypot(*(n * mm for n, mm in zip(reference.shape, spacing_mm, strict=True)))
 
     found: dict[Region, RegionMetrics] = {}
     for region in regions:
@@ -135,7 +137,7 @@ def measure_case(
             distances = ruler.measure(np.isin(reference[box], values), np.isin(prediction[box], values))
             hd95_mm, surface_dice = distances.hd95_mm(), distances.surface_dice(TOLERANCE_MM)
         elif ruler is not None and (in_reference or in_prediction):
-            hd95_mm, surface_dice = diagonal_mm, 0.0
+            hd95_mm, surface_dice = ruler.diagonal_mm, 0.0
         found[region] = RegionMetrics(
             true_positives=in_both,
             false_positives=in_prediction - in_both,
@@ -217,9 +219,19 @@ def write_summary_document(path: Path, document: Mapping[str, Any]) -> None:
         partial.unlink(missing_ok=True)
 
 
+def _up_to(highest: int, labels: NDArray[Any]) -> NDArray[Any]:
+    """Values beyond 0 to `highest` become the next one: tables of labels are as large as the greatest."""
+    if int(labels.min(initial=0)) >= 0 and int(labels.max(initial=0)) <= highest:
+        return labels.astype(np.min_scalar_type(highest), copy=False)
+    within = np.full(labels.shape, highest + 1, dtype=np.min_scalar_type(highest + 1))
+    np.copyto(within, labels, where=(labels >= 0) & (labels <= highest), casting="unsafe")
+    return within
+
+
 def _pairs(reference: NDArray[Any], prediction: NDArray[Any], highest: int) -> NDArray[np.int64]:
-    """How many voxels have label i in the reference and label j in the prediction: entry (i, j)."""
-    size = 1 + max(int(reference.max(initial=0)), int(prediction.max(initial=0)), highest)
+    """How many voxels have label i in the reference and label j in the prediction: entry (i, j). The last one is for
+    whatever is greater than `highest`."""
+    size = 2 + highest
     pairs = np.zeros(size * size, dtype=np.int64)
     for first in range(0, reference.shape[0], planes := max(1, 2**22 // max(1, reference[0].size))):
         part = slice(first, first + planes)

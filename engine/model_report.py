@@ -13,6 +13,7 @@ from typing import Any
 from engine.dataset import DatasetJson
 from engine.experiment import BEST_CASE, EPOCHS, PROGRESS, REQUEST, VALIDATION, WORST_CASE
 from engine.metrics import SUMMARY, read_summary
+from engine.whole_file import whole_file
 
 REPORT = "report.html"
 _STYLE = (
@@ -40,10 +41,9 @@ def write_report(folder: Path, dataset_json: DatasetJson) -> Path:
         parts.append(f"<h2>{escape(fold.name)}</h2>")
         parts += [_picture(fold / name) for name in (PROGRESS, BEST_CASE, WORST_CASE) if (fold / name).exists()]
     page = f"<!doctype html><meta charset=utf-8><title>{escape(folder.name)}</title><style>{_STYLE}</style>"
-    path, partial = folder / REPORT, folder / f".{REPORT}"
-    partial.write_text(page + "\n".join(parts), encoding="utf-8")
-    partial.replace(path)
-    return path
+    with whole_file(folder / REPORT) as partial:
+        partial.write_text(page + "\n".join(parts), encoding="utf-8")
+    return folder / REPORT
 
 
 def read_epochs(fold: Path) -> list[dict[str, Any]]:

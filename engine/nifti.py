@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import math
+import os
 import zlib
 from collections.abc import Sequence
 from io import BufferedIOBase
@@ -17,6 +19,7 @@ from numpy.typing import NDArray
 
 from engine.errors import InputRejected, NotFinite
 from engine.volume import Geometry, LabelMap, Volume
+from engine.whole_file import whole_file
 
 # nifti1.h: what is read here of the header, and the types with one number a voxel.
 _NIFTI1 = np.dtype(
@@ -31,6 +34,7 @@ _NIFTI_TYPES = MappingProxyType(
     {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
 )
 _CHUNK = 2**20
+_GIPL_HEADER = 256
 # Deflate makes at most 1032 bytes of one.
 _MOST_DEFLATED = 1100
 # ITK refuses directions that are not orthonormal; the header itself holds float32.
@@ -63,18 +67,35 @@ def read_nifti(paths: Sequence[Path]) -> Volume:
 
 
 def read_label_map(path: Path) -> LabelMap:
-    """A label map in the voxel order as stored; InputRejected when it holds anything but whole numbers >= 0, as
-    NotFinite when that is NaN or infinity."""
+    """A label map in the voxel order as stored, uint8 or uint16. Raises InputRejected for values beyond 0 to 65535, and
+    as `read_whole_numbers` does."""
+    found = read_whole_numbers(path)
+    low, high = int(found.array.min()), int(found.array.max())
+    if low < 0 or high > 65535:
+        raise InputRejected(f"{path.name}: labels from {low} to {high}; 0 to 65535 are allowed")
+    return narrowed(found)
+
+
+def read_whole_numbers(path: Path) -> LabelMap:
+    """A label map whatever its values, in an integer type that holds them; `narrowed` makes a usual one of it. Raises
+    InputRejected when it holds fractions or numbers beyond 64 bits, as NotFinite for NaN and infinity."""
     array, geometry = _read(path)
     if np.issubdtype(array.dtype, np.floating):
         if not _all_finite(array):
             raise NotFinite(f"{path.name}: holds NaN or infinity, correct it at the source")
         if not all(np.array_equal(plane, np.rint(plane)) for plane in array):
             raise InputRejected(f"{path.name}: a label map holds whole numbers only")
-    low, high = int(array.min()), int(array.max())
-    if low < 0 or high > 65535:
-        raise InputRejected(f"{path.name}: labels from {low} to {high}; 0 to 65535 are allowed")
-    return LabelMap(array=array.astype(np.uint8 if high < 256 else np.uint16), geometry=geometry)
+        low, high = float(array.min()), float(array.max())
+        if low < -(2.0**63) or high >= 2.0**63:
+            raise InputRejected(f"{path.name}: labels from {low:g} to {high:g}; 0 to 65535 are allowed")
+        array = array.astype(np.uint16 if low >= 0 and high <= 65535 else np.int64)
+    return LabelMap(array=array, geometry=geometry)
+
+
+def narrowed(labels: LabelMap) -> LabelMap:
+    """The same label map as uint8 or uint16, which must hold its values."""
+    array = labels.array.astype(np.uint8 if int(labels.array.max()) < 256 else np.uint16)
+    return LabelMap(array=array, geometry=labels.geometry)
 
 
 def read_spacing_mm(path: Path) -> tuple[float, float, float]:
@@ -83,67 +104,85 @@ def read_spacing_mm(path: Path) -> tuple[float, float, float]:
 
     Reads the header only. Raises InputRejected when there is none.
     """
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
-    try:
-        reader.ReadImageInformation()
-    except RuntimeError as error:
-        raise InputRejected(f"{path.name}: not readable as an image") from error
+    reader = _header(path)
     spacing = [abs(float(value)) for value in reader.GetSpacing()]
-    if len(spacing) == 2:
-        spacing.append(999.0 * max(spacing))
-    x, y, z = spacing[:3]
+    x, y, z = [*spacing, _flat_spacing_mm(spacing)][:3]
     return z, y, x
 
 
 def read_orientation(path: Path) -> str:
     """The orientation code of the voxels as stored (engine/volume.py), from the header. Raises InputRejected when there
     is none."""
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
-    try:
-        reader.ReadImageInformation()
-    except RuntimeError as error:
-        raise InputRejected(f"{path.name}: not readable as an image") from error
+    reader = _header(path)
     dimensions = reader.GetDimension()
     affine = np.eye(4)
     affine[:dimensions, :dimensions] = np.reshape(reader.GetDirection(), (dimensions, dimensions))
     return Geometry(shape=(1, 1, 1), affine_lps=affine).orientation
 
 
-def write_nifti(labels: LabelMap, path: Path) -> None:
-    """The label map as a file with its own geometry; ValueError on a sheared grid, which NIfTI by ITK cannot hold."""
-    write_image(labels.array, labels.geometry, path)
+def is_flat(path: Path) -> bool:
+    """Whether the file has two axes, and not a third with one voxel. Raises InputRejected when there is no header."""
+    return bool(_header(path).GetDimension() == 2)
 
 
-def write_image(array_ZYX: NDArray[Any], geometry: Geometry, path: Path) -> None:
-    """One channel or label map (Z, Y, X) as a file, in the type of its array. ValueError on a sheared grid, as above;
-    OSError when the file cannot be written."""
-    direction = geometry.direction
+def write_nifti(labels: LabelMap, path: Path, *, flat: bool = False) -> None:
+    """The label map as a file with its own geometry, as `write_image` writes it."""
+    write_image(labels.array, labels.geometry, path, flat=flat)
+
+
+def write_image(array_ZYX: NDArray[Any], geometry: Geometry, path: Path, *, flat: bool = False) -> None:
+    """One channel or label map (Z, Y, X) as a file, in the type of its array; the whole file or the old one. `flat`
+    writes a single slice as a file with two axes.
+
+    It is read again before it takes its place: ITK does not notice a full disk. OSError when the file cannot be written
+    to its end; ValueError on a sheared grid, which NIfTI by ITK cannot hold.
+    """
+    direction, axes = geometry.direction, 2 if flat else 3
     if np.abs(direction.T @ direction - np.eye(3)).max() > _ORTHOGONALITY:
         raise ValueError(f"{path.name}: the grid is sheared (gantry tilt) and cannot be written by ITK")
-    image = sitk.GetImageFromArray(array_ZYX)
-    image.SetSpacing(geometry.spacing_mm[::-1])
-    image.SetOrigin(geometry.origin_mm)
-    image.SetDirection(direction.ravel().tolist())
+    if flat and len(array_ZYX) != 1:
+        raise ValueError(f"{path.name}: {len(array_ZYX)} slices do not go into a file with two axes")
+    image = sitk.GetImageFromArray(array_ZYX[0] if flat else array_ZYX)
+    image.SetSpacing(geometry.spacing_mm[::-1][:axes])
+    image.SetOrigin(geometry.origin_mm[:axes])
+    image.SetDirection(direction[:axes, :axes].ravel().tolist())
+    with whole_file(path, keeps_ending=True) as made:
+        try:
+            sitk.WriteImage(image, str(made), True)
+        except RuntimeError as error:
+            raise OSError(f"{path.name}: cannot be written; is the disk full?") from error
+        _check_written(made, path.name, array_ZYX)
+
+
+def _check_written(made: Path, name: str, array_ZYX: NDArray[Any]) -> None:
+    with made.open("rb") as file:
+        os.fsync(file.fileno())  # says what a disk across the network could not take
     try:
-        sitk.WriteImage(image, str(path), True)
-    except RuntimeError as error:
-        raise OSError(f"{path.name}: cannot be written; is the disk full?") from error
+        is_whole = np.array_equal(_read(made)[0], array_ZYX)
+    except InputRejected:
+        is_whole = False
+    if not is_whole:
+        raise OSError(errno.ENOSPC, f"{name}: was not written to its end; is the disk full?")
 
 
-def check_stored(path: Path) -> None:
-    """Refuses (InputRejected, NotFinite) a NIfTI-1 file that is cut short or stores NaN or infinity."""
-    _stored_voxels(path)
-
-
-def _read(path: Path) -> tuple[Any, Geometry]:
+def _header(path: Path) -> sitk.ImageFileReader:
+    """A reader that knows the file's header. Raises InputRejected when there is none."""
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     try:
         reader.ReadImageInformation()
     except RuntimeError as error:
         raise InputRejected(f"{path.name}: not readable as an image") from error
+    return reader
+
+
+def _flat_spacing_mm(spacing_mm: Sequence[float]) -> float:
+    """What nnU-Net takes for the distance of the slices of a file with two axes, so that it never mixes them."""
+    return 999.0 * max(spacing_mm)
+
+
+def _read(path: Path) -> tuple[Any, Geometry]:
+    reader = _header(path)
     dimensions = reader.GetDimension()
     if reader.GetNumberOfComponents() != 1 or dimensions not in (2, 3):
         raise InputRejected(
@@ -153,7 +192,10 @@ def _read(path: Path) -> tuple[Any, Geometry]:
     affine = np.eye(4)
     affine[:dimensions, :dimensions] = np.reshape(reader.GetDirection(), (dimensions, dimensions))
     affine[:dimensions, :dimensions] *= reader.GetSpacing()
+    if dimensions == 2:
+        affine[2, 2] = _flat_spacing_mm(reader.GetSpacing())
     affine[:dimensions, 3] = reader.GetOrigin()
+    _check_gipl(reader, path)
     array = _stored_voxels(path)
     if array is None or array.size != math.prod(reader.GetSize()):
         try:
@@ -162,6 +204,15 @@ def _read(path: Path) -> tuple[Any, Geometry]:
             raise InputRejected(f"{path.name}: not readable as an image") from error
     array = array.reshape((1, *reader.GetSize()[1::-1]) if dimensions == 2 else reader.GetSize()[::-1])
     return array, Geometry(shape=array.shape, affine_lps=affine)
+
+
+def _check_gipl(reader: sitk.ImageFileReader, path: Path) -> None:
+    """ITK takes what lies in memory for the voxels that a GIPL file has no more. Raises InputRejected."""
+    if path.name.endswith(".gipl"):
+        voxel = sitk.Image((1,) * reader.GetDimension(), reader.GetPixelID()).GetSizeOfPixelComponent()
+        size = _GIPL_HEADER + voxel * math.prod(reader.GetSize())
+        if path.stat().st_size < size:
+            raise InputRejected(f"{path.name}: ends before its last voxel ({path.stat().st_size} of {size} bytes)")
 
 
 def _stored_voxels(path: Path) -> NDArray[Any] | None:

@@ -17,7 +17,7 @@ from engine.evaluation import Pair, Row
 from engine.json_writer import write_json
 from engine.labels import Label, LabelManager
 from engine.metrics import SUMMARY, CaseMetrics, evaluated_regions, measure_case, summary, write_summary
-from engine.nifti import read_label_map, write_nifti
+from engine.nifti import is_flat, read_label_map, write_nifti
 from engine.parallel import Progress, map_cases
 from engine.postprocessing import KEEP_LARGEST, KEEP_SEVERAL, KeepLargest, apply_postprocessing
 from engine.volume import LabelMap
@@ -147,7 +147,7 @@ def _apply(pair: Pair, *, steps: Steps, labels: LabelManager, folder: Path) -> R
     array = prediction.array.copy()
     apply_postprocessing(array, steps)
     path = folder / pair.prediction.name
-    write_nifti(LabelMap(array=array, geometry=prediction.geometry), path)
+    write_nifti(LabelMap(array=array, geometry=prediction.geometry), path, flat=is_flat(pair.prediction))
     return str(pair.reference), str(path), _metrics(reference, array, labels, surfaces=True)
 
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,8 +30,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.data_digest import CONTENT, STAMP, content_digest
-from engine.dataset import Case, DatasetJson, read_case
-from engine.errors import DatasetInvalid
+from engine.dataset import DATASET_JSON, Case, DatasetJson, read_case
+from engine.errors import DatasetInvalid, InputRejected
 from engine.json_reader import Reader, read_json
 from engine.json_writer import write_json
 from engine.labels import LabelManager
@@ -40,11 +39,13 @@ from engine.parallel import Progress, map_cases
 from engine.plans import Configuration, Plans
 from engine.preprocessing import crop_to_nonzero, network_spacing_mm, preprocess_labelled
 from engine.sampling import ClassKey, ClassLocations, StoredArray
+from engine.whole_file import save_array, whole_file
 
 FORMAT = 1
 _SAMPLES_PER_CLASS = 10_000
 _LEAST_SHARE = 0.01
 _LOCATION_SEED = 1234
+_MOST = int(np.iinfo(np.int16).max)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -104,6 +105,11 @@ def preprocess_dataset(
 
     Raises InputRejected or DatasetInvalid with the case's name, OSError when the disk is full, WorkerDied.
     """
+    if job.dataset_json.labels.highest_value > _MOST:
+        raise DatasetInvalid(
+            f"{DATASET_JSON}: labels up to {job.dataset_json.labels.highest_value}; preprocessed cases hold {_MOST} at "
+            "most, as nnU-Net's do"
+        )
     for folder in job.folders.values():
         folder.mkdir(parents=True, exist_ok=True)
     # A read-only view cannot travel to another process.
@@ -201,7 +207,10 @@ def _make_case(job: PreprocessJob, case: Case) -> int:
     if not missing:
         return 0
     loaded = read_case(case, job.dataset_json)
-    cropped = crop_to_nonzero(loaded.volume, job.plans)
+    try:
+        cropped = crop_to_nonzero(loaded.volume, job.plans)
+    except InputRejected as error:
+        raise InputRejected(f"{case.name}: {error}") from error
     spacing_mm = cropped.spacing_mm
     shapes = {
         "shape_before_cropping": list(cropped.full_shape),
@@ -215,8 +224,8 @@ def _make_case(job: PreprocessJob, case: Case) -> int:
         locations = locate(labels, job.dataset_json.labels)
         folder = job.folders[configuration.name]
         stored = {",".join(map(str, key if isinstance(key, tuple) else (key,))): v for key, v in locations.items()}
-        _write(folder / f"{case.name}.npy", partial(_save, array=image))
-        _write(folder / f"{case.name}_seg.npy", partial(_save, array=labels))
+        _write(folder / f"{case.name}.npy", partial(save_array, array=image))
+        _write(folder / f"{case.name}_seg.npy", partial(save_array, array=labels))
         _write(folder / f"{case.name}_locations.npz", partial(_save_all, arrays=stored))
         document = {
             "format": FORMAT,
@@ -262,20 +271,11 @@ def _stamp(job: PreprocessJob, configuration: Configuration, case: Case) -> str:
     return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
 
 
-def _save(file: BinaryIO, array: NDArray[Any]) -> None:
-    np.save(file, array, allow_pickle=False)
-
-
 def _save_all(file: BinaryIO, arrays: Mapping[str, NDArray[Any]]) -> None:
     np.savez(file, allow_pickle=False, **arrays)
 
 
 def _write(path: Path, save: Any) -> None:
     """The whole file or none: a worker that is ended leaves nothing that looks complete."""
-    made = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with made.open("wb") as file:
-            save(file)
-        made.replace(path)
-    finally:
-        made.unlink(missing_ok=True)
+    with whole_file(path) as made, made.open("wb") as file:
+        save(file)

@@ -23,9 +23,16 @@ from typing import Any
 import numpy as np
 
 from engine.candidate_score import invented_voxels, mean_dice
-from engine.case_results import join_outputs, measure_prediction, network_logits, write_prediction
+from engine.case_results import (
+    has_logits,
+    has_prediction,
+    join_outputs,
+    measure_prediction,
+    network_logits,
+    write_prediction,
+)
 from engine.dataset import DATASET_JSON, Case, DatasetJson, read_case
-from engine.errors import DatasetInvalid
+from engine.errors import DatasetInvalid, InputRejected
 from engine.evaluation import Pair, Row
 from engine.experiment import LOGITS, PLANS_JSON, VALIDATION, Experiment
 from engine.json_writer import write_json
@@ -133,13 +140,17 @@ class _Selecting:
             Pair(name=name, reference=references[name], prediction=best.folder / f"{name}{dataset.json.file_ending}")
             for name in sorted(self._fold_of_case())
         ]
-        found = find_postprocessing(
-            pairs,
-            dataset.json.labels,
-            most_components=self.profile.most_components,
-            processes=self.processes,
-            progress=self.report("post-processing"),
-        )
+        try:
+            found = find_postprocessing(
+                pairs,
+                dataset.json.labels,
+                most_components=self.profile.most_components,
+                processes=self.processes,
+                progress=self.report("post-processing"),
+            )
+        except InputRejected as error:
+            self._refuse_damaged(best, pairs, error)
+            raise
         after = apply_to_folder(
             pairs, found.steps, dataset.json.labels, best.folder / POSTPROCESSED, processes=self.processes
         )
@@ -152,6 +163,16 @@ class _Selecting:
             information=self._write_information(candidates, best, found),
             notes=tuple(notes),
         )
+
+    def _refuse_damaged(self, best: Candidate, pairs: Sequence[Pair], error: InputRejected) -> None:
+        """Raises DatasetInvalid with the first prediction that is the reason, if one is."""
+        damaged = next((pair.name for pair in pairs if not has_prediction(pair.prediction)), None)
+        if damaged is None:
+            return
+        fold, configuration = self._fold_of_case()[damaged], best.configurations[0]
+        ending = self.experiment.dataset.json.file_ending
+        path = self._model_folder(configuration) / f"fold_{fold}" / VALIDATION / f"{damaged}{ending}"
+        raise DatasetInvalid(f"{error}: remove {path}, and {_predicts_again(configuration, fold)}") from error
 
     def _groups(self, configurations: tuple[str, ...]) -> tuple[list[tuple[str, ...]], list[str]]:
         """What is to be joined, and what is not: a stage is part of its cascade already."""
@@ -206,6 +227,8 @@ class _Selecting:
             progress = self.report(f"{configuration}, fold {fold}: measured anew")
             for entry in validated.entries(processes=self.processes, progress=progress):
                 path = Path(entry["prediction_file"])
+                if not path.exists():
+                    raise DatasetInvalid(f"{path} is not there: {_predicts_again(configuration, fold)}")
                 shutil.copy2(path, folder / path.name)
                 entries.append({**entry, "prediction_file": str(folder / path.name)})
         entries.sort(key=lambda entry: str(entry["prediction_file"]))
@@ -247,7 +270,7 @@ class _Selecting:
     def _has_logits(self, configuration: str) -> bool:
         model = self._model_folder(configuration)
         return all(
-            (model / f"fold_{fold}" / LOGITS / f"{name}.npy").exists() for name, fold in self._fold_of_case().items()
+            has_logits(model / f"fold_{fold}" / LOGITS / f"{name}.npy") for name, fold in self._fold_of_case().items()
         )
 
     def _begin(self, folder: Path) -> None:
@@ -309,7 +332,7 @@ def _join(job: _Join, case: Case) -> Row:
     path = job.folder / f"{case.name}{job.dataset_json.file_ending}"
     files = job.logits[case.name]
     loaded = read_case(case, job.dataset_json)
-    if not path.exists() or path.stat().st_mtime_ns < max(file.stat().st_mtime_ns for file in files):
+    if not has_prediction(path) or path.stat().st_mtime_ns < max(file.stat().st_mtime_ns for file in files):
         cropped = crop_to_nonzero(loaded.volume, job.plans)
         outputs = [
             network_logits(np.load(file, allow_pickle=False), cropped, configuration)
@@ -318,6 +341,10 @@ def _join(job: _Join, case: Case) -> Row:
         joined = join_outputs(outputs, cropped, job.plans, job.dataset_json.labels, loaded.volume.geometry)
         write_prediction(joined, case, path)
     return str(case.label), str(path), dict(measure_prediction(path, loaded, job.dataset_json))
+
+
+def _predicts_again(configuration: str, fold: str) -> str:
+    return f"`seggate train --configuration {configuration} --fold {fold}` predicts it again"
 
 
 def _candidate(name: str, configurations: tuple[str, ...], folder: Path, document: Mapping[str, Any]) -> Candidate:

@@ -9,6 +9,7 @@ of the contour in the plane, weighted by length.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations, product
@@ -85,6 +86,13 @@ class SurfaceRuler:
         else:
             self._spacing_mm = np.delete(spacing, self._thin_axis)
             self._areas = _element_lengths(self._spacing_mm)
+        edges = np.delete(shape, self._thin_axis) if self._thin_axis is not None else np.asarray(shape)
+        self._diagonal_mm = math.hypot(*(edges * self._spacing_mm).tolist())
+
+    @property
+    def diagonal_mm(self) -> float:
+        """Of the volume, or of the plane of one that is one voxel thick."""
+        return self._diagonal_mm
 
     def measure(self, reference: BoolArray, prediction: BoolArray) -> SurfaceDistances:
         """Masks (Z, Y, X) of equal shape: the volume's, or cropped to a box that holds both masks; what lies beyond

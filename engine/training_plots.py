@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
@@ -46,7 +47,11 @@ def draw_progress(records: Sequence[EpochRecord], path: Path, *, labels: Sequenc
     for panel in axes:
         panel.grid(alpha=0.3)
         # Where curves that get better are not: to look for the best place takes long, and matplotlib then warns.
-        panel.legend(fontsize="small", ncols=2, loc="lower right" if panel is dice else "upper right")
+        # Each with its name: by themselves those that begin with _ are left out.
+        names = [str(line.get_label()) for line in panel.lines]
+        panel.legend(
+            panel.lines, names, fontsize="small", ncols=2, loc="lower right" if panel is dice else "upper right"
+        )
     axes[-1].set_xlabel("epoch")
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     _save(figure, path)
@@ -95,7 +100,10 @@ def _number(value: float | None) -> float:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    """The whole file or the old one."""
+    """The whole file or the old one. Names of cases and labels are text: $, ^ and _ are no formula."""
+    for text in figure.findobj(Text):
+        if isinstance(text, Text):
+            text.set_parse_math(False)
     partial = path.with_name(f".{path.stem}.{os.getpid()}.png")
     try:
         figure.savefig(partial, dpi=90)

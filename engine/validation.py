@@ -17,6 +17,8 @@ from torch import nn
 
 from engine.backends import Backend
 from engine.case_results import (
+    has_logits,
+    has_prediction,
     join_outputs,
     measure_labels,
     measure_prediction,
@@ -132,9 +134,9 @@ def validate(
     """Predicts the named cases, measures them, and writes the label maps and nnU-Net's summary.json into `folder`.
 
     The networks' logits go into `logits_folder`, for ensembles of configurations, and their labels to the
-    `next_stages` of a cascade. A case whose files are there is measured and not predicted again. Several processes
-    divide the cases between them; each gets the metrics of all. None, without a summary, when `stop` says so between
-    two cases. Raises InputRejected, DatasetInvalid for a name that is no case.
+    `next_stages` of a cascade. A case whose files are there, and whole, is measured and not predicted again. Several
+    processes divide the cases between them; each gets the metrics of all. None, without a summary, when `stop` says so
+    between two cases. Raises InputRejected, DatasetInvalid for a name that is no case, OSError.
     """
     processes = processes or TrainingProcesses()
     for needed in (folder, logits_folder):
@@ -148,7 +150,7 @@ def validate(
         loaded = read_case(case, dataset.json)
         path = folder / f"{case.name}{dataset.json.file_ending}"
         stored = None if logits_folder is None else logits_folder / f"{case.name}.npy"
-        there = path.exists() and (stored is None or stored.exists())
+        there = has_prediction(path) and (stored is None or has_logits(stored))
         if not there or any(stage.lacks(case.name) for stage in next_stages):
             cropped = crop_to_nonzero(loaded.volume, model.plans)
             output = model.logits(cropped, case=case.name)

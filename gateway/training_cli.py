@@ -51,6 +51,10 @@ Calibrates = Annotated[
 ]
 
 
+MOST_SEED = 2**63 - 1
+"""A fold adds its number, and what random numbers are made from has 64 bits."""
+
+
 class _TrainGroup(TyperGroup):
     """`seggate train WORD` is `seggate train run WORD` unless WORD is a subcommand."""
 
@@ -183,7 +187,7 @@ def train_run(
         bool,
         typer.Option("--deterministic", help="Bit-identical on the same kind of processor, with as many threads."),
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Decides weights, patches and augmentation.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Decides weights, patches and augmentation.")] = 0,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to train.")] = "auto",
     devices: Annotated[
         int, typer.Option(min=1, help="GPUs (or processes of a processor) that share every batch of a fold.")

@@ -32,8 +32,15 @@ def evaluate(
     try:
         described = read_dataset_json(_dataset_json(dataset_json, predictions, references))
         pairs = find_pairs(predictions, references, described.file_ending, chill=chill)
+        warnings: list[str] = []
         with progress_bar("evaluating", hidden=as_json) as advance:
-            rows = evaluate_pairs(pairs, described.labels, processes=processes or default_processes(), progress=advance)
+            rows = evaluate_pairs(
+                pairs,
+                described.labels,
+                processes=processes or default_processes(),
+                progress=advance,
+                warn=warnings.append,
+            )
         path = out or predictions / SUMMARY
         write_summary(path, rows)
     except (EngineError, OSError) as error:
@@ -42,8 +49,11 @@ def evaluate(
         say(f"seggate: not evaluated: {error}")
         return 1
     found = summary(rows)
+    for text in warnings:
+        say(f"seggate: warning: {text}")
     if as_json:
-        print_json({"ok": True, "cases": len(rows), "summary": str(path), **plain_means(found, described.labels)})
+        means = plain_means(found, described.labels)
+        print_json({"ok": True, "cases": len(rows), "summary": str(path), "warnings": warnings, **means})
     else:
         present_means(found, described.labels, f"{len(rows)} cases")
         say(f"summary: {path}")

@@ -12,7 +12,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from engine.dataset import IMAGES, LABELS, grid_difference
 from engine.errors import InputRejected
 from engine.json_reader import read_json
 from engine.json_writer import write_json
-from engine.nifti import check_stored, read_label_map, write_image
+from engine.nifti import read_label_map, write_image
 from engine.volume import Geometry, reorientation
 from gateway.errors import Rejected
 from gateway.results.series import SeriesPart, decode, read_series
@@ -251,19 +250,9 @@ class _Conversion:
         return array.astype(np.int16) if whole else array
 
     def _write(self, array: NDArray[Any], grid: Geometry, path: Path) -> None:
-        """The whole file or none, read again as far as its length: ITK does not notice a full disk."""
         self.at = path.name
         path.parent.mkdir(parents=True, exist_ok=True)
-        made = path.with_name(f".{os.getpid()}.{path.name}")
-        try:
-            write_image(array, grid, made)
-            try:
-                check_stored(made)
-            except InputRejected as error:
-                raise OSError(errno.ENOSPC, f"{path.name}: was not written to its end; is the disk full?") from error
-            made.replace(path)
-        finally:
-            made.unlink(missing_ok=True)
+        write_image(array, grid, path)
 
 
 def _grid(part: SeriesPart) -> Geometry:
@@ -296,10 +285,12 @@ def _check_shared(first: SeriesPart, part: SeriesPart, grid: Geometry, own: Geom
 def _paint_nifti(file: Path, values: Mapping[int, int], grid: Geometry, painter: LabelPainter) -> None:
     labels = read_label_map(file)
     geometry = labels.geometry
+    # The thickness of a single slice says nothing of where its voxels are.
+    axes = 3 if len(labels.array) > 1 else 2
     placement = place(
         origin_mm=geometry.affine_lps[:3, 3],
-        steps_mm=geometry.affine_lps[:3, :3],
-        sizes=geometry.shape[::-1],
+        steps_mm=geometry.affine_lps[:3, :axes],
+        sizes=geometry.shape[::-1][:axes],
         target=grid,
         what=file.name,
     )
@@ -308,7 +299,7 @@ def _paint_nifti(file: Path, values: Mapping[int, int], grid: Geometry, painter:
         present = np.flatnonzero(np.bincount(plane.ravel()))
         for number in (int(n) for n in present if int(n) in values):
             y, x = np.nonzero(plane == number)
-            painter.paint(values[number], *placement.apply((x, y, np.full_like(y, z)), grid, file.name))
+            painter.paint(values[number], *placement.apply((x, y, np.full_like(y, z))[:axes], grid, file.name))
 
 
 def _state(file: Path) -> list[object]:

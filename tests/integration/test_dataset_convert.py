@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import pydicom
 import pytest
+import SimpleITK as sitk
 from typer.testing import CliRunner
 
 from engine.dataset import open_dataset
-from engine.nifti import read_label_map, read_nifti, write_image
+from engine.nifti import read_label_map, read_nifti
 from engine.volume import reorientation
 from gateway.cli import app
 from tests.support.labelled_studies import (
@@ -490,14 +491,15 @@ def test_a_full_disk_stops_with_an_error_and_what_is_made_stays(
     tmp_path: Path, studies: list[PhantomSeries], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[str] = []
+    write = sitk.WriteImage
 
-    def full(array: Any, geometry: Any, path: Path) -> None:
-        write_image(array, geometry, path)
-        written.append(path.name)
+    def full(image: Any, path: str, *options: Any) -> None:
+        write(image, path, *options)
+        written.append(path)
         if len(written) > 3:
-            os.truncate(path, path.stat().st_size // 2)
+            os.truncate(path, Path(path).stat().st_size // 2)
 
-    monkeypatch.setattr("gateway.training_data.case_conversion.write_image", full)
+    monkeypatch.setattr("engine.nifti.sitk.WriteImage", full)
     source, out = tmp_path / "source", tmp_path / "raw" / NAME
     ran = convert(source, out, "--json")
     assert "is the disk full?" in shown(ran, 1)["error"]

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from numpy.typing import NDArray
 from typer.testing import CliRunner, Result
 
@@ -95,3 +96,20 @@ def test_labels_that_nobody_named_are_asked_for(folders: tuple[Path, Path]) -> N
     document.rename(folders[0].parent / "elsewhere.json")
     assert "--dataset-json" in _evaluate(folders).stderr
     assert _evaluate(folders, "--dataset-json", str(folders[0].parent / "elsewhere.json")).exit_code == 0
+
+
+@pytest.mark.parametrize("value", [7, 65535, 2**31 - 1, -1])
+def test_a_value_that_is_not_declared_counts_as_no_label_with_a_warning(folders: tuple[Path, Path], value: int) -> None:
+    """As in nnU-Net, which looks at the labels of dataset.json alone."""
+    plain = json.loads(_evaluate(folders, "--json").stdout)
+    assert plain["warnings"] == []
+    prediction = folders[0] / "a.nii.gz"
+    array = sitk.GetArrayFromImage(sitk.ReadImage(str(prediction))).astype(np.int32)
+    array[0, 0, 0] = value
+    _write(prediction, array)
+    ran = _evaluate(folders, "--json")
+    assert ran.exit_code == 0, ran.output
+    document = json.loads(ran.stdout)
+    warning = f"a: prediction a.nii.gz: label {value} in 1 voxel; declared are 0 to 2; it counts as none of them"
+    assert document == {**plain, "warnings": [warning]}
+    assert f"seggate: warning: {warning}" in ran.stderr

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 
 from engine.dataset import RawDataset, open_dataset
 from engine.plans import read_plans
@@ -66,3 +67,24 @@ def test_ct_of_thin_own_and_thick_slices_is_preprocessed_as_by_nnunet(tmp_path: 
     nnunet("plan_and_preprocess", tmp_path, dataset=name, configurations=configurations)
     plans = tmp_path / "preprocessed" / name / "nnUNetPlans.json"
     _compare(tmp_path, open_dataset(raw), plans, configurations)
+
+
+def test_images_of_two_axes_are_preprocessed_as_by_nnunet(tmp_path: Path) -> None:
+    """Their pixels are four times as high as wide, and of two sizes, so that all are resampled."""
+    name = "Dataset901_Flat"
+    raw = tmp_path / "raw" / name
+    random = np.random.default_rng(0)
+    for sub in ("imagesTr", "labelsTr"):
+        (raw / sub).mkdir(parents=True)
+    for index in range(4):
+        labels = np.zeros((40, 150 + 10 * index), np.uint8)
+        labels[5:20, 20 : 60 + index], labels[25:35, 80:130] = 1, 2
+        image = (random.normal(50, 5, labels.shape) + 60 * labels).astype(np.float32)
+        for array, path in ((image, f"imagesTr/c{index}_0000.nii.gz"), (labels, f"labelsTr/c{index}.nii.gz")):
+            flat = sitk.GetImageFromArray(array)
+            flat.SetSpacing((1.0, 4.0) if index % 2 else (0.8, 3.6))
+            sitk.WriteImage(flat, str(raw / path))
+    document = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "a": 1, "b": 2}, "numTraining": 4}
+    (raw / "dataset.json").write_text(json.dumps({**document, "file_ending": ".nii.gz"}))
+    nnunet("plan_and_preprocess", tmp_path, dataset=name, configurations=["2d"])
+    _compare(tmp_path, open_dataset(raw), tmp_path / "preprocessed" / name / "nnUNetPlans.json", ["2d"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -183,3 +184,35 @@ def test_corrected_label_maps_are_measured_anew(tmp_path: Path, trained: Path, s
     found = shown(seggate(copy, "select", str(copy / NAME), "--json"))
     assert found["candidates"].keys() == selected["candidates"].keys()
     assert all(found["candidates"][name] < 0.1 < score for name, score in selected["candidates"].items())
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_damaged_prediction_is_named_and_made_again(tmp_path: Path, trained: Path, gone: bool) -> None:
+    """As a power failure leaves it; of the one model that there is."""
+    root = tmp_path / "moved"
+    shutil.copytree(trained, root)
+    path = root / "results" / NAME / f"{PREFIX}3d_fullres" / "fold_1" / "validation" / "case_03.nii.gz"
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    if gone:
+        path.unlink()
+    words = ("select", str(root / NAME), "--configuration", "3d_fullres", "--json")
+    ran = seggate(root, *words)
+    assert ran.exit_code == 1
+    assert str(path) in shown(ran)["error"]
+    assert "--configuration 3d_fullres --fold 1` predicts it again" in shown(ran)["error"]
+    path.unlink(missing_ok=True)
+    ran = seggate(root, "train", str(root / NAME), "--configuration", "3d_fullres", "--fold", "1", *LEARNS)
+    assert ran.exit_code == 0, ran.output
+    assert path.read_bytes() == content
+    assert seggate(root, *words).exit_code == 0
+
+
+def test_logits_that_were_cut_short_are_none(tmp_path: Path, trained: Path) -> None:
+    root = tmp_path / "moved"
+    shutil.copytree(trained, root)
+    path = root / "results" / NAME / f"{PREFIX}2d" / "fold_0" / "validation_logits" / "case_00.npy"
+    os.truncate(path, path.stat().st_size // 2)
+    ran = seggate(root, "select", str(root / NAME), "--json")
+    assert ran.exit_code == 0, ran.output
+    assert "2d kept no logits: no ensemble with it was tried" in shown(ran)["notes"]

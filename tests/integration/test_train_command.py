@@ -441,3 +441,41 @@ def test_what_cannot_be_trained_is_said(trained: Path, words: list[str], code: i
     assert ran.exit_code == code
     assert named in ran.stderr
     assert "Traceback" not in ran.output
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**63), str(2**80)])
+def test_a_seed_beyond_its_bounds_is_wrong_usage(tmp_path: Path, seed: str) -> None:
+    ran = seggate(tmp_path, "train", str(tmp_path / NAME), "--seed", seed)
+    assert ran.exit_code == 2
+    assert "Invalid value for '--seed'" in ran.output
+
+
+def test_the_greatest_seed_trains(tmp_path: Path) -> None:
+    raw = planned(tmp_path)
+    ran = seggate(tmp_path, "train", str(raw), "--fold", "1", *SHORT, "--seed", str(2**63 - 1))
+    assert ran.exit_code == 0, ran.output
+
+
+def test_undeclared_labels_end_plan_and_train_with_case_and_value(tmp_path: Path) -> None:
+    raw = planned(tmp_path)
+    labels = np.zeros((10, 16, 18), np.uint16)
+    labels[3:6, 4:7, 4:7] = 40000
+    write_array(raw / "labelsTr" / "case_02.nii.gz", labels, (1.0, 1.0, 1.0))
+    for words in (("plan", str(raw), "--plans-only"), ("train", str(raw), "--fold", "0", *SHORT)):
+        ran = seggate(tmp_path, *words, "--json")
+        assert ran.exit_code == 1
+        assert "case_02: case_02.nii.gz: label 40000 in 27 voxels; declared are 0 to 2" in shown(ran)["error"]
+
+
+def test_a_prediction_of_a_finished_fold_that_is_removed_is_made_again(tmp_path: Path, trained: Path) -> None:
+    root = tmp_path / "moved"
+    shutil.copytree(trained, root)
+    fold = root / MODEL / "fold_0"
+    (fold / "validation" / "case_02.nii.gz").unlink()
+    before = (fold / FINAL).read_bytes()
+    ran = seggate(root, "train", str(root / NAME), "--fold", "0", *SHORT, "--json")
+    assert ran.exit_code == 0, ran.output
+    again, once = (root / MODEL, trained / MODEL)
+    file = "fold_0/validation/case_02.nii.gz"
+    assert (again / file).read_bytes() == (once / file).read_bytes()
+    assert (fold / FINAL).read_bytes() == before

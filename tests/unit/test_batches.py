@@ -103,6 +103,17 @@ def test_a_case_that_cannot_be_read_ends_the_training_with_its_name(source: Batc
         list(stream.epoch(0, 3))
 
 
+@pytest.mark.parametrize("value", [7, 300, -2])
+def test_a_preprocessed_label_that_is_not_declared_ends_the_training_with_its_case(tmp_path: Path, value: int) -> None:
+    setup = tiny_setup(tmp_path)
+    source = Trainer(setup, tmp_path / "fold_0").source("training")
+    for name in CASES:
+        path = setup.folder / f"{name}_seg.npy"
+        np.save(path, np.full_like(np.load(path), value))
+    with pytest.raises(DatasetInvalid, match=rf"case_0\d: holds label {value}; declared are 0 to 2"):
+        source.batch(0, 0)
+
+
 def test_another_number_of_channels_is_refused(source: BatchSource) -> None:
     with pytest.raises(DatasetInvalid, match=r"1 channel\(s\) where the network takes 2; preprocess the dataset"):
         replace(source, channels=2).batch(0, 0)

@@ -71,14 +71,16 @@ def test_a_reader_that_reorients_gives_ras_and_the_spacing_with_it(tmp_path: Pat
     # x grows backwards (P), y to the feet (I), z to the right (R): all three axes change places.
     direction = (0.0, 0.0, -1.0, 1.0, 0.0, 0.0, 0.0, -1.0, 0.0)
     write_array(folder / "imagesTr" / "case_00_0000.nii.gz", image, (3.0, 2.0, 1.0), direction=direction)
-    write_array(folder / "labelsTr" / "case_00.nii.gz", image.astype(np.uint8), (3.0, 2.0, 1.0), direction=direction)
+    write_array(
+        folder / "labelsTr" / "case_00.nii.gz", (image > 0).astype(np.uint8), (3.0, 2.0, 1.0), direction=direction
+    )
     dataset = open_dataset(folder)
     loaded = read_case(dataset.cases[0], dataset.json)
     assert loaded.volume.geometry.orientation == "RAS"
     assert loaded.spacing_mm == (2.0, 1.0, 3.0)
     assert loaded.volume.array.shape == (1, 5, 6, 4)
     assert np.argwhere(loaded.volume.array[0] == 7).tolist() == [[3, 3, 0]]
-    np.testing.assert_array_equal(loaded.labels.array, loaded.volume.array[0])
+    np.testing.assert_array_equal(loaded.labels.array, loaded.volume.array[0] > 0)
 
 
 @pytest.mark.parametrize(
@@ -156,3 +158,30 @@ def test_a_moved_label_is_read_on_the_grid_of_its_image(tmp_path: Path) -> None:
     write_array(label, np.ones((6, 10, 11), np.uint8))
     with pytest.raises(InputRejected, match=r"case_00: case_00\.nii\.gz: shape"):
         read_case(dataset.cases[0], dataset.json)
+
+
+@pytest.mark.parametrize("value", [7, 300, 40000, 65535, 70000, 2**31 - 1, -1])
+def test_a_label_that_is_not_declared_is_named_with_case_and_value(tmp_path: Path, value: int) -> None:
+    folder = write_dataset(tmp_path / "d", cases=1)
+    labels = np.zeros((6, 10, 12), np.int32)
+    labels[2, 3, 4:6] = value
+    write_array(folder / "labelsTr" / "case_00.nii.gz", labels)
+    dataset = open_dataset(folder)
+    message = rf"case_00: case_00\.nii\.gz: label {value} in 2 voxels; declared are 0 to 2; correct"
+    with pytest.raises(DatasetInvalid, match=message):
+        read_case(dataset.cases[0], dataset.json)
+
+
+def test_the_ignore_label_is_declared(tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path / "d", cases=1, labels={"background": 0, "a": 1, "b": 2, "ignore": 3})
+    write_array(folder / "labelsTr" / "case_00.nii.gz", np.full((6, 10, 12), 3, np.uint8))
+    dataset = open_dataset(folder)
+    assert read_case(dataset.cases[0], dataset.json).labels.array.max() == 3
+
+
+def test_cases_whose_preprocessed_files_would_have_one_name_are_refused(tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path / "d", cases=2)
+    (folder / "imagesTr" / "case_01_0000.nii.gz").rename(folder / "imagesTr" / "case_00_seg_0000.nii.gz")
+    (folder / "labelsTr" / "case_01.nii.gz").rename(folder / "labelsTr" / "case_00_seg.nii.gz")
+    with pytest.raises(DatasetInvalid, match=r"the cases case_00 and case_00_seg: .*rename one"):
+        open_dataset(folder)

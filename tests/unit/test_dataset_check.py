@@ -234,3 +234,13 @@ def test_a_label_that_says_a_side_without_its_other_is_found(tmp_path: Path) -> 
     assert _check(folder).findings == ()
     _edit_json(folder, pairs=[["left_kidney", "nothing"]])
     assert _kinds(_check(folder)) == {("dataset-json", None)}
+
+
+@pytest.mark.parametrize("value", [7, 40000, 70000, -1])
+def test_any_undeclared_label_is_an_unexpected_label(tmp_path: Path, value: int) -> None:
+    folder = write_dataset(tmp_path / "Dataset001_Bad", cases=2)
+    write_array(folder / "labelsTr" / "case_01.nii.gz", np.full(SHAPE, value, np.int32))
+    report = _check(folder)
+    assert [(f.kind, f.case, f.cause) for f in report.findings] == [
+        ("unexpected-label", "case_01", f"label {value} in 720 voxels; declared are 0 to 2")
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -137,3 +138,29 @@ def test_measured_surfaces_stand_beside_the_values_of_nnunet() -> None:
 def test_maps_of_different_shape_are_refused() -> None:
     with pytest.raises(ValueError, match="two alike"):
         measure_case(_labels(0), _labels(0)[:4], SPACING_MM, LABELS)
+
+
+@pytest.mark.parametrize("value", [3, 255, 65535, 2**31, -1, -(2**31)])
+def test_a_value_of_no_region_counts_as_none_of_them_and_costs_no_memory(value: int) -> None:
+    reference = np.zeros((4, 8, 8), dtype=np.int64)
+    reference[1, 2:4, 2:4] = 1
+    prediction = reference.copy()
+    prediction[0, 0, :3] = value
+    prediction[1, 2, 2] = value
+    as_background = measure_case(reference, np.where(prediction == value, 0, prediction), SPACING_MM, LABELS)
+    tracemalloc.start()
+    try:
+        found = measure_case(reference, prediction, SPACING_MM, LABELS)
+        assert measure_case(prediction, reference, SPACING_MM, LABELS)[1,].false_positives == 1
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+    assert dict(found) == dict(as_background)
+    assert (found[1,].true_positives, found[1,].false_negatives, found[1,].true_negatives) == (3, 1, 252)
+
+
+def test_the_diagonal_of_one_slice_is_that_of_its_plane() -> None:
+    reference = np.zeros((1, 30, 40), dtype=np.uint8)
+    reference[0, 2:9, 3:9] = 1
+    found = measure_case(reference, np.zeros_like(reference), (999.0, 1.0, 1.0), [(1,)])
+    assert found[1,].hd95_mm == pytest.approx(50.0)

@@ -10,7 +10,15 @@ import SimpleITK as sitk
 from numpy.typing import NDArray
 
 from engine.errors import InputRejected
-from engine.nifti import read_label_map, read_nifti, read_spacing_mm, write_nifti
+from engine.nifti import (
+    is_flat,
+    narrowed,
+    read_label_map,
+    read_nifti,
+    read_spacing_mm,
+    read_whole_numbers,
+    write_nifti,
+)
 from engine.volume import Geometry, LabelMap
 from tests.unit.test_volume import oblique
 
@@ -127,7 +135,10 @@ def test_a_flat_nifti_file_is_one_slice(tmp_path: Path) -> None:
     path = write_image(tmp_path / "a.nii.gz", np.arange(12, dtype=np.int16).reshape(3, 4), (0.5, 0.6))
     volume = read_nifti([path])
     assert volume.array[0, 0].tolist() == np.arange(12).reshape(3, 4).tolist()
-    assert volume.geometry.spacing_mm == pytest.approx((1.0, 0.6, 0.5))
+    # As far from its neighbours as nnU-Net takes it to be.
+    assert volume.geometry.spacing_mm == pytest.approx((999 * 0.6, 0.6, 0.5))
+    assert read_spacing_mm(path) == pytest.approx(volume.geometry.spacing_mm)
+    assert is_flat(path)
 
 
 def test_a_compressed_file_that_was_damaged_is_refused(tmp_path: Path) -> None:
@@ -155,3 +166,33 @@ def test_spacing_comes_from_the_header_to_the_last_bit(tmp_path: Path) -> None:
     (tmp_path / "b.nii.gz").write_bytes(b"nothing")
     with pytest.raises(InputRejected, match=r"b\.nii\.gz"):
         read_spacing_mm(tmp_path / "b.nii.gz")
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64, np.float64])
+@pytest.mark.parametrize("value", [-1, 300, 40000, 65536, 2**31 - 1])
+def test_whole_numbers_are_read_as_they_are_and_labels_only_within_16_bits(
+    tmp_path: Path, dtype: type, value: int
+) -> None:
+    array: NDArray[Any] = np.zeros((2, 3, 4), dtype=dtype)
+    array[1, 1, 1] = value
+    path = write_image(tmp_path / "a.nii.gz", array)
+    found = read_whole_numbers(path)
+    np.testing.assert_array_equal(found.array, array)
+    if 0 <= value <= 65535:
+        np.testing.assert_array_equal(narrowed(found).array, array)
+        np.testing.assert_array_equal(read_label_map(path).array, array)
+    else:
+        with pytest.raises(InputRejected, match=f"{min(0, value)} to {max(0, value)}"):
+            read_label_map(path)
+
+
+def test_numbers_that_no_integer_holds_are_refused(tmp_path: Path) -> None:
+    path = write_image(tmp_path / "a.nii.gz", np.full((2, 3, 4), 1e30))
+    with pytest.raises(InputRejected, match="1e\\+30"):
+        read_whole_numbers(path)
+
+
+def test_several_slices_are_not_written_with_two_axes(tmp_path: Path) -> None:
+    labels = LabelMap(array=np.zeros((3, 4, 5), dtype=np.uint8), geometry=oblique())
+    with pytest.raises(ValueError, match="3 slices"):
+        write_nifti(labels, tmp_path / "labels.nii.gz", flat=True)

@@ -169,3 +169,12 @@ def test_nnunets_arrays_are_read_and_its_pickles_are_not(tmp_path: Path) -> None
     (tmp_path / "case_7_seg.b2nd").write_bytes(b"no array")
     with pytest.raises(DatasetInvalid, match=r"case_7_seg\.b2nd: not readable as a Blosc2 array"):
         open_case(tmp_path, "case_7", manager)
+
+
+def test_labels_that_int16_does_not_hold_are_refused_before_anything_is_written(job: PreprocessJob) -> None:
+    whole = {"background": 0, **{f"part {n}": list(range(4000 * n, 4000 * (n + 1))) for n in range(9)}}
+    whole["part 0"] = list(range(1, 4000))
+    labels = LabelManager.from_dataset_json({"labels": whole, "regions_class_order": [4000 * n + 1 for n in range(9)]})
+    wide = replace(job, dataset_json=replace(job.dataset_json, labels=labels))
+    with pytest.raises(DatasetInvalid, match="labels up to 35999; preprocessed cases hold 32767"):
+        preprocess_dataset(wide, [], processes=1)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,19 @@ def test_a_validation_that_was_stopped_goes_on_and_predicts_nothing_twice(tmp_pa
     whole = validate(_model(dataset, Threshold()), dataset, CASES[:2], tmp_path / "again")
     assert validate(model, dataset, CASES[:2], folder) == whole
     assert backend.runs == 2 * once
+
+
+@pytest.mark.parametrize("damaged", ["validation/case_00.nii.gz", "logits/case_00.npy"])
+def test_what_was_not_written_to_its_end_is_predicted_again(tmp_path: Path, dataset: RawDataset, damaged: str) -> None:
+    backend = Threshold()
+    model, folder, logits = _model(dataset, backend), tmp_path / "validation", tmp_path / "logits"
+    whole = validate(model, dataset, CASES[:2], folder, logits_folder=logits)
+    once = backend.runs // 2
+    content = (tmp_path / damaged).read_bytes()
+    os.truncate(tmp_path / damaged, len(content) // 2)
+    assert validate(model, dataset, CASES[:2], folder, logits_folder=logits) == whole
+    assert backend.runs == 3 * once
+    assert (tmp_path / damaged).read_bytes() == content
 
 
 def test_stored_logits_give_the_same_labels_again(tmp_path: Path, dataset: RawDataset) -> None:
