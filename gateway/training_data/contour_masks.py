@@ -6,6 +6,7 @@ joined even-odd (`polygons`). Where they lie between slices the caller decides: 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ BetweenSlices = Literal["refuse", "nearest"]
 IN_PLANE = 0.1
 """A contour this near to a slice lies in it, and its points this near to one plane are planar (slice distances)."""
 _SAME_PLANE = 0.01
+_SAME_AREA = 1e-3
 _MOST_POINTS = 1_000_000
 
 
@@ -102,7 +104,7 @@ def _paint_region(
     for plane in _planes(contours):
         z = int(np.floor(plane[0].depth + 0.5))
         drawn.add(z)
-        polygons = _distinct([c.points for c in plane])
+        polygons = _distinct([c.points for c in plane], (rows, columns))
         repeated += len(plane) - len(polygons)
         crossing += _cross(polygons, (rows, columns))
         y, x = np.nonzero(even_odd(polygons, (rows, columns)))
@@ -121,22 +123,35 @@ def _paint_region(
 
 
 def _planes(contours: Sequence[_Contour]) -> Iterator[list[_Contour]]:
-    """Contours of one plane together: two planes that go to one slice add up, and do not make holes in each other."""
-    ordered = sorted(contours, key=lambda c: c.depth)
+    """Contours of one plane together. All that lie in a slice are of its plane, however their coordinates were rounded:
+    an inner one is a hole. Two planes between slices that go to one slice add up, and make no holes in each other."""
+    in_slice: dict[int, list[_Contour]] = {}
     plane: list[_Contour] = []
-    for contour in ordered:
+    for contour in sorted(contours, key=lambda c: c.depth):
+        nearest = round(contour.depth)
+        if abs(contour.depth - nearest) <= IN_PLANE:
+            in_slice.setdefault(nearest, []).append(contour)
+            continue
         if plane and contour.depth - plane[0].depth > _SAME_PLANE:
             yield plane
             plane = []
         plane.append(contour)
-    yield plane
+    if plane:
+        yield plane
+    yield from in_slice.values()
 
 
-def _distinct(polygons: Sequence[NDArray[np.float64]]) -> list[NDArray[np.float64]]:
-    found: dict[bytes, NDArray[np.float64]] = {}
+def _distinct(polygons: Sequence[NDArray[np.float64]], shape: tuple[int, int]) -> list[NDArray[np.float64]]:
+    """Without those that are there already, wherever they start and whichever way they run: even-odd, two of them would
+    be nothing."""
+    found: list[tuple[float, bytes, NDArray[np.float64]]] = []
     for points in polygons:
-        found.setdefault(points.round(6).tobytes(), points)
-    return list(found.values())
+        x, y = points.T
+        area = abs(float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1)))) / 2
+        pixels = inside_polygon(points, shape).tobytes() if len(polygons) > 1 else b""
+        if not any(pixels == p and math.isclose(area, a, rel_tol=_SAME_AREA, abs_tol=1e-6) for a, p, _ in found):
+            found.append((area, pixels, points))
+    return [points for *_, points in found]
 
 
 def _cross(polygons: Sequence[NDArray[np.float64]], shape: tuple[int, int]) -> bool:

@@ -56,6 +56,31 @@ def test_a_hole_is_left_out(tmp_path: Path) -> None:
     assert np.array_equal(array > 0, ring)
 
 
+def test_a_hole_is_left_out_though_its_plane_was_rounded_otherwise(tmp_path: Path) -> None:
+    phantom = write_series(tmp_path / "s")
+    contours = [_square(5.0, 3, 12), _square(5.04, 6, 9), _square(6.03, 3, 12), _square(5.97, 6, 9)]
+    array, _ = _painted(phantom, [Region(name="ring", contours=contours)], tmp_path)
+    # The line itself belongs to the region: 10 x 10 without 2 x 2.
+    assert array[5].sum() == array[6].sum() == 96
+
+
+def test_a_contour_that_is_there_twice_is_used_once_wherever_it_starts(tmp_path: Path) -> None:
+    phantom = write_series(tmp_path / "s")
+    turned, reversed_ = np.roll(_square(4), 1, axis=0), _square(5)[::-1]
+    contours = [_square(4), turned, _square(5), reversed_, _square(6)]
+    array, notes = _painted(phantom, [Region(name="r", contours=contours)], tmp_path)
+    assert array[4].sum() == array[5].sum() == array[6].sum() == 36
+    assert "2 contours are there twice; one was used" in "".join(notes)
+
+
+def test_a_ring_thinner_than_a_pixel_is_no_contour_twice(tmp_path: Path) -> None:
+    phantom = write_series(tmp_path / "s")
+    contours = [_square(4, 2.6, 8.4), _square(4, 2.9, 8.1)]
+    array, notes = _painted(phantom, [Region(name="r", contours=contours)], tmp_path)
+    assert array.sum() == 0
+    assert notes == []
+
+
 def test_contours_between_slices_are_refused_or_go_to_the_nearest(tmp_path: Path) -> None:
     phantom = write_series(tmp_path / "s")
     region = Region(name="r", contours=[_square(4.05), _square(5.3), _square(5.45)])
