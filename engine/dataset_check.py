@@ -30,7 +30,7 @@ from engine.errors import DatasetInvalid, InputRejected, NotFinite
 from engine.exclusions import EXCLUSIONS_JSON, Exclusion
 from engine.nifti import narrowed, read_nifti, read_whole_numbers
 from engine.parallel import Progress, map_cases
-from engine.sides import ONE_ORIENTATION, lateral_direction, paired_labels, unpaired_labels
+from engine.sides import ONE_ORIENTATION, has_sides, lateral_direction, paired_labels, unpaired_labels
 from engine.splits import SPLITS_JSON, read_splits
 from engine.volume import AS_STORED, Geometry, LabelMap
 
@@ -80,8 +80,8 @@ KINDS: Mapping[str, tuple[Severity, str]] = MappingProxyType(
         "mixed-sides": (_ERROR, f"a network cannot know which side is which. {ONE_ORIENTATION}"),
         "unpaired-side": (
             _WARNING,
-            "it is mirrored like any other label; name its other side alike, or state `pairs` in dataset.json ([] for "
-            "none)",
+            "so nothing is mirrored from side to side; name its other side alike, or state `pairs` in dataset.json "
+            "([]: no label is a side)",
         ),
         "thin-volume": (_WARNING, "remove the case if it is no 2D image: a single slice has no context to learn from"),
         "flat-dataset": (_WARNING, "expected for 2D images; otherwise export the whole volumes"),
@@ -218,7 +218,7 @@ def _check_orientations(dataset: RawDataset, seen: list[_CheckedCase]) -> Iterab
     if len(cases) < 2:
         return
     differs = len({lateral_direction(code) for code in cases}) > 1
-    kind = "mixed-sides" if differs and paired_labels(dataset.json) else "orientation"
+    kind = "mixed-sides" if differs and has_sides(dataset.json) else "orientation"
     described = (
         f"{code} in {len(names)} ({', '.join(names[:_MOST_NAMED])}{' and more' if len(names) > _MOST_NAMED else ''})"
         for code, names in cases.items()

@@ -1,10 +1,12 @@
 """Left and right: which labels are each other's other side, and along which axis the images run from side to side.
 
 nnU-Net mirrors along every axis, and so learns a left kidney as a right one. Here the lateral axis is found from the
-images' geometry; where labels come in pairs it is not mirrored, or it is and the labels of a pair change places.
+images' geometry; where labels are sides it is not mirrored, or it is and the labels of a pair change places. A left
+kidney alone is a side too: mirrored, it would be looked for where the right one is.
 
 Labels are paired by their names ("kidney_left", "kidney_right"), or by the key `pairs` of dataset.json:
-[["first name", "second name"], ...], which is ours and ignored by nnU-Net; with it names do not count.
+[["first name", "second name"], ...], which is ours and ignored by nnU-Net; with it names do not count ([]: no label is
+a side).
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from engine.plans import Configuration, Plans
 from engine.volume import AS_STORED
 
 SidesPolicy = Literal["keep", "swap", "ignore"]
-"""keep: the lateral axis is not mirrored where labels are paired. swap: it is, and paired labels change places.
+"""keep: the lateral axis is not mirrored where labels are sides. swap: it is, and paired labels change places.
 ignore: nnU-Net's way, every axis is mirrored."""
 
 MirrorPolicy = Literal["all", "lateral", "none"]
@@ -93,13 +95,13 @@ def plan_mirroring(
     policy: SidesPolicy = "keep",
     mirror: MirrorPolicy = "all",
 ) -> Mirroring:
-    """Axes of `mirror`, less what paired labels forbid.
+    """Axes of `mirror`, less what labels that are sides forbid.
 
-    Raises DatasetInvalid, naming two cases, when labels are paired and one case is stored from left to right and
+    Raises DatasetInvalid, naming two cases, when labels are sides and one case is stored from left to right and
     another otherwise: nothing would tell the network which side is which (not with `ignore`, where it does not know
-    anyway); and when labels of several values shall change places.
+    anyway); and when labels of several values, or without their other side, shall change places.
     """
-    if policy != "ignore" and paired_labels(dataset.json):
+    if policy != "ignore" and has_sides(dataset.json):
         _refuse_mixed_sides(dataset)
     if mirror == "none":
         return Mirroring(axes=(), note="nothing is mirrored")
@@ -121,19 +123,23 @@ def plan_mirroring(
 def _plan_sides(dataset: RawDataset, plans: Plans, configuration: Configuration, policy: SidesPolicy) -> Mirroring:
     dimensions = len(configuration.patch_size)
     every = tuple(range(dimensions))
-    pairs = paired_labels(dataset.json)
-    if policy == "ignore":
+    if policy == "ignore" or not has_sides(dataset.json):
         return Mirroring(axes=every)
-    if not pairs:
-        return Mirroring(axes=every, note=_note_on_unpaired(dataset.json))
-    names = ", ".join(f"{one} and {other}" for one, other in pairs[:3]) + (" and more" if len(pairs) > 3 else "")
+    pairs, alone = paired_labels(dataset.json), unpaired_labels(dataset.json)
+    names = _sides(pairs, alone)
     found = lateral_axes(dataset)
     lateral = _patch_axes(found, plans, configuration)
     if not lateral:
-        return Mirroring(axes=every, note=f"{names} are sides; no axis of the patch runs from side to side")
+        return Mirroring(axes=every, note=f"{names}; no axis of the patch runs from side to side")
     if policy == "keep":
         kept = tuple(axis for axis in every if axis not in lateral)
-        return Mirroring(axes=kept, note=f"{names} are sides: axis {_list(lateral)} of the patch is not mirrored")
+        opened = " (`pairs`: [] in dataset.json says that no label is a side)" if alone else ""
+        return Mirroring(axes=kept, note=f"{names}: axis {_list(lateral)} of the patch is not mirrored{opened}")
+    if alone:
+        raise DatasetInvalid(
+            f"{alone[0]!r} is a side without its other, so it cannot change places; state `pairs` in dataset.json, or "
+            "do not mirror (--sides keep)"
+        )
     regions = {label.name: label.region for label in dataset.json.labels.foreground}
     for name in (name for pair in pairs for name in pair):
         if len(regions[name]) > 1:
@@ -145,7 +151,7 @@ def _plan_sides(dataset: RawDataset, plans: Plans, configuration: Configuration,
         axes=every,
         lateral_axis=lateral[0],
         paired_labels=tuple((regions[one][0], regions[other][0]) for one, other in pairs),
-        note=f"{names} are sides: they change places when axis {lateral[0]} of the patch is mirrored",
+        note=f"{names}: they change places when axis {lateral[0]} of the patch is mirrored",
     )
 
 
@@ -156,14 +162,21 @@ def unpaired_labels(dataset_json: DatasetJson) -> list[str]:
     return anatomy.unpaired([label.name for label in dataset_json.labels.foreground])
 
 
-def _note_on_unpaired(dataset_json: DatasetJson) -> str | None:
-    names = unpaired_labels(dataset_json)
-    if not names:
-        return None
-    return (
-        f"{', '.join(names[:3])}{' and more' if len(names) > 3 else ''}: a side without its other, so every axis is "
-        "mirrored; state `pairs` in dataset.json where two labels are sides of each other"
-    )
+def has_sides(dataset_json: DatasetJson) -> bool:
+    """Whether left and right matter. Raises DatasetInvalid for a stated pair that is none."""
+    return bool(paired_labels(dataset_json) or unpaired_labels(dataset_json))
+
+
+def _sides(pairs: Sequence[tuple[str, str]], alone: Sequence[str]) -> str:
+    """The labels that are sides, in words."""
+    found = []
+    for names, are in (
+        ([f"{one} and {other}" for one, other in pairs], "are sides"),
+        (alone, "without its other side" if len(alone) == 1 else "without their other sides"),
+    ):
+        if names:
+            found.append(f"{', '.join(names[:3])}{' and more' if len(names) > 3 else ''} {are}")
+    return "; ".join(found)
 
 
 def _orientations(dataset: RawDataset) -> dict[str, str]:

@@ -99,13 +99,28 @@ def test_an_oblique_image_lies_as_its_nearest_axes_do(tmp_path: Path) -> None:
         _mirroring(_dataset(tmp_path / "mirrored", (turned, turned_mirrored)))
 
 
-def test_a_side_without_its_other_is_mirrored_and_the_log_says_so(tmp_path: Path) -> None:
-    found = _mirroring(_dataset(tmp_path / "d", labels={"background": 0, "kidney_left": 1, "liver": 2}))
-    assert found.axes == (0, 1, 2)
+def test_a_side_without_its_other_is_a_side_all_the_same(tmp_path: Path) -> None:
+    """Mirrored, a left kidney would be looked for where the right one is."""
+    labels = {"background": 0, "kidney_left": 1, "liver": 2}
+    alone = _dataset(tmp_path / "d", labels=labels)
+    found = _mirroring(alone)
+    assert found.axes == (0, 1)
     assert found.note is not None
-    assert found.note.startswith("kidney_left: a side without its other")
-    stated = _dataset(tmp_path / "stated", labels={"background": 0, "kidney_left": 1, "liver": 2}, pairs=[])
-    assert _mirroring(stated).note is None
+    assert found.note.startswith("kidney_left without its other side: axis 2 of the patch is not mirrored (`pairs`: []")
+    with pytest.raises(DatasetInvalid, match="'kidney_left' is a side without its other"):
+        _mirroring(alone, "swap")
+    with pytest.raises(DatasetInvalid, match="left and right are not on the same side of the array"):
+        _mirroring(_dataset(tmp_path / "mixed", (STRAIGHT, MIRRORED), labels=labels))
+    stated = _dataset(tmp_path / "stated", labels=labels, pairs=[])
+    assert _mirroring(stated) == Mirroring(axes=(0, 1, 2))
+    assert _mirroring(alone, "ignore") == Mirroring(axes=(0, 1, 2))
+
+
+def test_a_side_without_its_other_beside_a_pair_is_named_too(tmp_path: Path) -> None:
+    labels = {"background": 0, "lung_left": 1, "lung_right": 2, "kidney_left": 3}
+    note = _mirroring(_dataset(tmp_path / "d", labels=labels)).note
+    assert note is not None
+    assert note.startswith("lung_left and lung_right are sides; kidney_left without its other side: axis 2")
 
 
 def test_a_reader_that_reorients_decides_the_axis(tmp_path: Path) -> None:
