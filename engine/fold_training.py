@@ -449,10 +449,11 @@ class _Fold:
 
     def _epoch(self, trainer: Trainer, record: EpochRecord) -> None:
         whole = "" if record.hold_out is None else f"; hold-out: {describe(record.hold_out)}"
+        hd95 = "" if record.patch_hd95_mm is None else f"HD95 {record.patch_hd95_mm:.2f} mm, "
         self.log(
             f"epoch {record.epoch}: loss {record.train_loss:.4f}, validation {record.validation_loss:.4f}, "
             f"Dice {record.mean_dice:.4f} (moving average {record.ema_dice:.4f}), "
-            f"learning rate {record.learning_rate:.2g}, {record.seconds:.1f} s{whole}"
+            f"{hd95}learning rate {record.learning_rate:.2g}, {record.seconds:.1f} s{whole}"
         )
         self._write_epochs(trainer.records)
         if time.monotonic() - self._drawn >= _REDRAW_EVERY_S:

@@ -1,10 +1,15 @@
-"""Validation on patches after each epoch: nnU-Net's "pseudo Dice" (torch).
+"""Validation on patches after each epoch: nnU-Net's "pseudo Dice", and an HD95 of the same kind (torch).
 
 Hard counts are summed over all patches before the Dice is taken, so a class that is rare weighs as much as others, and
-the value is not that of whole cases (engine/validation.py).
+the value is not that of whole cases (engine/validation.py). Surfaces take longer: they are measured on an epoch's first
+patches alone, the same ones on any number of processes.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,25 +17,68 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.labels import LabelManager
+from engine.metrics import evaluated_regions, measure_case
+
+SURFACE_PATCHES = 4
 
 
-class OnlineDice:
-    """Collects batches; `per_class` is their Dice. `counts` (3, classes) are voxels in both, found, there."""
+@dataclass(frozen=True, kw_only=True)
+class PatchFigures:
+    """Of an epoch. `dice_per_class`: of each foreground class or region, None where neither network nor reference ever
+    had it. `hd95_mm`: mean over patches, then over classes (engine.metrics: one side empty is the patch's diagonal,
+    both are left out); None where no patch had any."""
 
-    def __init__(self, labels: LabelManager) -> None:
+    dice_per_class: tuple[float | None, ...]
+    hd95_mm: float | None
+
+
+class PatchValidation:
+    """Collects the batches of an epoch. `batch_size` is that of all processes, `spacing_mm` of the patch's axes."""
+
+    def __init__(self, labels: LabelManager, *, spacing_mm: Sequence[float], batch_size: int) -> None:
         self._labels = labels
-        self.counts = np.zeros((3, len(labels.foreground)), dtype=np.int64)
+        self._spacing_mm = (1.0,) * (3 - len(spacing_mm)) + tuple(spacing_mm)
+        self._regions = evaluated_regions(labels)
+        self._left = math.ceil(SURFACE_PATCHES / batch_size)
+        self._counts = np.zeros((3, len(labels.foreground)), dtype=np.int64)  # in both, found, there
+        self._distances_mm = np.zeros((2, len(self._regions)))  # sum, number
 
     def add(self, logits: Tensor, target: Tensor) -> None:
-        """`logits` (B, K, *patch), `target` (B, *patch)."""
-        self.counts += count_overlap(logits, target, self._labels)
+        """This process's part of a batch: `logits` (B, K, *patch), `target` (B, *patch)."""
+        self._counts += count_overlap(logits, target, self._labels)
+        if self._left:
+            self._left -= 1
+            for one, expected in zip(logits, target, strict=True):
+                self._measure(one, expected)
+
+    def join(self, add_up: Callable[[Tensor], object]) -> None:
+        """`add_up` adds the tensors of all processes, in place."""
+        for array in (self._counts, self._distances_mm):
+            add_up(torch.from_numpy(array))
 
     @property
-    def per_class(self) -> tuple[float | None, ...]:
-        """Per foreground class or region; None where neither network nor reference ever had it."""
-        both, found, there = self.counts
-        size = found + there
-        return tuple(float(2 * b / s) if s else None for b, s in zip(both, size, strict=True))
+    def figures(self) -> PatchFigures:
+        both, found, there = self._counts
+        total_mm, number = self._distances_mm
+        known = number > 0
+        return PatchFigures(
+            dice_per_class=tuple(float(2 * b / s) if s else None for b, s in zip(both, found + there, strict=True)),
+            hd95_mm=float(np.mean(total_mm[known] / number[known])) if known.any() else None,
+        )
+
+    def _measure(self, logits: Tensor, target: Tensor) -> None:
+        shape = (1,) * (3 - target.ndim) + tuple(target.shape)
+        heads = logits.float().cpu().numpy().reshape(logits.shape[0], *shape)
+        found = measure_case(
+            target.cpu().numpy().reshape(shape),
+            self._labels.logits_to_labels(heads),
+            self._spacing_mm,
+            self._regions,
+            ignore_label=self._labels.ignore_label,
+        )
+        for index, region in enumerate(self._regions):
+            if (hd95_mm := found[region].hd95_mm) is not None:
+                self._distances_mm[:, index] += hd95_mm, 1
 
 
 def count_overlap(logits: Tensor, target: Tensor, labels: LabelManager) -> NDArray[np.int64]:

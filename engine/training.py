@@ -33,7 +33,7 @@ from engine.labels import LabelManager
 from engine.loss import BatchShare, SegmentationLoss, deep_supervision_weights
 from engine.metrics import CompositeScore
 from engine.network import build_network, initialize
-from engine.online_validation import OnlineDice
+from engine.online_validation import PatchFigures, PatchValidation
 from engine.plans import Configuration
 from engine.random_state import Purpose, random_generator
 from engine.sampling import PatchSampler
@@ -338,12 +338,13 @@ class Trainer:
                 self._save(LATEST)
         return True
 
-    def _validate(
-        self, batches: BatchStream, stop: Callable[[], bool]
-    ) -> tuple[float, tuple[float | None, ...]] | None:
-        """Mean loss and the online Dice per class; None when stopped."""
-        started = time.monotonic()
-        dice, losses = OnlineDice(self.setup.labels), []
+    def _validate(self, batches: BatchStream, stop: Callable[[], bool]) -> tuple[float, PatchFigures] | None:
+        """Mean loss, and what was measured on the patches; None when stopped."""
+        started, losses = time.monotonic(), []
+        configuration = self.setup.configuration
+        found = PatchValidation(
+            self.setup.labels, spacing_mm=configuration.spacing_mm, batch_size=configuration.batch_size
+        )
         self.network.eval()
         with torch.no_grad():
             for images, target in batches.epoch(self.epoch, self.setup.schedule.validation_iterations):
@@ -351,12 +352,12 @@ class Trainer:
                     return None
                 outputs = self._logits(images, self.network)
                 losses.append(float(self.loss(outputs, target)))
-                dice.add(outputs[0], target)
+                found.add(outputs[0], target)
         self._validation_s = time.monotonic() - started
         total = torch.tensor([math.fsum(losses)], dtype=torch.float64)
         self.processes.add_up(total)
-        self.processes.add_up(torch.from_numpy(dice.counts))
-        return float(total) / len(losses), dice.per_class
+        found.join(self.processes.add_up)
+        return float(total) / len(losses), found.figures
 
     def _judged(self, judge: Judge) -> CompositeScore | None:
         started = time.monotonic()
@@ -377,15 +378,16 @@ class Trainer:
         return best
 
     def _close_epoch(
-        self, validation_loss: float, dice: tuple[float | None, ...], whole: CompositeScore | None, *, judged: bool
+        self, validation_loss: float, patches: PatchFigures, whole: CompositeScore | None, *, judged: bool
     ) -> EpochRecord:
-        mean, ema = averages(dice, self.records)
+        mean, ema = averages(patches.dice_per_class, self.records)
         record = EpochRecord(
             epoch=self.epoch,
             learning_rate=self.optimizer.param_groups[0]["lr"],
             train_loss=math.fsum(self._losses) / len(self._losses),
             validation_loss=validation_loss,
-            dice_per_class=dice,
+            dice_per_class=patches.dice_per_class,
+            patch_hd95_mm=patches.hd95_mm,
             mean_dice=mean,
             ema_dice=ema,
             seconds=self._epoch_s(),

@@ -20,7 +20,8 @@ class EpochRecord:
     """`dice_per_class`: online ("pseudo") Dice of each foreground class over all validation patches, None where it
     never occurred; `mean_dice` leaves those out, 0 where all are; `ema_dice` is its moving average. `learning_rate` is
     that of the last step, `seconds` the time that the epoch ran, all resumptions together. `hold_out`: whole cases of
-    the hold-out, None where they were not looked at."""
+    the hold-out, None where they were not looked at. `patch_hd95_mm`: engine.online_validation; None in checkpoints
+    that were written without."""
 
     epoch: int
     learning_rate: float
@@ -31,6 +32,7 @@ class EpochRecord:
     ema_dice: float
     seconds: float
     hold_out: CompositeScore | None = None
+    patch_hd95_mm: float | None = None
 
     @property
     def score(self) -> float | None:

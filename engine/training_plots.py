@@ -23,12 +23,13 @@ _FILL = 0.4
 
 
 def draw_progress(records: Sequence[EpochRecord], path: Path, *, labels: Sequence[str] = ()) -> None:
-    """Loss and Dice over the epochs, the Dice of each of `labels` too; HD95 where a hold-out was looked at."""
+    """Loss, Dice and HD95 over the epochs, on patches and, where there is one, on the hold-out; the Dice of each of
+    `labels` too."""
     epochs = [record.epoch for record in records]
     judged = [(record.epoch, record.hold_out) for record in records if record.hold_out is not None]
-    figure = Figure(figsize=(9, 9 if judged else 6.5), layout="constrained")
-    axes = figure.subplots(3 if judged else 2, 1, sharex=True)
-    loss, dice = axes[0], axes[1]
+    figure = Figure(figsize=(9, 9), layout="constrained")
+    axes = figure.subplots(3, 1, sharex=True)
+    loss, dice, hd95 = axes
     loss.plot(epochs, [record.train_loss for record in records], label="training")
     loss.plot(epochs, [record.validation_loss for record in records], label="validation")
     loss.set_ylabel("loss")
@@ -39,11 +40,14 @@ def draw_progress(records: Sequence[EpochRecord], path: Path, *, labels: Sequenc
         dice.plot(epochs, values, color=_COLOURS[index], linewidth=0.7, label=name)
     dice.set_ylabel("Dice")
     dice.set_ylim(-0.02, 1.02)
+    hd95.plot(epochs, [_number(record.patch_hd95_mm) for record in records], color="black", label="some patches")
+    hd95.set_ylabel("HD95 (mm)")
     if judged:
         places = [epoch for epoch, _ in judged]
         dice.plot(places, [_number(h.dice) for _, h in judged], "o-", color="tab:brown", ms=3, label="hold-out, cases")
-        axes[2].plot(places, [_number(h.hd95_mm) for _, h in judged], "o-", color="tab:brown", ms=3, label="hold-out")
-        axes[2].set_ylabel("HD95 (mm)")
+        hd95.plot(
+            places, [_number(h.hd95_mm) for _, h in judged], "o-", color="tab:brown", ms=3, label="hold-out, cases"
+        )
     for panel in axes:
         panel.grid(alpha=0.3)
         # Where curves that get better are not: to look for the best place takes long, and matplotlib then warns.
