@@ -111,6 +111,11 @@ def convert_case(job: CaseJob, rules: ConversionRules) -> CaseResult:
         return CaseResult(name=job.name, faults=(*conversion.faults, fault))
 
 
+def is_made(job: CaseJob, rules: ConversionRules) -> bool:
+    """Whether `convert_case` would have nothing to do."""
+    return _Conversion(job, rules).is_made()
+
+
 def case_files(folder: Path, name: str, channels: int) -> tuple[tuple[Path, ...], Path]:
     """Image files in the order of the channels, and the label file."""
     images = tuple(folder / IMAGES / f"{name}_{channel:04}{ENDING}" for channel in range(channels))
@@ -135,8 +140,7 @@ class _Conversion:
         images, label = case_files(rules.folder, job.name, len(job.series))
         stamps = {"images": self._image_stamp(), "label": self._label_stamp()}
         record = self._record()
-        images_made = record.get("images") == stamps["images"] and all(path.is_file() for path in images)
-        label_made = record.get("label") == stamps["label"] and label.is_file()
+        images_made, label_made = self.made(record, stamps)
         if images_made and label_made:
             return CaseResult(name=job.name, notes=tuple(record["notes"]), values=frozenset(record["values"]))
         parts, grid = self._parts()
@@ -144,6 +148,8 @@ class _Conversion:
         painter = self._painted(grid)
         if self.faults:
             return CaseResult(name=job.name, faults=tuple(self.faults))
+        # First: until the new record is there, nothing says by which rules the files were made.
+        record_file(rules.folder, job.name).unlink(missing_ok=True)
         if not label_made:
             self._write(change.apply(painter.array), change.target, label)
         if not images_made:
@@ -152,6 +158,20 @@ class _Conversion:
         known = {"notes": self.notes, "values": sorted(painter.painted)}
         write_json({"format": FORMAT, **stamps, **known}, record_file(rules.folder, job.name))
         return CaseResult(name=job.name, notes=tuple(self.notes), values=painter.painted, made=True)
+
+    def made(self, record: Mapping[str, Any], stamps: Mapping[str, str]) -> tuple[bool, bool]:
+        """Whether images and label are there, as they would be made now."""
+        images, label = case_files(self.rules.folder, self.job.name, len(self.job.series))
+        return (
+            record.get("images") == stamps["images"] and all(path.is_file() for path in images),
+            record.get("label") == stamps["label"] and label.is_file(),
+        )
+
+    def is_made(self) -> bool:
+        try:
+            return all(self.made(self._record(), {"images": self._image_stamp(), "label": self._label_stamp()}))
+        except OSError:  # a source file is gone: the conversion says so
+            return False
 
     def _record(self) -> dict[str, Any]:
         try:

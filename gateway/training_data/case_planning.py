@@ -48,9 +48,10 @@ class Drafts:
     notes: list[tuple[str, str]] = field(default_factory=list)
 
 
-def draft_cases(source: Source, channels: Sequence[Channel]) -> Drafts:
-    """From what the labels say. channels: empty for one channel of whatever series has labels."""
-    index, drafts = SeriesIndex(source), Drafts()
+def draft_cases(source: Source, channels: Sequence[Channel], *, ignores_references: bool = False) -> Drafts:
+    """From what the labels say. channels: empty for one channel of whatever series has labels. ignores_references: as
+    in `SeriesIndex`."""
+    index, drafts = SeriesIndex(source, ignores_references=ignores_references), Drafts()
     found: dict[str, tuple[tuple[SourceSeries, ...], list[LabelObject]]] = {}
     for label in source.labels:
         file = shown(label.file, source.root)
@@ -75,9 +76,17 @@ def draft_cases(source: Source, channels: Sequence[Channel]) -> Drafts:
     return drafts
 
 
-def draft_listed(source: Source, listed: Iterable[ListedCase], folder: Path, channels: Sequence[Channel]) -> Drafts:
-    """From a list in `folder`."""
-    index, drafts = SeriesIndex(source), Drafts()
+def draft_listed(
+    source: Source,
+    listed: Iterable[ListedCase],
+    folder: Path,
+    channels: Sequence[Channel],
+    *,
+    ignores_references: bool = False,
+) -> Drafts:
+    """From a list in `folder`, which says what belongs together: references to other images do not count, another frame
+    of reference does."""
+    index, drafts = SeriesIndex(source, ignores_references=ignores_references), Drafts()
     known = {label.file.resolve(): label for label in source.labels}
     taken: dict[str, str] = {}
     for entry in listed:
@@ -94,6 +103,8 @@ def draft_listed(source: Source, listed: Iterable[ListedCase], folder: Path, cha
                 for channel, s in zip(channels, series, strict=False)
                 if not channel.takes(s)
             ]
+        if not problems:
+            problems += [problem for label in labels for s in series if (problem := _frame_problem(index, label, s))]
         draft = Draft(series=tuple(series), labels=tuple(labels), listed=entry.case, patient=entry.patient, joins=True)
         if not problems and taken.setdefault(draft.key, entry.where) != entry.where:
             problems.append(f"its series are already a case ({taken[draft.key]}); list all labels in one entry")
@@ -103,6 +114,14 @@ def draft_listed(source: Source, listed: Iterable[ListedCase], folder: Path, cha
         if not problems:
             drafts.cases.append(draft)
     return drafts
+
+
+def _frame_problem(index: SeriesIndex, label: LabelObject, series: SourceSeries) -> str | None:
+    try:
+        index.check_frame(label, series)
+    except Rejected as error:
+        return f"label {label.file.name}: {error}"
+    return None
 
 
 def chosen_values(draft: Draft, table: LabelTable, root: Path) -> tuple[Mapping[int, int], ...]:

@@ -154,7 +154,10 @@ def _pixels(file: Path, frames: list[_Frame], where: Where) -> Iterator[NDArray[
     if not frames:
         return
     try:
-        _check_length(file, where)
+        packed = _packed_bits(file, where)
+        if packed is not None:
+            yield from _unpacked(file, packed, [frame.index for frame in frames])
+            return
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what a decoder finds odd, and its message, is the object's
             yield from iter_pixels(file, indices=[frame.index for frame in frames], raw=True)
@@ -165,17 +168,42 @@ def _pixels(file: Path, frames: list[_Frame], where: Where) -> Iterator[NDArray[
         raise AttributeRejected("PixelData", problem, where, "export the segmentation again, uncompressed") from error
 
 
-def _check_length(file: Path, where: Where) -> None:
-    """Refuse uncompressed pixels that end before the last frame: a decoder that reads a file frame by frame takes what
-    follows for pixels."""
+@dataclass(frozen=True, kw_only=True)
+class _PackedBits:
+    """Uncompressed frames of one bit a pixel, which need not begin at a byte; `start`: of the first one in the file."""
+
+    start: int
+    rows: int
+    columns: int
+
+
+def _packed_bits(file: Path, where: Where) -> _PackedBits | None:
+    """None where the pixels are no such frames. Refuses uncompressed pixels that end before the last frame: a decoder
+    that reads a file frame by frame takes what follows for pixels."""
     ds = dcmread(file, defer_size=_DEFERRED_BYTES)
     syntax = UID(attributes.required_uid(ds.file_meta, "TransferSyntaxUID", where))
     element = ds.get_item(PIXEL_DATA) if PIXEL_DATA in ds else None
     if syntax.is_encapsulated or not isinstance(element, RawDataElement):
-        return
+        return None
     bits = attributes.integer(ds, "BitsAllocated", where) or 0
-    pixels = _size(ds, "Rows", where) * _size(ds, "Columns", where) * number_of_frames(ds, where)
-    expected = (pixels * bits + 7) // 8
+    rows, columns = _size(ds, "Rows", where), _size(ds, "Columns", where)
+    expected = (rows * columns * number_of_frames(ds, where) * bits + 7) // 8
     if element.length < expected:
         problem = f"is truncated ({element.length} of {expected} bytes)"
         raise AttributeRejected("PixelData", problem, where, "the object is incomplete; export it again")
+    if bits != 1 or syntax.is_deflated or not syntax.is_little_endian:
+        return None
+    return _PackedBits(start=element.value_tell, rows=rows, columns=columns)
+
+
+def _unpacked(file: Path, packed: _PackedBits, indices: list[int]) -> Iterator[NDArray[np.integer]]:
+    """PS3.5 8.2, D: pixels follow each other without gaps, over the ends of rows and frames; the first is the lowest
+    bit. (pydicom 3.0 reads frames by themselves only where they begin at a byte.)"""
+    size = packed.rows * packed.columns
+    with file.open("rb") as stream:
+        for index in indices:
+            first, offset = divmod(index * size, 8)
+            stream.seek(packed.start + first)
+            content = np.frombuffer(stream.read((offset + size + 7) // 8), np.uint8)
+            bits = np.unpackbits(content, bitorder="little")[offset : offset + size]
+            yield bits.reshape(packed.rows, packed.columns)

@@ -378,6 +378,136 @@ def test_nifti_labels_belong_to_the_series_around_them_or_in_their_name(tmp_path
     assert "labels_seg.nii.gz: lies on another grid than its images" in causes
 
 
+def test_a_nifti_label_is_not_given_to_another_patients_series(tmp_path: Path) -> None:
+    """Where the images of its own patient are not in the source; the grids of a protocol may be alike."""
+    source, out = tmp_path / "source", tmp_path / "raw" / NAME
+    ward = source / "ward"
+    other = write_study(ward / "b" / "images", 1)
+    write_label_map(ward / "a" / "seg.nii.gz", other, "RAS")
+    words = ("--nifti", "*seg.nii.gz", "--json")
+    assert "seg.nii.gz: no image series lies around it" in _causes(shown(convert(ward, out, *words), 1))
+    # Below the source nothing tells a ward from a patient's folder: it is told.
+    assert "matched with the only series in the folder ward" in json.dumps(shown(convert(source, out, *words))["notes"])
+    write_label_map(ward / "b" / "images" / "own_seg.nii.gz", other, "RAS")
+    assert "has labels of its own beside it" in _causes(shown(convert(source, out, *words), 1))
+
+
+def test_a_case_without_a_structure_that_others_have_is_told(tmp_path: Path) -> None:
+    """Nobody says whether it is not there, or was not drawn."""
+    source, out = tmp_path / "source", tmp_path / "raw" / NAME
+    whole, part = (write_study(source / str(index), index) for index in range(2))
+    write_structure_set(source / "whole.dcm", whole, regions_of(whole.labels, NAMES))
+    write_structure_set(source / "part.dcm", part, regions_of(part.labels, {1: NAMES[1]}))
+    notes = shown(convert(source, out, "--json"))["notes"]
+    told = [note for note in notes if "has no structure for 'right structure', which is background" in note["note"]]
+    assert [note["about"] for note in told] == [case_of(out, part)]
+
+
+def test_a_uid_that_is_the_beginning_of_another_is_not_that_one(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "raw" / NAME
+    series = write_study(source / "a", 1)
+    write_study(source / "b", 2)
+    for uid in (f"{series.series_instance_uid}5", f"1{series.series_instance_uid}", f"{series.series_instance_uid}.5"):
+        file = write_label_map(source / "all" / f"{uid}_seg.nii.gz", series, "RAS")
+        causes = _causes(shown(convert(source, out, "--nifti", "*_seg.nii.gz", "--json"), 1))
+        assert "no image series lies around it" in causes
+        file.unlink()
+    write_label_map(source / "all" / f"seg.{series.series_instance_uid}.nii.gz", series, "RAS")
+    assert shown(convert(source, out, "--nifti", "seg.*", "--json"))["made"] == 1
+
+
+@pytest.mark.parametrize("kind", ["SEG", "RTSTRUCT"])
+@pytest.mark.parametrize("listed", [False, True])
+def test_labels_of_another_frame_of_reference_or_patient_are_refused_unless_asked_for(
+    tmp_path: Path, kind: str, listed: bool
+) -> None:
+    source, out = tmp_path / "source", tmp_path / "raw" / NAME
+    series = write_study(source / "images", 0)
+    file = source / "labels.dcm"
+    if kind == "SEG":
+        write_segmentation(file, series)
+    else:
+        write_structure_set(file, series, regions_of(series.labels, NAMES))
+    whole = file.read_bytes()
+    (tmp_path / "cases.csv").write_text("case,series,label\none,images,labels.dcm\n")
+    words = ("--cases", str(tmp_path / "cases.csv"), "--json") if listed else ("--json",)
+
+    def edited(change: Any) -> Any:
+        file.write_bytes(whole)
+        ds = pydicom.dcmread(file)
+        change(ds)
+        ds.save_as(file)
+        return shown(convert(source, out, *words), 1)
+
+    def other_frame(ds: Any) -> None:
+        for item in (ds, *ds.get("ReferencedFrameOfReferenceSequence", []), *ds.get("StructureSetROISequence", [])):
+            for keyword in ("FrameOfReferenceUID", "ReferencedFrameOfReferenceUID"):
+                if keyword in item:
+                    setattr(item, keyword, "1.2.3.4")
+
+    assert "lies in another frame of reference" in _causes(edited(other_frame))
+    assert shown(convert(source, out, *words, "--ignore-references"))["made"] == 1
+    assert_converted(out, series)
+    document = edited(lambda ds: setattr(ds, "PatientID", "SOMEBODY"))
+    assert "PatientID (0010,0020) of labels and images differ" in _causes(document)
+    notes = [note["note"] for note in shown(convert(source, out, *words, "--ignore-references"))["notes"]]
+    assert "PatientID (0010,0020) of labels and images differ" in notes
+
+
+def test_labels_of_images_that_are_not_there_are_not_given_to_others_of_their_frame(tmp_path: Path) -> None:
+    """A SEG of one phase on the images of another."""
+    source, out = tmp_path / "source", tmp_path / "raw" / NAME
+    arterial = write_study(tmp_path / "elsewhere", 0)
+    write_segmentation(source / "seg.dcm", arterial)
+    venous = write_study(source / "venous", 0, series_number=2)
+    causes = _causes(shown(convert(source, out, "--json"), 1))
+    assert "seg.dcm: the images that it refers to are not in the source" in causes
+    document = shown(convert(source, out, "--json", "--ignore-references"))
+    assert "matched by its frame of reference" in document["notes"][0]["note"]
+    assert_converted(out, venous)
+
+
+def test_images_of_two_patients_under_one_series_uid_are_no_volume(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "raw" / NAME
+    series = write_study(source / "images", 0)
+    write_segmentation(source / "seg.dcm", series)
+    for file in series.files[:3]:
+        ds = pydicom.dcmread(file)
+        ds.PatientID = "SOMEBODY"
+        ds.save_as(file)
+    causes = _causes(shown(convert(source, out, "--json"), 1))
+    assert "holds images of several patients or studies" in causes
+
+
+def test_a_link_to_a_folder_is_not_followed_and_counted(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "raw" / NAME
+    write_segmentation(source / "seg.dcm", write_study(source / "images", 0))
+    write_study(tmp_path / "elsewhere", 1)
+    (source / "link").symlink_to(tmp_path / "elsewhere")
+    assert shown(convert(source, out, "--json"))["passed_over"]["link to a folder"] == 1
+
+
+def test_while_cases_are_remade_the_dataset_is_not_finished_and_a_case_is_of_no_rule(
+    tmp_path: Path, studies: list[PhantomSeries], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = tmp_path / "source", tmp_path / "raw" / NAME
+    words = ("--label", "one=left*", "--label", "two=right*", "--json")
+    shown(convert(source, out, *words))
+    before = {path.name: path.read_bytes() for path in (out / "labelsTr").iterdir()}
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gateway.training_data.case_conversion.write_json", killed)
+    assert convert(source, out, *words, "--overlap", "last").exit_code != 0
+    monkeypatch.undo()
+    assert not (out / "dataset.json").exists()
+    # Asked for the old rule again, the case that was being made is not taken for one of it.
+    assert shown(convert(source, out, *words))["made"] == 1
+    assert {path.name: path.read_bytes() for path in (out / "labelsTr").iterdir()} == before
+    assert (out / "dataset.json").exists()
+
+
 def _with_affine(series: PhantomSeries, affine: Any) -> PhantomSeries:
     return PhantomSeries(**{**vars(series), "affine_lps": affine})
 

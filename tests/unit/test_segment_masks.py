@@ -70,6 +70,14 @@ def test_our_own_segmentation_comes_back_voxel_by_voxel(
     assert np.array_equal(_painted(file, part.geometry).array, phantom.labels)
 
 
+@pytest.mark.parametrize("columns", range(16, 24))
+def test_frames_that_do_not_begin_at_a_byte_are_read(tmp_path: Path, columns: int) -> None:
+    phantom = write_series(tmp_path / "s", shape=(9, 13, columns))
+    part = part_of(phantom.files)
+    file = _written(part, phantom.labels, tmp_path / "seg.dcm")
+    assert np.array_equal(_painted(file, part.geometry).array, phantom.labels)
+
+
 def test_the_images_of_an_enhanced_object_are_matched_too(tmp_path: Path) -> None:
     phantom = write_series(tmp_path / "s", orientation="oblique", order="shuffled", enhanced=True, modality="MR")
     part = part_of(phantom.files)
