@@ -17,7 +17,8 @@ from engine.metrics import SUMMARY, read_summary
 from engine.model_card import ModelCard
 from engine.nifti import read_orientation
 from engine.postprocessing_search import POSTPROCESSED
-from engine.selection import INFORMATION_JSON
+from engine.selection import INFORMATION_JSON, PREDICTED_BY
+from engine.validated_fold import ValidatedFold
 from engine.volume import AS_STORED
 
 
@@ -29,6 +30,7 @@ class Chosen:
     configurations: tuple[str, ...]
     folds: tuple[str, ...]
     summary: Mapping[str, Any]
+    predicted_by: Mapping[str, Any]
 
 
 def read_choice(experiment: Experiment, results: Path) -> Chosen:
@@ -48,7 +50,25 @@ def read_choice(experiment: Experiment, results: Path) -> Chosen:
         configurations=tuple(model.text("configuration") for model in models),
         folds=tuple(map(str, folds)),
         summary=read_summary(results / experiment.name / inside / POSTPROCESSED / SUMMARY),
+        predicted_by=information.raw(PREDICTED_BY) if PREDICTED_BY in information.keys() else {},  # noqa: SIM118
     )
+
+
+def check_choice(chosen: Chosen, experiment: Experiment, results: Path) -> None:
+    """Raises DatasetInvalid when what was selected is not what would be exported: a fold was trained anew since, or
+    with other validation cases than its split names now. Figures and calibration would be those of other networks."""
+    for configuration in chosen.configurations:
+        known = chosen.predicted_by.get(configuration, {})
+        for fold in chosen.folds:
+            folder = experiment.model_folder(results, chosen.trainer, configuration) / f"fold_{fold}"
+            validated = ValidatedFold(folder=folder, split=experiment.split(fold), dataset=experiment.dataset)
+            validated.check_split()
+            before, now = known.get(fold), validated.predictor()
+            if before is not None and before != now:
+                raise DatasetInvalid(
+                    f"{folder.parent.name}: {folder.name} was trained or validated anew since `seggate select`; select "
+                    "again"
+                )
 
 
 def complete_card(card: ModelCard, experiment: Experiment, chosen: Chosen) -> ModelCard:

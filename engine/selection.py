@@ -52,6 +52,8 @@ from engine.training_profile import TrainingProfile
 from engine.validated_fold import ValidatedFold
 
 INFORMATION_JSON = "inference_information.json"
+PREDICTED_BY = "seggate_predicted_by"
+"""Key of ours in it: by configuration and fold, the digest of what made the predictions that were chosen from."""
 
 Report = Callable[[str], Progress]
 """Gets the name of what begins, and returns what is to be called with (done, total)."""
@@ -194,6 +196,13 @@ class _Selecting:
     def _model_folder(self, configuration: str) -> Path:
         return self.experiment.model_folder(self.results, self.profile.trainer, configuration)
 
+    def _validated(self, configuration: str, fold: str) -> ValidatedFold:
+        return ValidatedFold(
+            folder=self._model_folder(configuration) / f"fold_{fold}",
+            split=self.experiment.split(fold),
+            dataset=self.experiment.dataset,
+        )
+
     def _fold_of_case(self) -> dict[str, str]:
         found: dict[str, str] = {}
         for fold in self.folds:
@@ -219,11 +228,7 @@ class _Selecting:
         entries = []
         self._fold_of_case()
         for fold in self.folds:
-            validated = ValidatedFold(
-                folder=model / f"fold_{fold}",
-                split=self.experiment.split(fold),
-                dataset=self.experiment.dataset,
-            )
+            validated = self._validated(configuration, fold)
             progress = self.report(f"{configuration}, fold {fold}: measured anew")
             for entry in validated.entries(processes=self.processes, progress=progress):
                 path = Path(entry["prediction_file"])
@@ -302,6 +307,10 @@ class _Selecting:
                     for c in considered
                 ],
                 "ensembling_allowed": True,
+                PREDICTED_BY: {
+                    configuration: {fold: self._validated(configuration, fold).predictor() for fold in self.folds}
+                    for configuration in best.configurations
+                },
                 "all_results": {c.name: c.score for c in candidates},
                 "best_model_or_ensemble": {
                     "result_on_crossval_pre_pp": mean_dice(found.before),

@@ -49,6 +49,16 @@ class ValidatedFold:
             self._note_references(stale)
         return [measured[name] for name in self.split.val]
 
+    def predictor(self) -> str | None:
+        """The digest of what predicted the validation; None where nobody wrote it down (nnU-Net). Raises
+        DatasetInvalid."""
+        record = read_record(self.folder / VALIDATION)
+        return None if record is None else record.predictor
+
+    def check_split(self) -> None:
+        """Raises DatasetInvalid when the fold was trained with other validation cases than its split names."""
+        self._check_cases(self.split.val)
+
     def _check_cases(self, measured: Sequence[str]) -> None:
         """Cases that the dataset has no more (or leaves out) are nobody's."""
         there = {case.name for case in self.dataset.cases}

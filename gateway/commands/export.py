@@ -18,7 +18,7 @@ from engine.errors import EngineError
 from engine.experiment import Experiment, open_experiment
 from engine.manifest import Ensemble, Weights
 from engine.model_card import ModelCard, read_card
-from engine.model_figures import Chosen, complete_card, read_choice
+from engine.model_figures import Chosen, check_choice, complete_card, read_choice
 from engine.parallel import default_processes
 from engine.quality_estimate import Calibration
 from engine.sanity_making import dataset_cases
@@ -104,6 +104,7 @@ def export_chosen(
     `engine.export.import_model` does, DatasetInvalid when nothing is selected or a name is no case."""
     import_model = importer("exporting a model")
     chosen = read_choice(experiment, results)
+    check_choice(chosen, experiment, results)
     site_cases = dataset_cases(experiment.dataset, sanity_cases)
     with progress_bar("intensities", hidden=hide_bar) as advance:
         baseline = extract_baseline(experiment, processes=processes or default_processes(), progress=advance)
