@@ -48,6 +48,7 @@ from engine.postprocessing_search import (
     write_postprocessing,
 )
 from engine.preprocessing import crop_to_nonzero
+from engine.sibling_folds import refuse_mixed_mirroring
 from engine.training_profile import TrainingProfile
 from engine.validated_fold import ValidatedFold
 
@@ -223,6 +224,7 @@ class _Selecting:
                     f"{model.name}: fold {fold} is not validated; run `seggate train --configuration {configuration} "
                     f"--fold {fold}`, or choose with --configuration and --fold"
                 )
+        refuse_mixed_mirroring(model, self.folds)
         folder = model / f"crossval_results_folds_{'_'.join(self.folds)}"
         self._begin(folder)
         entries = []
