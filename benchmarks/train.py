@@ -1,6 +1,7 @@
 """Wall time of a training step: nnU-Net's own trainer and ours, in turns, on one machine.
 
     python -m benchmarks.train [--nnunet-python PYTHON] [--json] [--steps N] [--rounds N] [--cases N]
+                              [--warm-up N] [--plans FILE]
 
 Both train the 3D configuration of `shared/models` on the same hippocampus cases, each with its own loader and
 augmentation. A turn is some steps that are not counted, until what was made ahead is used up, and then N that are.
@@ -40,7 +41,9 @@ def main() -> int:
         default=os.environ.get("SEGGATE_NNUNET_PYTHON", ROOT / ".venv-nnunet" / "bin" / "python"),
     )
     parser.add_argument("--steps", type=int, default=20, help="counted steps of a turn")
+    parser.add_argument("--warm-up", type=int, default=WARM_UP, help="steps before them; more where a step is short")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--plans", type=Path, help="other plans for these cases (default: those of shared/models)")
     parser.add_argument("--cases", type=int, default=20)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--json", action="store_true", help="only the JSON object")
@@ -55,7 +58,8 @@ def main() -> int:
 
 def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     shared = Path(os.environ.get("SEGGATE_SHARED", ROOT.parent / "shared"))
-    plans = shared / "models" / DATASET / f"nnUNetTrainer__nnUNetSmallPlans__{CONFIGURATION}" / "plans.json"
+    small = shared / "models" / DATASET / f"nnUNetTrainer__nnUNetSmallPlans__{CONFIGURATION}" / "plans.json"
+    plans = (options.plans or small).resolve()
     raw = scratch / "raw" / DATASET
     _copy_cases(shared / "data" / DATASET, raw, options.cases)
 
@@ -87,7 +91,7 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             _steps(runner, 1)  # all are ready before the first is measured
         for number in range(options.rounds):
             for name, runner in runners.items():
-                _steps(runner, WARM_UP)
+                _steps(runner, options.warm_up)
                 seconds[name].append(_steps(runner, options.steps) / options.steps)
                 if not options.json:
                     print(f"round {number}: {name} {seconds[name][-1]:.4f} s a step", file=sys.stderr)
@@ -98,6 +102,8 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     theirs_s = min(median["nnunet"], median["nnunet_in_process"])
     return {
         "machine": f"{platform.processor() or platform.machine()}, {options.threads} threads",
+        "device": _device_name(),
+        "plans": json.loads(plans.read_text())["plans_name"],
         "precision": half,
         "steps": options.steps,
         "rounds": options.rounds,
@@ -105,6 +111,12 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         "step_ratio": round(theirs_s / median[half], 3),
         "step_ratio_float32": round(theirs_s / median["float32"], 3),
     }
+
+
+def _device_name() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "processor"
 
 
 def _precision_name() -> str:
