@@ -71,12 +71,13 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         script = str(ROOT / "benchmarks" / "nnunet_steps.py")
         return _start(
             [str(options.nnunet_python), script, *folders, str(plans), CONFIGURATION, str(options.threads)],
+            scratch / f"{name}.log",
             **environment,
         )
 
     def start_own(precision: str) -> subprocess.Popen[str]:
         arguments = [str(raw), str(plans), CONFIGURATION, precision, str(scratch / precision), str(options.threads)]
-        return _start([sys.executable, "-m", "benchmarks.own_steps", *arguments])
+        return _start([sys.executable, "-m", "benchmarks.own_steps", *arguments], scratch / f"{precision}.log")
 
     half = _precision_name()
     runners = {
@@ -85,14 +86,15 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         half: start_own(half),
         "float32": start_own("float32"),
     }
+    logs = {name: scratch / f"{name}.log" for name in runners}
     seconds: dict[str, list[float]] = {name: [] for name in runners}
     try:
-        for runner in runners.values():
-            _steps(runner, 1)  # all are ready before the first is measured
+        for name, runner in runners.items():
+            _steps(runner, logs[name], 1)  # all are ready before the first is measured
         for number in range(options.rounds):
             for name, runner in runners.items():
-                _steps(runner, options.warm_up)
-                seconds[name].append(_steps(runner, options.steps) / options.steps)
+                _steps(runner, logs[name], options.warm_up)
+                seconds[name].append(_steps(runner, logs[name], options.steps) / options.steps)
                 if not options.json:
                     print(f"round {number}: {name} {seconds[name][-1]:.4f} s a step", file=sys.stderr)
     finally:
@@ -141,23 +143,25 @@ def _copy_cases(source: Path, target: Path, count: int) -> None:
     (target / "dataset.json").write_text(json.dumps({**document, "numTraining": count}))
 
 
-def _start(command: list[str], **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-    )
+def _start(command: list[str], log: Path, **environment: str) -> subprocess.Popen[str]:
+    with log.open("w") as file:
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=file,
+            text=True,
+            start_new_session=True,
+        )
 
 
 def _end(runner: subprocess.Popen[str]) -> None:
     """Ends a runner and the processes that make its batches, which hold its standard output open."""
     assert runner.stdin is not None
-    runner.stdin.close()
+    with contextlib.suppress(BrokenPipeError):
+        runner.stdin.close()
     with contextlib.suppress(subprocess.TimeoutExpired):
         runner.wait(timeout=30)
     with contextlib.suppress(ProcessLookupError):
@@ -165,14 +169,18 @@ def _end(runner: subprocess.Popen[str]) -> None:
     runner.wait()
 
 
-def _steps(runner: subprocess.Popen[str], count: int) -> float:
+def _steps(runner: subprocess.Popen[str], log: Path, count: int) -> float:
+    """The seconds that `count` steps took. Raises SystemExit, with what the runner said, where it has ended."""
     assert runner.stdin is not None
     assert runner.stdout is not None
-    runner.stdin.write(f"{count}\n")
-    runner.stdin.flush()
-    answer = runner.stdout.readline()
+    answer = ""
+    with contextlib.suppress(BrokenPipeError):
+        runner.stdin.write(f"{count}\n")
+        runner.stdin.flush()
+        answer = runner.stdout.readline()
     if not answer:
-        raise SystemExit(f"{runner.args!r}: ended with {runner.wait()}; run it alone to see why")
+        said = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
+        raise SystemExit(f"{runner.args!r}: ended with {runner.wait()}:\n{said}")
     return float(answer)
 
 

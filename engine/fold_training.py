@@ -63,7 +63,8 @@ from engine.sibling_folds import refuse_other_mirroring
 from engine.sides import Mirroring, MirrorPolicy, SidesPolicy, plan_mirroring
 from engine.sliding_window import WindowGrid
 from engine.splits import Split, hold_out
-from engine.training import Precision, Trainer, TrainingSetup
+from engine.step_gradients import Precision
+from engine.training import Trainer, TrainingSetup
 from engine.training_checkpoint import FINAL, LATEST, init_args, weights_digest
 from engine.training_lock import is_asked_to_stop, training_lock
 from engine.training_log import EpochRecord, write_epochs

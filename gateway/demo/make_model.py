@@ -12,7 +12,7 @@ import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from engine.errors import EngineError
 from engine.json_reader import read_json
@@ -43,22 +43,43 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=MODEL, help="folder to make (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--iterations", type=int, default=ITERATIONS)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--only-fold", help="train and validate this fold alone, as one of several processes")
     chosen = parser.parse_args(arguments)
     try:
-        bundle = make(chosen.dataset, chosen.work, chosen.out, epochs=chosen.epochs, iterations=chosen.iterations)
+        bundle = make(
+            chosen.dataset,
+            chosen.work,
+            chosen.out,
+            epochs=chosen.epochs,
+            iterations=chosen.iterations,
+            device=chosen.device,
+            only_fold=chosen.only_fold,
+        )
     except (EngineError, OSError) as error:
         print(f"not made: {error}", file=sys.stderr)  # noqa: T201 - a command's output
         return 1
     if bundle is None:
-        print("stopped; the same command goes on", file=sys.stderr)  # noqa: T201
-        return 1
+        if chosen.only_fold is None:
+            print("stopped; the same command goes on", file=sys.stderr)  # noqa: T201
+        return int(chosen.only_fold is None)
     print(f"{bundle.name} {bundle.semver}, weights {bundle.weights_digest}")  # noqa: T201
     print(bundle.description)  # noqa: T201
     return 0
 
 
-def make(dataset: Path, work: Path, out: Path, *, epochs: int, iterations: int) -> Any:
-    """The bundle (engine.bundle.Bundle), None when the training was told to stop. Raises EngineError, OSError."""
+def make(
+    dataset: Path,
+    work: Path,
+    out: Path,
+    *,
+    epochs: int,
+    iterations: int,
+    device: Literal["cpu", "cuda"] = "cpu",
+    only_fold: str | None = None,
+) -> Any:
+    """The bundle (engine.bundle.Bundle); None when the training was told to stop, or was of one fold. Raises
+    EngineError, OSError."""
     # Here, so that the paths of this module can be used where torch is not installed.
     from engine.experiment import open_experiment
     from engine.model_figures import figures, read_choice
@@ -75,7 +96,7 @@ def make(dataset: Path, work: Path, out: Path, *, epochs: int, iterations: int) 
     options = TrainOptions(
         folder=dataset,
         configurations=(CONFIGURATION,),
-        folds=(),
+        folds=() if only_fold is None else (only_fold,),
         profile="nnunet",
         epochs=epochs,
         iterations=iterations,
@@ -84,7 +105,7 @@ def make(dataset: Path, work: Path, out: Path, *, epochs: int, iterations: int) 
         precision="bf16",
         deterministic=True,
         seed=0,
-        device="cpu",
+        device=device,
         devices=1,
         compile="off",
         probes=True,
@@ -102,7 +123,7 @@ def make(dataset: Path, work: Path, out: Path, *, epochs: int, iterations: int) 
     with stop_requests() as stop:
         requests = fold_requests(options, experiment, None)
         state, _ = run_folds(requests, options, experiment, stop, TrainingProcesses(), hide_bar=False)
-    if state == "stopped":
+    if state == "stopped" or only_fold is not None:
         return None
     select_trained(
         experiment, results, TRAINING_PROFILES["nnunet"], (CONFIGURATION,), (), processes=None, hide_bar=False

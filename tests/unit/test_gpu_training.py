@@ -16,6 +16,8 @@ require_peer("torch")
 
 import torch
 
+from engine.augmentation import draw_batch
+from engine.compilation import FastestGradients
 from engine.errors import MemoryExceeded
 from engine.memory_probe import check_step, measure_step
 from engine.schedule import Schedule
@@ -38,25 +40,33 @@ def test_a_batch_made_on_a_gpu_is_that_of_the_processor(tmp_path: Path, setup: T
         Trainer(replace(setup, device=torch.device(name)), tmp_path / name).source("training")
         for name in ("cpu", "cuda")
     ]
-    for iteration in range(8):
+    compared = 0
+    for iteration in range(16):
         (images, labels), (gpu_images, gpu_labels) = (source.batch(0, iteration) for source in sources)
         assert gpu_images.is_cuda
         assert gpu_labels.is_cuda
-        torch.testing.assert_close(gpu_images.cpu(), images, rtol=1e-3, atol=1e-3)
-        # Where a label map is turned, rounding decides a voxel that lies between two labels.
-        assert (gpu_labels.cpu() != labels).float().mean() < 0.002
+        draws = draw_batch(setup.augmentation, 1, range(len(images)), seed=setup.seed, epoch=0, iteration=iteration)
+        for index, draw in enumerate(draws):
+            # Where a label map is turned, rounding decides a voxel that lies between two labels.
+            assert (gpu_labels[index].cpu() != labels[index]).float().mean() < 0.002
+            # A field of noise is another one on another kind of device.
+            if draw.noise_sigma is None:
+                torch.testing.assert_close(gpu_images[index].cpu(), images[index], rtol=1e-3, atol=1e-3)
+                compared += 1
+    assert compared > 20
 
 
 def test_a_gpu_learns_in_each_precision_what_the_processor_learns(tmp_path: Path, setup: TrainingSetup) -> None:
     reached: dict[str, float] = {}
     for device, precision in (("cpu", "float32"), ("cuda", "float32"), ("cuda", "fp16"), ("cuda", "bf16")):
         name = f"{device}-{precision}"
-        chosen = replace(setup, device=torch.device(device), precision=precision, deterministic=False, compile="off")
+        changes = {"device": torch.device(device), "precision": precision, "deterministic": False, "compile": "off"}
+        chosen = replace(setup, **changes)  # type: ignore[arg-type]
         trainer = Trainer(chosen, tmp_path / name)
         assert trainer.run()
         assert all(parameter.dtype == torch.float32 for parameter in trainer.network.parameters())
-        reached[name] = trainer.records[-1].training_loss
-        assert reached[name] < trainer.records[0].training_loss - 0.1
+        reached[name] = trainer.records[-1].train_loss
+        assert reached[name] < trainer.records[0].train_loss - 0.1
     reference = reached.pop("cpu-float32")
     assert all(value == pytest.approx(reference, abs=0.05) for value in reached.values()), (reference, reached)
 
@@ -92,17 +102,36 @@ def test_a_compiled_network_learns_the_same(tmp_path: Path, setup: TrainingSetup
     notes: list[str] = []
     losses = []
     for mode in ("off", "on"):
-        chosen = replace(setup, deterministic=False, precision="fp16", compile=mode)  # type: ignore[arg-type]
+        chosen = replace(setup, deterministic=False, precision="fp16", compile=mode)
         trainer = Trainer(chosen, tmp_path / mode, note=notes.append)
         assert trainer.run()
-        losses.append(statistics.mean(record.training_loss for record in trainer.records))
-    assert notes == ["torch.compile: the network is compiled"]
+        losses.append(statistics.mean(record.train_loss for record in trainer.records))
+    assert notes[0] == "steps are compiled"
+    assert "compiled and as a CUDA graph" in notes[1]
     assert losses[0] == pytest.approx(losses[1], abs=0.05)
+
+
+@pytest.mark.parametrize("precision", ["float32", "fp16", "bf16"])
+def test_a_step_as_a_cuda_graph_is_the_step_that_it_is_without(
+    tmp_path: Path, setup: TrainingSetup, precision: str
+) -> None:
+    chosen = replace(setup, deterministic=False, precision=precision, compile="off")  # type: ignore[arg-type]
+    plain, graphed = Trainer(chosen, tmp_path / "plain"), Trainer(chosen, tmp_path / "graphed")
+    source = plain.source("training")
+    before = [plain.step(source.batch(0, 0)), graphed.step(source.batch(0, 0))]
+    ways = {way.name: way for way in graphed._step.ways("auto", alone=True)}
+    graphed._gradients = FastestGradients(ways["as a CUDA graph"].prepare(*source.batch(0, 1)))
+    assert before[0] == pytest.approx(before[1], abs=1e-6)
+    for iteration in range(1, 20):
+        batch = source.batch(0, iteration)
+        assert graphed.step(batch) == pytest.approx(plain.step(batch), abs=0.01 if precision != "float32" else 2e-3)
+    for name, tensor in weights(plain).items():
+        torch.testing.assert_close(weights(graphed)[name], tensor, rtol=0.02, atol=2e-3)
 
 
 @pytest.mark.requirement("ART-06")
 def test_a_step_is_measured_on_the_gpu_and_one_that_does_not_fit_is_refused(
-    setup: TrainingSetup, monkeypatch: pytest.MonkeyPatch
+    setup: TrainingSetup,
 ) -> None:
     def sized(patch_size: tuple[int, ...], batch_size: int) -> TrainingSetup:
         return replace(
@@ -123,11 +152,10 @@ def test_a_step_is_measured_on_the_gpu_and_one_that_does_not_fit_is_refused(
     check_step(large)
     gc.collect()
     torch.cuda.empty_cache()
-    try:
-        torch.cuda.set_per_process_memory_fraction(large.peak_bytes / 2 / large.total_bytes)
-        refused = measure_step(sized((64, 96, 96), 4), label_entries=3)
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
+    free, _ = torch.cuda.mem_get_info(0)
+    taken = torch.empty(free - large.peak_bytes // 2, dtype=torch.uint8, device="cuda:0")
+    refused = measure_step(sized((64, 96, 96), 4), label_entries=3)
+    del taken
     assert refused.peak_bytes is None
     with pytest.raises(MemoryExceeded, match="takes more than there is"):
         check_step(refused)
