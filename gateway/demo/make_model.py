@@ -44,6 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--iterations", type=int, default=ITERATIONS)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--budget", help="train each fold for so long (7m) instead of so many epochs")
     parser.add_argument("--only-fold", help="train and validate this fold alone, as one of several processes")
     chosen = parser.parse_args(arguments)
     try:
@@ -54,6 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
             epochs=chosen.epochs,
             iterations=chosen.iterations,
             device=chosen.device,
+            budget=chosen.budget,
             only_fold=chosen.only_fold,
         )
     except (EngineError, OSError) as error:
@@ -76,6 +78,7 @@ def make(
     epochs: int,
     iterations: int,
     device: Literal["cpu", "cuda"] = "cpu",
+    budget: str | None = None,
     only_fold: str | None = None,
 ) -> Any:
     """The bundle (engine.bundle.Bundle); None when the training was told to stop, or was of one fold. Raises
@@ -87,7 +90,7 @@ def make(
     from engine.training_profile import TRAINING_PROFILES
     from gateway.commands.export import export_chosen
     from gateway.commands.select import select_trained
-    from gateway.commands.train import TrainOptions, fold_requests, run_folds
+    from gateway.commands.train import TrainOptions, fold_requests, parse_budget, run_folds
     from gateway.stop_signal import stop_requests
 
     preprocessed, results = work / "preprocessed", work / "results"
@@ -100,14 +103,14 @@ def make(
         profile="nnunet",
         epochs=epochs,
         iterations=iterations,
-        budget=None,
+        budget=budget,
         patience=None,
         precision="bf16",
-        deterministic=True,
+        deterministic=device == "cpu" and budget is None,
         seed=0,
         device=device,
         devices=1,
-        compile="off",
+        compile="off" if device == "cpu" else "auto",
         probes=True,
         threads=1,
         sides="keep",
@@ -121,7 +124,7 @@ def make(
         processes=None,
     )
     with stop_requests() as stop:
-        requests = fold_requests(options, experiment, None)
+        requests = fold_requests(options, experiment, parse_budget(budget))
         state, _ = run_folds(requests, options, experiment, stop, TrainingProcesses(), hide_bar=False)
     if state == "stopped" or only_fold is not None:
         return None
