@@ -50,7 +50,7 @@ from engine.postprocessing_search import (
 from engine.preprocessing import crop_to_nonzero
 from engine.sibling_folds import refuse_mixed_mirroring
 from engine.training_profile import TrainingProfile
-from engine.validated_fold import ValidatedFold
+from engine.validated_fold import ValidatedFold, validated_fold
 
 INFORMATION_JSON = "inference_information.json"
 PREDICTED_BY = "seggate_predicted_by"
@@ -198,10 +198,8 @@ class _Selecting:
         return self.experiment.model_folder(self.results, self.profile.trainer, configuration)
 
     def _validated(self, configuration: str, fold: str) -> ValidatedFold:
-        return ValidatedFold(
-            folder=self._model_folder(configuration) / f"fold_{fold}",
-            split=self.experiment.split(fold),
-            dataset=self.experiment.dataset,
+        return validated_fold(
+            self.experiment, self.results, trainer=self.profile.trainer, configuration=configuration, fold=fold
         )
 
     def _fold_of_case(self) -> dict[str, str]:
@@ -225,12 +223,12 @@ class _Selecting:
                     f"--fold {fold}`, or choose with --configuration and --fold"
                 )
         refuse_mixed_mirroring(model, self.folds)
+        validated_folds = {fold: self._validated(configuration, fold) for fold in self.folds}
         folder = model / f"crossval_results_folds_{'_'.join(self.folds)}"
         self._begin(folder)
         entries = []
         self._fold_of_case()
-        for fold in self.folds:
-            validated = self._validated(configuration, fold)
+        for fold, validated in validated_folds.items():
             progress = self.report(f"{configuration}, fold {fold}: measured anew")
             for entry in validated.entries(processes=self.processes, progress=progress):
                 path = Path(entry["prediction_file"])
