@@ -97,9 +97,9 @@ class ValidatedFold:
         if request.text(CHECKPOINT) != checkpoint_digest(self.folder):
             raise DatasetInvalid(
                 f"{self.folder.parent.name}: {self.folder.name}/{FINAL} has changed since it was validated: the "
-                f"figures beside it are another network's. Put the old file back, or remove {self.folder} and train it again; "
-                f"where nnU-Net trained and validated it further, remove its {REQUEST} and "
-                f"{VALIDATION}/{PREDICTED_BY} and {LOGITS}"
+                f"figures beside it are another network's. Put the old file back, or remove {self.folder} and train it "
+                f"again; where nnU-Net trained and validated it further, remove its {REQUEST}, {LOGITS} and "
+                f"{VALIDATION}/{PREDICTED_BY}"
             )
 
     def check_previous_stage(self, stage: Path, configuration: str) -> None:

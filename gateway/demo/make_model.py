@@ -3,7 +3,9 @@
 DATASET is Dataset004_Hippocampus (Medical Segmentation Decathlon) in nnU-Net's format, 200 cases. Plans, preprocessed
 cases and trained folds go below FOLDER; started again, it goes on. The bundle holds the five folds of the
 cross-validation themselves, so its card's figures are theirs; it goes to gateway/demo/model, which must not exist.
-On a processor of one type the same weights come out (about two hours on two cores). Needs the extra `train`.
+On a processor of one type the same weights come out (about two hours on two cores); with `--device cuda` or `--budget`
+they do not. `--only-fold` trains one fold: start several side by side, then the command without it. Needs the extra
+`train`.
 """
 
 from __future__ import annotations

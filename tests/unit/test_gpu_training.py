@@ -29,6 +29,12 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch fin
 SCHEDULE = Schedule(epochs=2, iterations=30, validation_iterations=2)
 
 
+def _free_bytes() -> int:
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(0)[0]
+
+
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory: pytest.TempPathFactory) -> TrainingSetup:
     folder = tmp_path_factory.mktemp("tiny")
@@ -129,7 +135,7 @@ def test_a_step_as_a_cuda_graph_is_the_step_that_it_is_without(
         torch.testing.assert_close(weights(graphed)[name], tensor, rtol=0.02, atol=2e-3)
 
 
-@pytest.mark.requirement("ART-06")
+@pytest.mark.requirement("ART-06", open="a probe on a GPU")
 def test_a_step_is_measured_on_the_gpu_and_one_that_does_not_fit_is_refused(
     setup: TrainingSetup,
 ) -> None:
@@ -150,11 +156,9 @@ def test_a_step_is_measured_on_the_gpu_and_one_that_does_not_fit_is_refused(
     assert large.device == torch.cuda.get_device_name(0)
     assert large.available_bytes <= large.total_bytes
     check_step(large)
-    gc.collect()
-    torch.cuda.empty_cache()
-    taken = []
-    while (free := torch.cuda.mem_get_info(0)[0]) > large.peak_bytes // 2:
-        taken.append(torch.empty(max(free - large.peak_bytes // 2, 2**21), dtype=torch.uint8, device="cuda:0"))
+    taken: list[torch.Tensor] = []
+    while (beyond := _free_bytes() - large.peak_bytes // 2) > 0:
+        taken.append(torch.empty(max(beyond, 2**21), dtype=torch.uint8, device="cuda:0"))
     refused = measure_step(sized((64, 96, 96), 4), label_entries=3)
     del taken
     assert refused.peak_bytes is None
