@@ -16,8 +16,8 @@ from gateway.errors import Rejected
 from gateway.training_data.case_list import ListedCase
 from gateway.training_data.channels import Channel
 from gateway.training_data.faults import FAULT_ERRORS, Fault
-from gateway.training_data.label_names import LabelTable
-from gateway.training_data.label_objects import LabelObject, read_label_object
+from gateway.training_data.label_names import LabelTable, folded
+from gateway.training_data.label_objects import LabelObject, Structure, read_label_object
 from gateway.training_data.series_matching import SeriesIndex, the_one, uids
 from gateway.training_data.source_scan import Source, SourceSeries, shown
 
@@ -125,12 +125,13 @@ def _frame_problem(index: SeriesIndex, label: LabelObject, series: SourceSeries)
 
 
 def chosen_values(draft: Draft, table: LabelTable, root: Path) -> tuple[Mapping[int, int], ...]:
-    """For each file of labels: number of the structure → value. Raises Rejected where none is taken, or two files draw
-    the same label and were not listed together."""
+    """For each file of labels: number of the structure → value. Raises Rejected where none is taken, two files draw the
+    same label and were not listed together, or two structures of one file have one name and no pattern takes both."""
     chosen: list[dict[int, int]] = []
     drawn: dict[int, Path] = {}
     for label in draft.labels:
         values = {s.number: value for s in label.structures if (value := table.value(s.name)) is not None}
+        _check_names(label, values, table, root)
         chosen.append(values)
         for value in set(values.values()):
             other = drawn.setdefault(value, label.file)
@@ -144,6 +145,23 @@ def chosen_values(draft: Draft, table: LabelTable, root: Path) -> tuple[Mapping[
         there = ", ".join(repr(name) for name in list(names)[:8]) or "nothing"
         raise Rejected(f"none of the labels is drawn; there is {there}")
     return tuple(chosen)
+
+
+def _check_names(label: LabelObject, values: Mapping[int, int], table: LabelTable, root: Path) -> None:
+    """Two structures of one name may be one organ in two parts, or two organs, or an old version and a new one."""
+    same: dict[str, list[Structure]] = {}
+    for structure in label.structures:
+        if structure.number in values:
+            same.setdefault(folded(structure.name), []).append(structure)
+    for found in same.values():
+        first = found[0]
+        if len(found) > 1 and not table.labels[values[first.number] - 1].gathers(first.name):
+            what = "ROIs" if label.kind == "RTSTRUCT" else "segments"
+            numbers = f"{', '.join(str(s.number) for s in found[:-1])} and {found[-1].number}"
+            raise Rejected(
+                f"{shown(label.file, root)}: {what} {numbers} have one name, {first.name!r}; name them apart, or take "
+                f"them as one label by a pattern: --label '{table.name(values[first.number])}={first.name}*'"
+            )
 
 
 def _of_channels(

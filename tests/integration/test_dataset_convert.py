@@ -403,6 +403,31 @@ def test_a_case_without_a_structure_that_others_have_is_told(tmp_path: Path) -> 
     assert [note["about"] for note in told] == [case_of(out, part)]
 
 
+@pytest.mark.parametrize("kind", ["SEG", "RTSTRUCT"])
+@pytest.mark.parametrize("names", [("Lesion", " LESION"), ("", "")])
+def test_two_structures_of_one_name_in_one_file_are_no_label_unless_a_pattern_takes_both(
+    tmp_path: Path, kind: str, names: tuple[str, str]
+) -> None:
+    source, out = tmp_path / "source", tmp_path / "raw" / NAME
+    series = write_study(source / "images", 0)
+    file = source / "labels.dcm"
+    if kind == "SEG":
+        write_segmentation(file, series)
+    else:
+        write_structure_set(file, series, regions_of(series.labels, NAMES))
+    ds = pydicom.dcmread(file)
+    for item, name in zip(ds.get("SegmentSequence", ds.get("StructureSetROISequence")), names, strict=True):
+        setattr(item, "SegmentLabel" if kind == "SEG" else "ROIName", name)
+    ds.save_as(file)
+    found = names[0] or "unnamed"
+    what = "segments" if kind == "SEG" else "ROIs"
+    cause = f"labels.dcm: {what} 1 and 2 have one name, {found!r}; name them apart"
+    for words in ((), ("--label", found.casefold()), ("--label", f"a={found}|other*")):
+        assert cause in _causes(shown(convert(source, out, *words, "--json"), 1))
+    assert shown(convert(source, out, "--label", f"a={found}*", "--json"))["made"] == 1
+    assert_converted(out, series, labels=(series.labels > 0).astype(np.uint8))
+
+
 def test_a_uid_that_is_the_beginning_of_another_is_not_that_one(tmp_path: Path) -> None:
     source, out = tmp_path / "source", tmp_path / "raw" / NAME
     series = write_study(source / "a", 1)
