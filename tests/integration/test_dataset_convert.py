@@ -21,6 +21,7 @@ from engine.dataset import open_dataset
 from engine.nifti import read_label_map, read_nifti
 from engine.volume import reorientation
 from gateway.cli import app
+from gateway.training_data import conversion
 from tests.support.labelled_studies import (
     NAME,
     NAMES,
@@ -162,6 +163,37 @@ def test_killed_anywhere_it_goes_on(tmp_path: Path, studies: list[PhantomSeries]
     for series in studies:
         assert_converted(out, series)
     _check(out)
+
+
+@pytest.mark.parametrize("other", ["convert", "plan"])
+def test_while_a_dataset_is_converted_nothing_else_converts_or_plans_it(
+    tmp_path: Path, studies: list[PhantomSeries], monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    """The other one starts when the first case is to be made."""
+    out = tmp_path / "raw" / NAME
+    foreign = write_study(tmp_path / "elsewhere", 7)
+    write_segmentation(tmp_path / "elsewhere" / "seg.dcm", foreign)
+    refused: list[str] = []
+    made = conversion.convert_case
+
+    def interrupted(*args: Any, **rules: Any) -> Any:
+        if not refused:
+            refused.append("")  # the other one gets here too, if it may
+            if other == "convert":
+                ran = convert(tmp_path / "elsewhere", out, "--json")
+            else:
+                words = ["plan", str(out), "--preprocessed", str(tmp_path / "preprocessed"), "--json"]
+                ran = CliRunner().invoke(app, words)
+            refused[0] = shown(ran, 1)["error"]
+        return made(*args, **rules)
+
+    monkeypatch.setattr(conversion, "convert_case", interrupted)
+    assert shown(convert(tmp_path / "source", out, "--json"))["made"] == 3
+    assert f"{NAME}: is being changed by process {os.getpid()} on" in refused[0]
+    for series in studies:
+        assert_converted(out, series)
+    _check(out)
+    assert not list(out.glob("*.lock"))
 
 
 def test_several_processes_make_the_same(tmp_path: Path, studies: list[PhantomSeries]) -> None:
