@@ -148,6 +148,7 @@ def prepare(options: ConversionOptions, *, processes: int, progress: Progress | 
             )
         )
         notes += [(case.name, note) for note in _undescribed(values, table)]
+    notes += identities.doubts(named)
     gone = tuple(identities.gone(named))
     cause = f"was converted before, and its series or labels are not in the source any more ({options.identities.name})"
     faults += [Fault(case=name, file=None, cause=cause) for name in gone]

@@ -536,6 +536,32 @@ def test_images_of_two_patients_under_one_series_uid_are_no_volume(tmp_path: Pat
     assert "holds images of several patients or studies" in causes
 
 
+def test_a_patient_of_two_systems_is_one_and_who_may_be_the_same_is_told(tmp_path: Path) -> None:
+    """One system states the issuer of PatientID, another does not, and a third leaves the patient out."""
+    source, out = tmp_path / "source", tmp_path / "raw" / NAME
+    made = [write_study(source / str(index), index, patient=0) for index in range(4)]
+    for series, changes in zip(
+        made,
+        ({}, {"IssuerOfPatientID": "CLINIC"}, {"PatientID": "Secret-000 "}, {"PatientID": ""}),
+        strict=True,
+    ):
+        for file in series.files:
+            ds = pydicom.dcmread(file)
+            for keyword, value in changes.items():
+                setattr(ds, keyword, value)
+            ds.save_as(file)
+        write_segmentation(source / f"{series.study_instance_uid}.dcm", series)
+    document = shown(convert(source, out, "--json"))
+    names = [case_of(out, series) for series in made]
+    patients = open_dataset(out).json.patients
+    assert patients[names[0]] == patients[names[1]]
+    assert len(set(patients.values())) == 3
+    told = {note["about"]: note["note"] for note in document["notes"]}
+    assert set(told) == set(names)
+    assert f"its patient, {patients[names[2]]}, may be {patients[names[0]]}" in told[names[2]]
+    assert "has no PatientID" in told[names[3]]
+
+
 def test_a_link_to_a_folder_is_not_followed_and_counted(tmp_path: Path) -> None:
     source, out = tmp_path / "source", tmp_path / "raw" / NAME
     write_segmentation(source / "seg.dcm", write_study(source / "images", 0))
