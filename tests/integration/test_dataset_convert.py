@@ -648,6 +648,29 @@ def test_a_list_with_faults_names_each_with_its_line(tmp_path: Path) -> None:
     assert len(causes) == 7
 
 
+def test_the_name_of_a_case_does_not_tell_the_patient(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "raw" / NAME
+    series = write_study(source / "images", 0)
+    for file in series.files:
+        ds = pydicom.dcmread(file)
+        ds.SpecificCharacterSet = "ISO_IR 192"
+        ds.PatientName, ds.PatientID = "Sørensen-Müller^Li Jo^^Dr", "AB 12.345"
+        ds.save_as(file)
+    write_segmentation(source / "seg.dcm", series)
+    listed = tmp_path / "cases.csv"
+    telling = ["mueller", "CT_MULLER_1", "xSoerensen", "muellerlijo_2", "liver_ab-12345", "AB12_345"]
+    telling.append(series.series_instance_uid.replace(".", "-")[:64].strip("-"))
+    for name in telling:
+        listed.write_text(f"case,series,label\n{name},images,seg.dcm\n")
+        ran = convert(source, out, "--cases", str(listed), "--json")
+        causes = _causes(shown(ran, 1))
+        assert "cases.csv, line 2: its name holds the patient's identifier, a part of their name or a UID" in causes
+        assert name.casefold() not in ran.output.casefold()
+    for name in ("liver_2", "mulle", "drone", "jolly"):
+        listed.write_text(f"case,series,label\n{name},images,seg.dcm\n")
+        assert shown(convert(source, tmp_path / name / NAME, "--cases", str(listed), "--json"))["cases"] == [name]
+
+
 def test_a_frame_of_reference_counts_where_one_series_has_it(tmp_path: Path) -> None:
     source, out = tmp_path / "source", tmp_path / "raw" / NAME
     series = write_study(source / "a", 0)

@@ -26,6 +26,7 @@ def _draft(number: int, patient: Patient, listed: str | None = None) -> Draft:
         description="",
         patient_id=patient[0],
         issuer=patient[1],
+        patient_name="",
         files=(),
         instances=frozenset(),
     )
