@@ -29,7 +29,7 @@ from gateway.results.frames import directions, macro, read_header, vector
 from gateway.results.pixels import PIXEL_DATA, number_of_frames
 from gateway.results.series import MAX_VOXELS
 from gateway.training_data.grid_placement import Placement, place
-from gateway.training_data.label_objects import LABEL_MAP_SEGMENTATION
+from gateway.training_data.label_objects import LABEL_MAP_SEGMENTATION, source_images
 from gateway.training_data.label_painting import LabelPainter
 
 _DEFERRED_BYTES = 4096
@@ -45,13 +45,19 @@ class _Frame:
 
 
 def paint_segments(
-    file: Path, values: Mapping[int, int], geometry: Geometry, painter: LabelPainter, *, threshold: float
+    file: Path,
+    values: Mapping[int, int],
+    geometry: Geometry,
+    painter: LabelPainter,
+    *,
+    threshold: float,
+    absent: frozenset[str] = frozenset(),
 ) -> None:
     """Paint the segments of a SEG object. values: segment number → label value; other segments are passed over.
 
     threshold: share of MaximumFractionalValue from which on a voxel of a FRACTIONAL segment counts. Raises Rejected
     (AttributeRejected) when the object cannot be read, does not lie on the grid `geometry`, or has frames of one
-    segment at one position that differ.
+    segment at one position that differ, or voxels on images that are `absent` (SOP Instance UIDs).
     """
     where = Where(file=file)
     header = read_header(file, where)
@@ -68,12 +74,17 @@ def paint_segments(
         if pixels.shape != (rows, columns):
             problem = f"holds a frame of {pixels.shape} pixels instead of {(rows, columns)}"
             raise AttributeRejected("PixelData", problem, where, "the object is damaged; export it again")
-        if frame.segment is not None:
-            _paint(values[frame.segment], pixels >= least, placement, geometry, painter, where, frame)
-            continue
-        for number in np.unique(pixels):
-            if int(number) in values:
-                _paint(values[int(number)], pixels == number, placement, geometry, painter, where, frame)
+        sources = frozenset().union(*(source_images(group, where) for group in frame.groups)) if absent else frozenset()
+        of_frame = [int(n) for n in np.unique(pixels)] if frame.segment is None else [frame.segment]
+        for number in (n for n in of_frame if n in values):
+            mask = pixels >= least if frame.segment is not None else pixels == number
+            if sources and sources <= absent and mask.any():
+                raise Rejected(
+                    f"frame {frame.index + 1} of {where}: has {int(mask.sum())} voxels of segment {number} on an image "
+                    "that is not in the source; add the slices that the series lacks, or take the labels by their "
+                    "coordinates (--ignore-references)"
+                )
+            _paint(values[number], mask, placement, geometry, painter, where, frame)
 
 
 def _check_positions(

@@ -140,6 +140,38 @@ def test_started_again_only_what_is_missing_or_changed_is_made(tmp_path: Path, s
     _check(out)
 
 
+@pytest.mark.parametrize("kind", ["SEG", "NIfTI"])
+def test_a_correction_of_the_same_size_and_time_is_made(tmp_path: Path, kind: str) -> None:
+    source, out = tmp_path / "source", tmp_path / "raw" / NAME
+    series = write_study(source / "images", 0)
+    corrected = np.array([0, 2, 1], np.uint8)[series.labels]
+    file = source / "images" / ("seg.dcm" if kind == "SEG" else "seg.nii")
+
+    def write(labels: Any) -> None:
+        if kind == "NIfTI":
+            write_label_map(file, series, "LPS", labels)
+            return
+        write_segmentation(file, series)
+        ds = pydicom.dcmread(file)
+        for frame in ds.PerFrameFunctionalGroupsSequence:
+            item = frame.SegmentIdentificationSequence[0]
+            item.ReferencedSegmentNumber = int(labels[series.labels == item.ReferencedSegmentNumber][0])
+        ds.save_as(file)
+
+    write(series.labels)
+    before = file.stat()
+    words = ("--nifti", "*.nii", "--json")
+    assert shown(convert(source, out, *words))["made"] == 1
+    assert shown(convert(source, out, *words))["made"] == 0
+    write(corrected)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert shown(convert(source, out, *words))["made"] == 1
+    assert_converted(out, series, labels=corrected)
+    os.utime(file)  # the time alone is no change
+    assert shown(convert(source, out, *words))["made"] == 0
+
+
 def test_killed_anywhere_it_goes_on(tmp_path: Path, studies: list[PhantomSeries]) -> None:
     """The process ends by SIGKILL when the first case is there."""
     source, out = tmp_path / "source", tmp_path / "raw" / NAME
@@ -522,6 +554,74 @@ def test_labels_of_images_that_are_not_there_are_not_given_to_others_of_their_fr
     document = shown(convert(source, out, "--json", "--ignore-references"))
     assert "matched by its frame of reference" in document["notes"][0]["note"]
     assert_converted(out, venous)
+
+
+def _cut(series: PhantomSeries, last: int) -> None:
+    """Without the last slices, in space."""
+    for file in series.ordered_files[-last:]:
+        file.unlink()
+
+
+@pytest.mark.parametrize("kind", ["SEG", "RTSTRUCT"])
+def test_slices_that_labels_refer_to_and_that_are_not_there_are_told_and_must_have_no_voxels(
+    tmp_path: Path, kind: str
+) -> None:
+    source, out = tmp_path / "source", tmp_path / "raw" / NAME
+    series = write_study(source / "images", 0)
+    labels = series.labels.copy()
+    labels[-2:], labels[-3] = 0, 1
+    if kind == "SEG":
+        write_segmentation(source / "labels.dcm", series, labels)
+    else:
+        write_structure_set(source / "labels.dcm", series, regions_of(labels, NAMES))
+        ds = pydicom.dcmread(source / "labels.dcm")
+        for region in ds.ROIContourSequence:
+            for contour, z in zip(region.ContourSequence, _depths(region, series), strict=True):
+                image = pydicom.Dataset()
+                image.ReferencedSOPInstanceUID = pydicom.dcmread(series.ordered_files[z]).SOPInstanceUID
+                contour.ContourImageSequence = [image]
+        ds.save_as(source / "labels.dcm")
+    _cut(series, 2)
+    document = shown(convert(source, out, "--json"))
+    told = "2 image(s) that its labels refer to are not in the source: slices may be missing"
+    assert {"about": case_of(out, series), "note": told} in document["notes"]
+    image, found = read_converted(out, series)
+    assert image.geometry.shape[0] == found.geometry.shape[0] == len(series.files) - 2
+    assert np.count_nonzero(found.array) == np.count_nonzero(labels)
+    # The same slice under another UID is not the image that was drawn on.
+    last = pydicom.dcmread(series.ordered_files[-3])
+    last.SOPInstanceUID = last.file_meta.MediaStorageSOPInstanceUID = "1.2.3.4"
+    last.save_as(series.ordered_files[-3])
+    causes = _causes(shown(convert(source, out, "--json"), 1))
+    if kind == "SEG":
+        assert f"has {np.count_nonzero(labels[-3])} voxels of segment 1 on an image that is not in the source" in causes
+    else:
+        assert "contours were drawn on images that are not in the source" in causes
+    document = shown(convert(source, out, "--json", "--ignore-references"))
+    assert told.replace("2", "3") in [note["note"] for note in document["notes"]]
+    series.ordered_files[-3].unlink()
+    assert "not in the source" in _causes(shown(convert(source, out, "--json"), 1))
+
+
+def _depths(region: Any, series: PhantomSeries) -> list[int]:
+    """The slice of each contour."""
+    inverse = np.linalg.inv(series.affine_lps)
+    return [round(float((inverse @ [*contour.ContourData[:3], 1])[2])) for contour in region.ContourSequence]
+
+
+def test_slices_of_another_series_that_labels_refer_to_are_not_missing(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "raw" / NAME
+    series = write_study(source / "images", 0)
+    other = write_study(tmp_path / "elsewhere", 5)
+    write_segmentation(source / "seg.dcm", series)
+    ds = pydicom.dcmread(source / "seg.dcm")
+    added = pydicom.Dataset()
+    added.SeriesInstanceUID = other.series_instance_uid
+    added.ReferencedInstanceSequence = [pydicom.Dataset()]
+    added.ReferencedInstanceSequence[0].ReferencedSOPInstanceUID = other.datasets[0].SOPInstanceUID
+    ds.ReferencedSeriesSequence.append(added)
+    ds.save_as(source / "seg.dcm")
+    assert not shown(convert(source, out, "--json"))["notes"]
 
 
 def test_images_of_two_patients_under_one_series_uid_are_no_volume(tmp_path: Path) -> None:
