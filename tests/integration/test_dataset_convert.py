@@ -15,13 +15,14 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
+from pydicom.uid import UID
 from typer.testing import CliRunner
 
 from engine.dataset import open_dataset
 from engine.nifti import read_label_map, read_nifti
 from engine.volume import reorientation
 from gateway.cli import app
-from gateway.training_data import conversion
+from gateway.training_data.case_conversion import convert_case
 from tests.support.labelled_studies import (
     NAME,
     NAMES,
@@ -206,7 +207,6 @@ def test_while_a_dataset_is_converted_nothing_else_converts_or_plans_it(
     foreign = write_study(tmp_path / "elsewhere", 7)
     write_segmentation(tmp_path / "elsewhere" / "seg.dcm", foreign)
     refused: list[str] = []
-    made = conversion.convert_case
 
     def interrupted(*args: Any, **rules: Any) -> Any:
         if not refused:
@@ -217,9 +217,9 @@ def test_while_a_dataset_is_converted_nothing_else_converts_or_plans_it(
                 words = ["plan", str(out), "--preprocessed", str(tmp_path / "preprocessed"), "--json"]
                 ran = CliRunner().invoke(app, words)
             refused[0] = shown(ran, 1)["error"]
-        return made(*args, **rules)
+        return convert_case(*args, **rules)
 
-    monkeypatch.setattr(conversion, "convert_case", interrupted)
+    monkeypatch.setattr("gateway.training_data.conversion.convert_case", interrupted)
     assert shown(convert(tmp_path / "source", out, "--json"))["made"] == 3
     assert f"{NAME}: is being changed by process {os.getpid()} on" in refused[0]
     for series in studies:
@@ -585,12 +585,12 @@ def test_slices_that_labels_refer_to_and_that_are_not_there_are_told_and_must_ha
     document = shown(convert(source, out, "--json"))
     told = "2 image(s) that its labels refer to are not in the source: slices may be missing"
     assert {"about": case_of(out, series), "note": told} in document["notes"]
-    image, found = read_converted(out, series)
-    assert image.geometry.shape[0] == found.geometry.shape[0] == len(series.files) - 2
+    volume, found = read_converted(out, series)
+    assert volume.geometry.shape[0] == found.geometry.shape[0] == len(series.files) - 2
     assert np.count_nonzero(found.array) == np.count_nonzero(labels)
     # The same slice under another UID is not the image that was drawn on.
     last = pydicom.dcmread(series.ordered_files[-3])
-    last.SOPInstanceUID = last.file_meta.MediaStorageSOPInstanceUID = "1.2.3.4"
+    last.SOPInstanceUID = last.file_meta.MediaStorageSOPInstanceUID = UID("1.2.3.4")
     last.save_as(series.ordered_files[-3])
     causes = _causes(shown(convert(source, out, "--json"), 1))
     if kind == "SEG":

@@ -15,7 +15,7 @@ import pytest
 import SimpleITK as sitk
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
-from pydicom.pixels import pack_bits
+from pydicom.pixels.utils import pack_bits
 
 from engine.volume import Geometry
 from gateway.errors import Rejected
