@@ -233,7 +233,7 @@ def _packed_bits(file: Path, where: Where) -> _PackedBits | None:
     that reads a file frame by frame takes what follows for pixels."""
     ds = dcmread(file, defer_size=_DEFERRED_BYTES)
     syntax = UID(attributes.required_uid(ds.file_meta, "TransferSyntaxUID", where))
-    element = ds.get_item(PIXEL_DATA) if PIXEL_DATA in ds else None
+    element = ds.get_item(PIXEL_DATA, keep_deferred=True) if PIXEL_DATA in ds else None
     if syntax.is_encapsulated or not isinstance(element, RawDataElement):
         return None
     bits = attributes.integer(ds, "BitsAllocated", where) or 0

@@ -80,6 +80,20 @@ def test_frames_that_do_not_begin_at_a_byte_are_read(tmp_path: Path, columns: in
     assert np.array_equal(_painted(file, part.geometry).array, phantom.labels)
 
 
+def test_frames_of_a_large_object_are_read_alike_and_its_end_is_looked_for(tmp_path: Path) -> None:
+    """Pixels of more than some kilobytes are left in the file until they are needed."""
+    phantom = write_series(tmp_path / "s", shape=(9, 101, 103))
+    part = part_of(phantom.files)
+    file = _written(part, phantom.labels, tmp_path / "seg.dcm")
+    assert np.array_equal(_painted(file, part.geometry).array, phantom.labels)
+
+    def shorten(ds: Dataset) -> None:
+        ds.PixelData = ds.PixelData[:-200]
+
+    with pytest.raises(Rejected, match=r"PixelData \(7FE0,0010\) is truncated"):
+        _painted(_edited(file, shorten), part.geometry)
+
+
 def test_the_images_of_an_enhanced_object_are_matched_too(tmp_path: Path) -> None:
     phantom = write_series(tmp_path / "s", orientation="oblique", order="shuffled", enhanced=True, modality="MR")
     part = part_of(phantom.files)
