@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.dataset import DATASET_JSON, RawDataset, open_dataset
+from engine.dataset_lock import reading_dataset
 from engine.errors import DatasetInvalid, DiskTooSmall, ImportRefused
 from engine.fingerprint import FINGERPRINT_JSON, Fingerprint, read_fingerprint
 from engine.json_reader import read_json
@@ -188,8 +189,8 @@ def preprocess_experiment(
     """Makes the preprocessed cases that are not there yet; returns how many cases something was made for. Takes fewer
     processes where memory would not do for all, and says so by `tell`.
 
-    Raises DiskTooSmall or MemoryExceeded with the numbers before anything is written, and what `preprocess_dataset`
-    raises.
+    Raises DiskTooSmall or MemoryExceeded with the numbers before anything is written, DatasetBusy while the raw images
+    are being converted, and what `preprocess_dataset` raises.
     """
     job = experiment.job(configurations)
     fingerprint = experiment.fingerprint()
@@ -202,7 +203,8 @@ def preprocess_experiment(
         if fitting < min(processes, len(experiment.dataset.cases)):
             tell(f"{fitting} of {processes} processes: free memory does not do for more of the largest cases at once")
         processes = fitting
-    return preprocess_dataset(job, experiment.dataset.cases, processes=processes, progress=progress)
+    with reading_dataset(experiment.dataset.folder):
+        return preprocess_dataset(job, experiment.dataset.cases, processes=processes, progress=progress)
 
 
 def is_finished(folder: Path) -> bool:

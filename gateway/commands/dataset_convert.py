@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from engine.dataset_lock import changing_dataset
 from engine.errors import EngineError
 from engine.parallel import default_processes
 from gateway.commands.output import print_json, progress_bar, say, table
@@ -74,10 +75,12 @@ def convert(
         return _failed(error, (), 2, as_json=as_json)
     workers = processes or default_processes()
     try:
-        with progress_bar("looking through the source", hidden=as_json) as advance:
-            prepared = prepare(options, processes=workers, progress=advance)
-        with progress_bar("converting cases", hidden=as_json) as advance:
-            report = convert_cases(prepared, processes=workers, progress=advance)
+        # From the first look at what was converted before: names of cases come from there.
+        with changing_dataset(folder):
+            with progress_bar("looking through the source", hidden=as_json) as advance:
+                prepared = prepare(options, processes=workers, progress=advance)
+            with progress_bar("converting cases", hidden=as_json) as advance:
+                report = convert_cases(prepared, processes=workers, progress=advance)
     except NothingToConvert as error:
         return _failed(error, error.faults, 1, as_json=as_json)
     except (Rejected, EngineError, OSError) as error:

@@ -61,12 +61,14 @@ _DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
 @dataclass(frozen=True, kw_only=True)
 class CaseJob:
-    """`series`: files of each channel; `labels` with, for each, number of the structure → label value."""
+    """`series`: files of each channel; `labels` with, for each, number of the structure → label value (`values`), and
+    the images that are `absent` and must have no voxels (SOP Instance UIDs)."""
 
     name: str
     series: tuple[tuple[Path, ...], ...]
     labels: tuple[LabelObject, ...]
     values: tuple[Mapping[int, int], ...]
+    absent: tuple[frozenset[str], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,8 +188,10 @@ class _Conversion:
 
     def _label_stamp(self) -> str:
         job, rules = self.job, self.rules
+        # By their content: a correction may leave size and time as they were. Images are too large for that.
         labels = [
-            [_state(label.file), sorted(values.items())] for label, values in zip(job.labels, job.values, strict=True)
+            [label.file.name, label.digest, sorted(values.items()), sorted(absent)]
+            for label, values, absent in zip(job.labels, job.values, job.absent, strict=True)
         ]
         return _digest(self._image_stamp(), labels, rules.overlap, rules.between, rules.threshold)
 
@@ -232,15 +236,17 @@ class _Conversion:
         """The label map on the source grid; what is wrong with one file of labels does not hide the next one's."""
         job, rules = self.job, self.rules
         painter = LabelPainter(grid.shape, len(rules.table.labels), rules.overlap)
-        for label, values in zip(job.labels, job.values, strict=True):
+        for label, values, absent in zip(job.labels, job.values, job.absent, strict=True):
             self.at = shown(label.file, rules.root)
             if not values:
                 continue
             try:
                 if label.kind == "SEG":
-                    paint_segments(label.file, values, grid, painter, threshold=rules.threshold)
+                    paint_segments(label.file, values, grid, painter, threshold=rules.threshold, absent=absent)
                 elif label.kind == "RTSTRUCT":
-                    self.notes += paint_contours(label.file, values, grid, painter, between=rules.between)
+                    self.notes += paint_contours(
+                        label.file, values, grid, painter, between=rules.between, absent=absent
+                    )
                 else:
                     _paint_nifti(label.file, values, grid, painter)
             except (Rejected, InputRejected) as error:

@@ -21,7 +21,7 @@ from gateway.errors import Rejected
 from gateway.results import attributes
 from gateway.results.attributes import AttributeRejected, Where
 from gateway.results.frames import read_header
-from gateway.training_data.label_objects import CLOSED, contours_of
+from gateway.training_data.label_objects import CLOSED, contours_of, source_images
 from gateway.training_data.label_painting import LabelPainter
 from gateway.training_data.polygons import even_odd, inside_polygon
 
@@ -43,12 +43,19 @@ class _Contour:
 
 
 def paint_contours(
-    file: Path, values: Mapping[int, int], geometry: Geometry, painter: LabelPainter, *, between: BetweenSlices
+    file: Path,
+    values: Mapping[int, int],
+    geometry: Geometry,
+    painter: LabelPainter,
+    *,
+    between: BetweenSlices,
+    absent: frozenset[str] = frozenset(),
 ) -> list[str]:
     """Paint the regions of interest of an RTSTRUCT. values: ROINumber → label value; others are passed over.
 
     Returns what a person should know: slices without a contour within a region, contours that cross. Raises Rejected
-    (AttributeRejected) when a contour cannot be read, is not planar, lies in no slice or outside the images.
+    (AttributeRejected) when a contour cannot be read, is not planar, lies in no slice or outside the images, or was
+    drawn on images that are `absent` (SOP Instance UIDs).
     """
     where = Where(file=file)
     header = read_header(file, where)
@@ -61,6 +68,12 @@ def paint_contours(
     for number, found in of_region.items():
         if number in values and found:
             what = f"ROI {number} in {where}"
+            lost = sum(bool(images) and images <= absent for images in (source_images(item, where) for item in found))
+            if lost:
+                raise Rejected(
+                    f"{what}: {lost} of {len(found)} contours were drawn on images that are not in the source; add the "
+                    "slices that the series lacks, or take the labels by their coordinates (--ignore-references)"
+                )
             contours = [_read(item, geometry, what, where) for item in found]
             notes += _paint_region(values[number], contours, geometry, painter, between, what)
     return notes

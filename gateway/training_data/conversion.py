@@ -35,12 +35,13 @@ from gateway.training_data.case_conversion import (
     record_file,
 )
 from gateway.training_data.case_list import read_case_list
-from gateway.training_data.case_planning import Drafts, chosen_values, draft_cases, draft_listed
+from gateway.training_data.case_planning import Draft, Drafts, chosen_values, draft_cases, draft_listed
 from gateway.training_data.channels import Channel, channel_of_modality
 from gateway.training_data.contour_masks import BetweenSlices
 from gateway.training_data.faults import Fault
 from gateway.training_data.identities import Identities, NamedCase
 from gateway.training_data.label_names import IGNORE, LabelTable, table_of_names
+from gateway.training_data.label_objects import LabelObject
 from gateway.training_data.label_painting import Overlap
 from gateway.training_data.source_scan import Source, scan
 
@@ -132,6 +133,7 @@ def prepare(options: ConversionOptions, *, processes: int, progress: Progress | 
     except Rejected as error:
         raise NothingToConvert(str(error), tuple(faults)) from error
     jobs: list[CaseJob] = []
+    known = frozenset(uid for series in source.series.values() for uid in series.instances)
     for case in named:
         try:
             _check_patient(case, ignores=options.ignores_references, notes=notes)
@@ -139,15 +141,23 @@ def prepare(options: ConversionOptions, *, processes: int, progress: Progress | 
         except Rejected as error:
             faults.append(Fault(case=case.name, file=None, cause=str(error)))
             continue
+        absent = tuple(_absent(label, case.draft, known) for label in case.draft.labels)
         jobs.append(
             CaseJob(
                 name=case.name,
                 series=tuple(series.files for series in case.draft.series),
                 labels=case.draft.labels,
                 values=values,
+                absent=tuple(frozenset() for _ in absent) if options.ignores_references else absent,
             )
         )
+        notes += [
+            (case.name, f"{len(found)} image(s) that its labels refer to are not in the source: slices may be missing")
+            for found in absent
+            if found
+        ]
         notes += [(case.name, note) for note in _undescribed(values, table)]
+    notes += identities.doubts(named)
     gone = tuple(identities.gone(named))
     cause = f"was converted before, and its series or labels are not in the source any more ({options.identities.name})"
     faults += [Fault(case=name, file=None, cause=cause) for name in gone]
@@ -276,6 +286,11 @@ def _check_patient(case: NamedCase, *, ignores: bool, notes: list[tuple[str, str
     if not ignores:
         raise Rejected(f"{text}; --ignore-references takes them all the same")
     notes.append((case.name, text))
+
+
+def _absent(label: LabelObject, draft: Draft, known: frozenset[str]) -> frozenset[str]:
+    own = [series.series_instance_uid for series in draft.series]
+    return label.absent(own, known, frozenset(uid for series in draft.series for uid in series.instances))
 
 
 def _undescribed(values: Sequence[Mapping[int, int]], table: LabelTable) -> list[str]:

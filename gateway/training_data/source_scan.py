@@ -15,11 +15,12 @@ from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 
+from pydicom.dataset import Dataset
 from pydicom.uid import UID
 
 from engine.parallel import Progress, map_cases
 from gateway.results import attributes
-from gateway.results.attributes import Where
+from gateway.results.attributes import READ_ERRORS, Where
 from gateway.results.frames import read_header
 from gateway.training_data.faults import FAULT_ERRORS, Fault
 from gateway.training_data.label_objects import LABEL_CLASSES, LabelObject, read_label_object
@@ -34,6 +35,7 @@ _KEYWORDS = (
     "Modality",
     "SeriesDescription",
     "PatientID",
+    "PatientName",
     "IssuerOfPatientID",
     "Rows",
     "ImagePositionPatient",
@@ -54,6 +56,7 @@ class SourceSeries:
     description: str
     patient_id: str
     issuer: str
+    patient_name: str
     files: tuple[Path, ...]
     instances: frozenset[str]
 
@@ -80,6 +83,7 @@ class _Image:
     description: str
     patient_id: str
     issuer: str
+    patient_name: str
 
 
 _Seen = _Image | LabelObject | Fault | str
@@ -146,6 +150,7 @@ def _series(images: Sequence[_Image]) -> SourceSeries:
         description=first.description,
         patient_id=first.patient_id,
         issuer=first.issuer,
+        patient_name=first.patient_name,
         files=tuple(image.file for image in images),
         instances=frozenset(image.sop_instance_uid for image in images),
     )
@@ -191,4 +196,13 @@ def _look_at_dicom(file: Path) -> _Seen:
         description=attributes.text(header, "SeriesDescription", where),
         patient_id=attributes.text(header, "PatientID", where),
         issuer=attributes.text(header, "IssuerOfPatientID", where),
+        patient_name=_person_name(header),
     )
+
+
+def _person_name(header: Dataset) -> str:
+    """By the object's character set; one that cannot be decoded is no reason to refuse the image."""
+    try:
+        return str(header.get("PatientName") or "")
+    except READ_ERRORS:
+        return ""
