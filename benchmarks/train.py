@@ -1,6 +1,7 @@
 """Wall time of a training step: nnU-Net's own trainer and ours, in turns, on one machine.
 
     python -m benchmarks.train [--nnunet-python PYTHON] [--json] [--steps N] [--rounds N] [--cases N]
+                              [--warm-up N] [--plans FILE]
 
 Both train the 3D configuration of `shared/models` on the same hippocampus cases, each with its own loader and
 augmentation. A turn is some steps that are not counted, until what was made ahead is used up, and then N that are.
@@ -40,7 +41,9 @@ def main() -> int:
         default=os.environ.get("SEGGATE_NNUNET_PYTHON", ROOT / ".venv-nnunet" / "bin" / "python"),
     )
     parser.add_argument("--steps", type=int, default=20, help="counted steps of a turn")
+    parser.add_argument("--warm-up", type=int, default=WARM_UP, help="steps before them; more where a step is short")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--plans", type=Path, help="other plans for these cases (default: those of shared/models)")
     parser.add_argument("--cases", type=int, default=20)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--json", action="store_true", help="only the JSON object")
@@ -55,7 +58,8 @@ def main() -> int:
 
 def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     shared = Path(os.environ.get("SEGGATE_SHARED", ROOT.parent / "shared"))
-    plans = shared / "models" / DATASET / f"nnUNetTrainer__nnUNetSmallPlans__{CONFIGURATION}" / "plans.json"
+    small = shared / "models" / DATASET / f"nnUNetTrainer__nnUNetSmallPlans__{CONFIGURATION}" / "plans.json"
+    plans = (options.plans or small).resolve()
     raw = scratch / "raw" / DATASET
     _copy_cases(shared / "data" / DATASET, raw, options.cases)
 
@@ -67,12 +71,13 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         script = str(ROOT / "benchmarks" / "nnunet_steps.py")
         return _start(
             [str(options.nnunet_python), script, *folders, str(plans), CONFIGURATION, str(options.threads)],
+            scratch / f"{name}.log",
             **environment,
         )
 
     def start_own(precision: str) -> subprocess.Popen[str]:
         arguments = [str(raw), str(plans), CONFIGURATION, precision, str(scratch / precision), str(options.threads)]
-        return _start([sys.executable, "-m", "benchmarks.own_steps", *arguments])
+        return _start([sys.executable, "-m", "benchmarks.own_steps", *arguments], scratch / f"{precision}.log")
 
     half = _precision_name()
     runners = {
@@ -81,14 +86,15 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         half: start_own(half),
         "float32": start_own("float32"),
     }
+    logs = {name: scratch / f"{name}.log" for name in runners}
     seconds: dict[str, list[float]] = {name: [] for name in runners}
     try:
-        for runner in runners.values():
-            _steps(runner, 1)  # all are ready before the first is measured
+        for name, runner in runners.items():
+            _steps(runner, logs[name], 1)  # all are ready before the first is measured
         for number in range(options.rounds):
             for name, runner in runners.items():
-                _steps(runner, WARM_UP)
-                seconds[name].append(_steps(runner, options.steps) / options.steps)
+                _steps(runner, logs[name], options.warm_up)
+                seconds[name].append(_steps(runner, logs[name], options.steps) / options.steps)
                 if not options.json:
                     print(f"round {number}: {name} {seconds[name][-1]:.4f} s a step", file=sys.stderr)
     finally:
@@ -98,6 +104,8 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     theirs_s = min(median["nnunet"], median["nnunet_in_process"])
     return {
         "machine": f"{platform.processor() or platform.machine()}, {options.threads} threads",
+        "device": _device_name(),
+        "plans": json.loads(plans.read_text())["plans_name"],
         "precision": half,
         "steps": options.steps,
         "rounds": options.rounds,
@@ -105,6 +113,12 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         "step_ratio": round(theirs_s / median[half], 3),
         "step_ratio_float32": round(theirs_s / median["float32"], 3),
     }
+
+
+def _device_name() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "processor"
 
 
 def _precision_name() -> str:
@@ -129,23 +143,25 @@ def _copy_cases(source: Path, target: Path, count: int) -> None:
     (target / "dataset.json").write_text(json.dumps({**document, "numTraining": count}))
 
 
-def _start(command: list[str], **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-    )
+def _start(command: list[str], log: Path, **environment: str) -> subprocess.Popen[str]:
+    with log.open("w") as file:
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=file,
+            text=True,
+            start_new_session=True,
+        )
 
 
 def _end(runner: subprocess.Popen[str]) -> None:
     """Ends a runner and the processes that make its batches, which hold its standard output open."""
     assert runner.stdin is not None
-    runner.stdin.close()
+    with contextlib.suppress(BrokenPipeError):
+        runner.stdin.close()
     with contextlib.suppress(subprocess.TimeoutExpired):
         runner.wait(timeout=30)
     with contextlib.suppress(ProcessLookupError):
@@ -153,14 +169,18 @@ def _end(runner: subprocess.Popen[str]) -> None:
     runner.wait()
 
 
-def _steps(runner: subprocess.Popen[str], count: int) -> float:
+def _steps(runner: subprocess.Popen[str], log: Path, count: int) -> float:
+    """The seconds that `count` steps took. Raises SystemExit, with what the runner said, where it has ended."""
     assert runner.stdin is not None
     assert runner.stdout is not None
-    runner.stdin.write(f"{count}\n")
-    runner.stdin.flush()
-    answer = runner.stdout.readline()
+    answer = ""
+    with contextlib.suppress(BrokenPipeError):
+        runner.stdin.write(f"{count}\n")
+        runner.stdin.flush()
+        answer = runner.stdout.readline()
     if not answer:
-        raise SystemExit(f"{runner.args!r}: ended with {runner.wait()}; run it alone to see why")
+        said = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
+        raise SystemExit(f"{runner.args!r}: ended with {runner.wait()}:\n{said}")
     return float(answer)
 
 

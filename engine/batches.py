@@ -141,6 +141,9 @@ class BatchStream:
         self._source = source
         self._ahead = ahead
         self._streams = threading.local()
+        self._gpu = source.device.index
+        if source.device.type == "cuda" and self._gpu is None:
+            self._gpu = torch.cuda.current_device()  # of this thread, which another one does not share
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="batches") if threads else None
 
     def epoch(self, epoch: int, iterations: int, *, first: int = 0) -> Iterator[Batch]:
@@ -172,7 +175,7 @@ class BatchStream:
         if device.type != "cuda":
             return self._source.batch(epoch, iteration)
         if not hasattr(self._streams, "own"):
-            torch.cuda.set_device(device)
+            torch.cuda.set_device(self._gpu)
             self._streams.own = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(self._streams.own):
             batch = self._source.batch(epoch, iteration)

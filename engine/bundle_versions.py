@@ -27,6 +27,7 @@ from engine.result_folder import open_result
 
 MADE_OF = "made_of.json"
 FIRST = "1.0.0"
+_TRIED = "calibration_tried"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +56,11 @@ def made_of(experiment: Experiment, results: Path, chosen: Chosen, *, ensemble: 
     return MadeOf(interface=_digest(interface), weights=weights, joining=_digest(joining))
 
 
-def find_bundle(folder: Path, wanted: MadeOf) -> Bundle | None:
-    """The latest bundle in `folder` that is made of just that; None where there is none. Raises BundleInvalid."""
-    found = [version for version, there in _noted(folder).items() if there == wanted]
+def find_bundle(folder: Path, wanted: MadeOf, *, calibrates: bool = False) -> Bundle | None:
+    """The latest bundle in `folder` that is made of just that; with `calibrates`, of those for which a calibration was
+    tried. None where there is none. Raises BundleInvalid."""
+    untried = _uncalibrated(folder) if calibrates else frozenset()
+    found = [version for version, there in _noted(folder).items() if there == wanted and version not in untried]
     return load_bundle(folder / max(found, key=_numbers)) if found else None
 
 
@@ -71,18 +74,20 @@ def next_version(folder: Path, wanted: MadeOf) -> tuple[str, str]:
     known = _noted(folder).get(last)
     if known is not None and known.interface != wanted.interface:
         return f"{major + 1}.0.0", f"{last} has other labels or channels"
+    if known == wanted:
+        return f"{major}.{minor}.{patch + 1}", f"{last} was made without a calibration"
     if known is not None and known.weights == wanted.weights:
         return f"{major}.{minor}.{patch + 1}", f"{last} has the same networks, joined or post-processed otherwise"
     why = f"{last} is of other networks" if known is not None else f"nobody noted what {last} was made of"
     return f"{major}.{minor + 1}.0", why
 
 
-def note_bundle(bundle: Bundle, made: MadeOf) -> None:
-    """Notes beside a bundle what it was made of."""
+def note_bundle(bundle: Bundle, made: MadeOf, *, calibrates: bool = True) -> None:
+    """Notes beside a bundle what it was made of, and whether a calibration was tried."""
     folder = bundle.root.parent
     content = read_json(folder / MADE_OF, error=DatasetInvalid) if (folder / MADE_OF).exists() else {}
     kept = {version: entry for version, entry in content.items() if (folder / version / MANIFEST).exists()}
-    entry = {"weights_digest": bundle.weights_digest, **asdict(made)}
+    entry = {"weights_digest": bundle.weights_digest, **asdict(made), _TRIED: calibrates}
     write_json({**kept, bundle.root.name: entry}, folder / MADE_OF)
 
 
@@ -109,6 +114,12 @@ def _noted(folder: Path) -> dict[str, MadeOf]:
                 joining=entry.text("joining"),
             )
     return found
+
+
+def _uncalibrated(folder: Path) -> frozenset[str]:
+    """Versions for which no calibration was tried; an earlier release did not note it, and tried as a rule."""
+    content = read_json(folder / MADE_OF, error=DatasetInvalid) if (folder / MADE_OF).exists() else {}
+    return frozenset(v for v, entry in content.items() if isinstance(entry, dict) and entry.get(_TRIED) is False)
 
 
 def _versions(folder: Path) -> list[str]:

@@ -198,6 +198,7 @@ def _parts(patients: Sequence[str]) -> list[NDArray[np.bool_]]:
 def _cross_fitted(known: Sequence[KnownCase]) -> Found:
     """Everything anew without each part in turn, and that part judged by it."""
     judged: list[tuple[KnownCase, Estimate]] = []
+    has_dice_bound: list[bool] = []
     flags: list[tuple[bool, bool]] = []  # is bad, was flagged
     present = _present(known)
     for part in _parts([case.patient for case in present]):
@@ -209,26 +210,29 @@ def _cross_fitted(known: Sequence[KnownCase]) -> Found:
             answer = estimate(calibration, case.evidence)
             if isinstance(answer, Estimate):
                 judged.append((case, answer))
+                has_dice_bound.append(calibration.dice.margin is not None)
             flagged = isinstance(answer, Outside) or (answer is not None and answer.is_doubtful(MIN_DICE, MAX_HD95_MM))
             flags.append(((case.dice or 0.0) < MIN_DICE or (case.hd95_mm or 0.0) > MAX_HD95_MM, flagged))
     dice = [case.dice or 0.0 for case, _ in judged]
     hd95 = [case.hd95_mm or 0.0 for case, _ in judged]
-    uppers = [math.inf if e.hd95_upper_mm is None else e.hd95_upper_mm for _, e in judged]
-    bounded = [upper for upper in uppers if math.isfinite(upper)]
+    # Of a bound that there is not, because of too few patients, nothing can be said.
+    lowers = [e.dice_lower for (_, e), bound in zip(judged, has_dice_bound, strict=True) if bound]
+    dice_of_bounded = [d for d, bound in zip(dice, has_dice_bound, strict=True) if bound]
+    uppers = [(h, e.hd95_upper_mm) for h, (_, e) in zip(hd95, judged, strict=True) if e.hd95_upper_mm is not None]
     bad = [flagged for is_bad, flagged in flags if is_bad]
     good = [flagged for is_bad, flagged in flags if not is_bad]
     return Found(
         cases=len(judged),
         outside=len(flags) - len(judged),
-        dice_coverage=_share([d >= e.dice_lower for d, (_, e) in zip(dice, judged, strict=True)]),
-        hd95_coverage=_share([h <= upper for h, upper in zip(hd95, uppers, strict=True)]),
+        dice_coverage=_share([d >= lower for d, lower in zip(dice_of_bounded, lowers, strict=True)]),
+        hd95_coverage=_share([h <= upper for h, upper in uppers]),
         dice_correlation=_correlation(dice, [e.dice for _, e in judged]),
         hd95_correlation=_correlation(hd95, [e.hd95_mm for _, e in judged]),
         bad=len(bad),
         sensitivity=_share(bad),
         specificity=_share([not flagged for flagged in good]),
-        dice_lower=median(e.dice_lower for _, e in judged) if judged else None,
-        hd95_upper_mm=median(bounded) if bounded else None,
+        dice_lower=median(lowers) if lowers else None,
+        hd95_upper_mm=median(upper for _, upper in uppers) if uppers else None,
     )
 
 

@@ -28,15 +28,17 @@ from engine.predictor import Predictor
 from engine.quality_estimate import FEATURES_VERSION, Calibration, Evidence, Found
 
 FOLDER = "calibration"
-_FORMAT = 1
+_FORMAT = 2
 _EVIDENCE = ("volume_ml", "components", "touches_border", "mirror_dice", "border_entropy", "fold_dice")
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Line:
-    """What the file has of a case. `segments`: by label name, the evidence with `dice` and `hd95_mm`."""
+    """What the file has of a case. `fold` predicted it. `segments`: by label name, the evidence with `dice` and
+    `hd95_mm`."""
 
     stamp: str
+    fold: str
     segments: Mapping[str, Mapping[str, Any]]
 
 
@@ -59,7 +61,7 @@ def calibrate_bundle(
         note = f"{len(cases)} cases were validated; an estimate of quality without a reference needs {MIN_CASES}"
         return replace(calibrate({}), notes=(note,))
     file = results / experiment.name / FOLDER / f"{_run(bundle)}.jsonl"
-    lines = _known(file, cases)
+    lines = _known(file, cases, fold_of)
     missing = [case for case in cases if case.name not in lines]
     done = len(lines)
     progress(done, len(cases))
@@ -134,11 +136,12 @@ def _measure(predictor: Predictor, experiment: Experiment, case: Case, fold: str
         evidence = {name: getattr(segment, name) for name in _EVIDENCE}
         metrics = measured[label.region]
         segments[label.name] = {**evidence, "dice": metrics.dice, "hd95_mm": metrics.hd95_mm}
-    return _Line(stamp=_stamp(case), segments=segments)
+    return _Line(stamp=_stamp(case), fold=fold, segments=segments)
 
 
-def _known(file: Path, cases: Sequence[Case]) -> dict[str, _Line]:
-    """The lines of these cases that are still true; one that was cut off counts as none."""
+def _known(file: Path, cases: Sequence[Case], fold_of: Mapping[str, str]) -> dict[str, _Line]:
+    """The lines of these cases that are still true, predicted by the fold that validates them; one that was cut off
+    counts as none."""
     if not file.exists():
         return {}
     stamps = {case.name: _stamp(case) for case in cases}
@@ -148,8 +151,8 @@ def _known(file: Path, cases: Sequence[Case]) -> dict[str, _Line]:
             line = json.loads(text)
         except ValueError:
             continue
-        if stamps.get(line["case"]) == line["stamp"]:
-            found[line["case"]] = _Line(stamp=line["stamp"], segments=line["segments"])
+        if stamps.get(line["case"]) == line["stamp"] and fold_of[line["case"]] == line["fold"]:
+            found[line["case"]] = _Line(stamp=line["stamp"], fold=line["fold"], segments=line["segments"])
     return found
 
 

@@ -18,7 +18,7 @@ from engine.case_results import network_logits
 from engine.checkpoint import load_network, read_checkpoint
 from engine.dataset import read_case
 from engine.errors import TrainingRefused
-from engine.experiment import ALL, LOGITS, Experiment
+from engine.experiment import ALL, LOGITS, Experiment, is_finished
 from engine.parallel import Progress
 from engine.preprocessing import crop_to_nonzero
 from engine.stage_predictions import (
@@ -78,7 +78,20 @@ class StageFold:
         if known:
             what = f"has only its fold `{ALL}`'s prediction, of a network that was trained on the case,"
             raise TrainingRefused(self._refusal(stages[-1], known, what))
+        self._check_finished(stages[-1], folder, names)
         return PreviousStage(folder=folder, digest=stage_digest(folder, names))
+
+    def _check_finished(self, previous: str, folder: Path, names: Sequence[str]) -> None:
+        """Predictions of a fold that was removed, or is being trained anew, are leftovers of another network."""
+        by_fold: dict[str, list[str]] = {}
+        for name in names:
+            fold = predicted_by(folder, name)
+            if fold is not None:  # None: nnU-Net's
+                by_fold.setdefault(fold, []).append(name)
+        for fold, predicted in by_fold.items():
+            if not is_finished(self._model_folder(previous) / f"fold_{fold}"):
+                what = f"has the prediction of its fold {fold}, which is gone or not finished,"
+                raise TrainingRefused(self._refusal(previous, predicted, what))
 
     def complete(self, *, device: torch.device, stop: Callable[[], bool], progress: Progress) -> bool:
         """For a finished fold: predicts what the next stages lack of its cases, from the logits that it kept, else with

@@ -19,6 +19,10 @@ class DatasetInvalid(EngineError):
     """A training dataset, its fingerprint, plans or splits are incomplete or contradict each other."""
 
 
+class DatasetBusy(EngineError):
+    """Another process changes the dataset, or reads what would be changed; nothing was written."""
+
+
 class WorkerDied(EngineError):
     """A worker process ended without a result, as a rule because memory ran out; fewer of them may succeed."""
 

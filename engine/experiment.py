@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.dataset import DATASET_JSON, RawDataset, open_dataset
+from engine.dataset_lock import reading_dataset
 from engine.errors import DatasetInvalid, DiskTooSmall, ImportRefused
 from engine.fingerprint import FINGERPRINT_JSON, Fingerprint, read_fingerprint
 from engine.json_reader import read_json
@@ -31,6 +32,7 @@ PLANS_JSON = "plans.json"
 REQUEST, LOG, EPOCHS = "training.json", "training_log.txt", "training_log.jsonl"
 PROGRESS, BEST_CASE, WORST_CASE = "progress.png", "overlay_best.png", "overlay_worst.png"
 VALIDATION, LOGITS = "validation", "validation_logits"
+FINAL = "checkpoint_final.pth"
 """Of a fold's folder (engine/fold_training.py)."""
 OWN = "seggate"
 """The key in plans.json of what nnU-Net does not know."""
@@ -130,17 +132,36 @@ class Experiment:
 
         Raises DatasetInvalid when the folder has folds of other plans or labels: they would not fit any more.
         """
-        documents = {PLANS_JSON: dict(self.plans_json), DATASET_JSON: dict(self.dataset.json.document)}
-        for name, document in documents.items():
-            path = folder / name
-            if not path.exists():
-                write_json(document, path)
-            elif _relevant(read_json(path, error=DatasetInvalid)) != _relevant(document):
-                raise DatasetInvalid(
-                    f"{folder.name}/{name} differs from what is to be trained; move that folder away, or plan under "
-                    "another --plans-name"
-                )
+        other = self._differs(folder)
+        if other is not None:
+            raise DatasetInvalid(
+                f"{folder.name}/{other} differs from what is to be trained; move that folder away, or plan under "
+                "another --plans-name"
+            )
+        for name, document in self._documents().items():
+            if not (folder / name).exists():
+                write_json(document, folder / name)
         shutil.copyfile(self.folder / FINGERPRINT_JSON, folder / FINGERPRINT_JSON)
+
+    def check_model_folder(self, folder: Path) -> None:
+        """Raises DatasetInvalid when its folds were trained with other plans, labels or channels than those of now."""
+        other = self._differs(folder)
+        if other is not None:
+            raise DatasetInvalid(
+                f"{folder.name} was trained with another {other} than that of now: the dataset was planned anew, or "
+                "its labels have changed. Train it again under another --plans-name, or put the old file back"
+            )
+
+    def _documents(self) -> dict[str, dict[str, Any]]:
+        return {PLANS_JSON: dict(self.plans_json), DATASET_JSON: dict(self.dataset.json.document)}
+
+    def _differs(self, folder: Path) -> str | None:
+        """The file of a model's folder that is there and of another experiment."""
+        for name, document in self._documents().items():
+            path = folder / name
+            if path.exists() and _relevant(read_json(path, error=DatasetInvalid)) != _relevant(document):
+                return name
+        return None
 
 
 def open_experiment(raw: Path, preprocessed: Path, *, plans_name: str | None, name: str | None = None) -> Experiment:
@@ -168,8 +189,8 @@ def preprocess_experiment(
     """Makes the preprocessed cases that are not there yet; returns how many cases something was made for. Takes fewer
     processes where memory would not do for all, and says so by `tell`.
 
-    Raises DiskTooSmall or MemoryExceeded with the numbers before anything is written, and what `preprocess_dataset`
-    raises.
+    Raises DiskTooSmall or MemoryExceeded with the numbers before anything is written, DatasetBusy while the raw images
+    are being converted, and what `preprocess_dataset` raises.
     """
     job = experiment.job(configurations)
     fingerprint = experiment.fingerprint()
@@ -182,7 +203,8 @@ def preprocess_experiment(
         if fitting < min(processes, len(experiment.dataset.cases)):
             tell(f"{fitting} of {processes} processes: free memory does not do for more of the largest cases at once")
         processes = fitting
-    return preprocess_dataset(job, experiment.dataset.cases, processes=processes, progress=progress)
+    with reading_dataset(experiment.dataset.folder):
+        return preprocess_dataset(job, experiment.dataset.cases, processes=processes, progress=progress)
 
 
 def is_finished(folder: Path) -> bool:

@@ -63,13 +63,15 @@ from engine.sibling_folds import refuse_other_mirroring
 from engine.sides import Mirroring, MirrorPolicy, SidesPolicy, plan_mirroring
 from engine.sliding_window import WindowGrid
 from engine.splits import Split, hold_out
-from engine.training import Precision, Trainer, TrainingSetup
+from engine.step_gradients import Precision
+from engine.training import Trainer, TrainingSetup
 from engine.training_checkpoint import FINAL, LATEST, init_args, weights_digest
 from engine.training_lock import is_asked_to_stop, training_lock
 from engine.training_log import EpochRecord, write_epochs
 from engine.training_plots import draw_progress
 from engine.training_processes import TrainingProcesses
 from engine.training_profile import TrainingProfile
+from engine.validated_fold import CHECKPOINT, ValidatedFold, checkpoint_digest
 from engine.validation import STEP_SIZE, ModelInTraining, TorchBackend, cases_named, measure_on, validate
 
 _REDRAW_EVERY_S = 30.0
@@ -190,11 +192,13 @@ class _Fold:
 
     def is_finished(self) -> bool:
         """Trained and validated, with all that was asked for. Raises TrainingRefused where it is of another training
-        than what is asked for."""
+        than what is asked for, DatasetInvalid where its checkpoint has changed since it was validated."""
         folder = self.request.folder
         if not is_finished(folder):
             return False
         refuse_other_training(folder, self._request_json(), any_precision=self.request.any_precision)
+        validated = ValidatedFold(folder=folder, split=self.split, dataset=self.experiment.dataset)
+        validated.check_checkpoint()
         ending = self.experiment.dataset.json.file_ending
         return all((folder / VALIDATION / f"{name}{ending}").exists() for name in self.split.val) and (
             not self.request.keeps_logits or all(has_logits(folder / LOGITS / f"{n}.npy") for n in self.split.val)
@@ -242,7 +246,13 @@ class _Fold:
         self.log(f"validated: {describe(score)}")
         if self.processes.is_first:
             draw_best_and_worst(self.experiment.dataset, self.split.val, measured, request.folder)
-            write_json({**self._request_json(), "weights": weights, "result": asdict(score)}, request.folder / REQUEST)
+            document = {
+                **self._request_json(),
+                "weights": weights,
+                CHECKPOINT: checkpoint_digest(request.folder),
+                "result": asdict(score),
+            }
+            write_json(document, request.folder / REQUEST)
         return True
 
     @property

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from engine.dataset import RawDataset
 from engine.errors import DatasetInvalid
-from engine.experiment import Experiment
+from engine.experiment import REQUEST, Experiment
 from engine.json_reader import Reader, read_json
 from engine.labels import LabelManager
 from engine.metrics import SUMMARY, read_summary
 from engine.model_card import ModelCard
 from engine.nifti import read_orientation
 from engine.postprocessing_search import POSTPROCESSED
-from engine.selection import INFORMATION_JSON
+from engine.selection import INFORMATION_JSON, PREDICTED_BY
+from engine.validated_fold import validated_fold
 from engine.volume import AS_STORED
 
 
@@ -29,6 +30,7 @@ class Chosen:
     configurations: tuple[str, ...]
     folds: tuple[str, ...]
     summary: Mapping[str, Any]
+    predicted_by: Mapping[str, Any]
 
 
 def read_choice(experiment: Experiment, results: Path) -> Chosen:
@@ -48,17 +50,62 @@ def read_choice(experiment: Experiment, results: Path) -> Chosen:
         configurations=tuple(model.text("configuration") for model in models),
         folds=tuple(map(str, folds)),
         summary=read_summary(results / experiment.name / inside / POSTPROCESSED / SUMMARY),
+        predicted_by=information.raw(PREDICTED_BY) if PREDICTED_BY in information.keys() else {},  # noqa: SIM118
     )
 
 
-def complete_card(card: ModelCard, experiment: Experiment, chosen: Chosen) -> ModelCard:
+def check_choice(chosen: Chosen, experiment: Experiment, results: Path) -> None:
+    """Raises DatasetInvalid when what was selected is not what would be exported: a fold was trained anew since, or its
+    figures are not those of the networks that are there (`validated_fold`)."""
+    for configuration in chosen.configurations:
+        known = chosen.predicted_by.get(configuration, {})
+        for fold in chosen.folds:
+            validated = validated_fold(
+                experiment, results, trainer=chosen.trainer, configuration=configuration, fold=fold
+            )
+            folder, before, now = validated.folder, known.get(fold), validated.predictor()
+            if before is not None and before != now:
+                raise DatasetInvalid(
+                    f"{folder.parent.name}: {folder.name} was trained or validated anew since `seggate select`; select "
+                    "again"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnedCases:
+    """Of all chosen folds together, training, hold-out and validation; those of it that the dataset excludes now."""
+
+    all: frozenset[str]
+    excluded_since: tuple[str, ...]
+
+
+def learned_cases(experiment: Experiment, results: Path, chosen: Chosen) -> LearnedCases:
+    """As the folds' training.json say; for a fold that nnU-Net trained, as the splits do. Raises DatasetInvalid."""
+    found: set[str] = set()
+    for configuration in chosen.configurations:
+        model = experiment.model_folder(results, chosen.trainer, configuration)
+        for fold in chosen.folds:
+            path, split = model / f"fold_{fold}" / REQUEST, experiment.split(fold)
+            groups: tuple[Sequence[str], ...] = (split.train, split.val)
+            if path.exists():
+                request = Reader(read_json(path, error=DatasetInvalid), where=REQUEST, error=DatasetInvalid)
+                keys = ("train", "hold_out", "val")
+                groups = tuple(request.texts(key, lengths=(0, 10**7), default=()) for key in keys)
+            found.update(name for group in groups for name in group)
+    excluded = experiment.dataset.excluded_names
+    return LearnedCases(all=frozenset(found), excluded_since=tuple(sorted(found & excluded)))
+
+
+def complete_card(card: ModelCard, experiment: Experiment, chosen: Chosen, cases: LearnedCases) -> ModelCard:
     """The card with what it does not say itself: figures as description, origin, orientation."""
     document = experiment.dataset.json.document
     described = [str(document[key]) for key in ("name", "reference", "release") if document.get(key)]
     origin = (
         f"trained by seggate ({chosen.trainer}: {', '.join(chosen.configurations)}, folds {', '.join(chosen.folds)}) "
-        f"on {len(experiment.dataset.cases)} cases of {experiment.name}"
+        f"on {len(cases.all)} cases of {experiment.name}"
     )
+    if cases.excluded_since:
+        origin += f", {len(cases.excluded_since)} of which excluded since"
     return replace(
         card,
         description=card.description or f"{experiment.name}. {figures(chosen, experiment.dataset.json.labels)}",

@@ -18,6 +18,7 @@ import SimpleITK as sitk
 from numpy.typing import NDArray
 
 from engine.errors import InputRejected, NotFinite
+from engine.nifti_forms import check_forms
 from engine.volume import Geometry, LabelMap, Volume
 from engine.whole_file import whole_file
 
@@ -45,7 +46,8 @@ def read_nifti(paths: Sequence[Path]) -> Volume:
     """One file per channel, in channel order, all on one grid, in the voxel order as stored.
 
     Raises InputRejected for a file that cannot be read, is not 2D or 3D with one value per voxel, lies on another
-    grid than the first; NotFinite (one of these) when it holds NaN or infinity.
+    grid than the first, or states two places at once (engine/nifti_forms.py), as all that read here do; NotFinite (one
+    of these) when it holds NaN or infinity.
     """
     if not paths:
         raise InputRejected("no image file was given")
@@ -166,12 +168,16 @@ def _check_written(made: Path, name: str, array_ZYX: NDArray[Any]) -> None:
 
 
 def _header(path: Path) -> sitk.ImageFileReader:
-    """A reader that knows the file's header. Raises InputRejected when there is none."""
+    """A reader that knows the file's header. Raises InputRejected when there is none, or when it says two places."""
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     try:
         reader.ReadImageInformation()
     except RuntimeError as error:
+        raise InputRejected(f"{path.name}: not readable as an image") from error
+    try:
+        check_forms(path)
+    except OSError as error:
         raise InputRejected(f"{path.name}: not readable as an image") from error
     return reader
 

@@ -21,8 +21,9 @@ from engine.planners import PLANNERS, PlannerName
 from engine.planning import Content
 from engine.plans import Configuration, read_plans
 from engine.schedule import Schedule
+from engine.step_gradients import Precision
 from engine.topology import Topology
-from engine.training import Precision, TrainingSetup, default_loader_threads
+from engine.training import TrainingSetup, default_loader_threads
 
 
 class PlanProbe:

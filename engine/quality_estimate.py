@@ -37,6 +37,8 @@ _BEYOND = 0.5
 _LEAST_BEYOND = MappingProxyType({MIRROR: 0.25, ENTROPY: 0.05, VOLUME: 1.0, COMPONENTS: math.log(2)})
 # Share of the cases that must have touched the edge of the image for such a result to be comparable.
 _MIN_TOUCHING = 0.05
+# Of the empty predictions that the calibration saw, the share that may have missed something.
+_MOST_MISSED = 0.1
 _MIRROR_OFFSET, _DICE_OFFSET, _HD95_OFFSET_MM = 0.01, 0.02, 0.5
 _MAX_LOG = 50.0
 
@@ -184,9 +186,12 @@ class Outside:
 
 
 def estimate(calibration: LabelCalibration, evidence: Evidence) -> Estimate | Outside | None:
-    """None for an empty segment where the calibration saw cases that rightly had none: of them it can say nothing."""
+    """None for an empty segment where nearly all that the calibration saw were rightly so: of them it can say no more.
+    Where some were misses a person looks."""
     if evidence.is_empty:
-        return None if calibration.rightly_empty else Outside(reasons=("empty",))
+        empty = calibration.rightly_empty + calibration.missed
+        is_usual = calibration.rightly_empty and calibration.missed <= _MOST_MISSED * empty
+        return None if is_usual else Outside(reasons=("empty",))
     features = calibration.standardized(evidence.features())
     reasons = _outside(calibration, features)
     if evidence.touches_border and calibration.touching_border < _MIN_TOUCHING:

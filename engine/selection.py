@@ -48,10 +48,13 @@ from engine.postprocessing_search import (
     write_postprocessing,
 )
 from engine.preprocessing import crop_to_nonzero
+from engine.sibling_folds import refuse_mixed_mirroring
 from engine.training_profile import TrainingProfile
-from engine.validated_fold import ValidatedFold
+from engine.validated_fold import ValidatedFold, validated_fold
 
 INFORMATION_JSON = "inference_information.json"
+PREDICTED_BY = "seggate_predicted_by"
+"""Key of ours in it: by configuration and fold, the digest of what made the predictions that were chosen from."""
 
 Report = Callable[[str], Progress]
 """Gets the name of what begins, and returns what is to be called with (done, total)."""
@@ -194,6 +197,11 @@ class _Selecting:
     def _model_folder(self, configuration: str) -> Path:
         return self.experiment.model_folder(self.results, self.profile.trainer, configuration)
 
+    def _validated(self, configuration: str, fold: str) -> ValidatedFold:
+        return validated_fold(
+            self.experiment, self.results, trainer=self.profile.trainer, configuration=configuration, fold=fold
+        )
+
     def _fold_of_case(self) -> dict[str, str]:
         found: dict[str, str] = {}
         for fold in self.folds:
@@ -214,16 +222,13 @@ class _Selecting:
                     f"{model.name}: fold {fold} is not validated; run `seggate train --configuration {configuration} "
                     f"--fold {fold}`, or choose with --configuration and --fold"
                 )
+        refuse_mixed_mirroring(model, self.folds)
+        validated_folds = {fold: self._validated(configuration, fold) for fold in self.folds}
         folder = model / f"crossval_results_folds_{'_'.join(self.folds)}"
         self._begin(folder)
         entries = []
         self._fold_of_case()
-        for fold in self.folds:
-            validated = ValidatedFold(
-                folder=model / f"fold_{fold}",
-                split=self.experiment.split(fold),
-                dataset=self.experiment.dataset,
-            )
+        for fold, validated in validated_folds.items():
             progress = self.report(f"{configuration}, fold {fold}: measured anew")
             for entry in validated.entries(processes=self.processes, progress=progress):
                 path = Path(entry["prediction_file"])
@@ -302,6 +307,10 @@ class _Selecting:
                     for c in considered
                 ],
                 "ensembling_allowed": True,
+                PREDICTED_BY: {
+                    configuration: {fold: self._validated(configuration, fold).predictor() for fold in self.folds}
+                    for configuration in best.configurations
+                },
                 "all_results": {c.name: c.score for c in candidates},
                 "best_model_or_ensemble": {
                     "result_on_crossval_pre_pp": mean_dice(found.before),

@@ -16,6 +16,26 @@ from engine.json_reader import read_json
 _KEYS = ("mirror_axes", "inference_mirror_axes")
 
 
+def refuse_mixed_mirroring(model_folder: Path, folds: Sequence[str]) -> None:
+    """Of folds that are to be joined, which may have been trained at the same time. Raises DatasetInvalid, naming two
+    folds, where they were mirrored along different axes. A fold without training.json (nnU-Net's) is passed over."""
+    first: tuple[str, dict[str, object]] | None = None
+    for fold in folds:
+        path = model_folder / f"fold_{fold}" / REQUEST
+        if not path.exists():
+            continue
+        request = read_json(path, error=DatasetInvalid)
+        own = {key: request[key] for key in _KEYS if key in request}
+        if first is None:
+            first = fold, own
+        for key in _KEYS:
+            if key in own and key in first[1] and own[key] != first[1][key]:
+                raise DatasetInvalid(
+                    f"{model_folder.name}: fold {first[0]} has {key} {first[1][key]}, fold {fold} has {own[key]}: "
+                    "folds that are joined need the same; train one of them again with the other's --sides and --mirror"
+                )
+
+
 def refuse_other_mirroring(folder: Path, axes: Sequence[int], inference_axes: Sequence[int]) -> None:
     """`folder` is the fold's own, `axes` are mirrored in its training and `inference_axes` when it predicts. Raises
     TrainingRefused, naming the fold, when one beside it is finished and was trained with others."""

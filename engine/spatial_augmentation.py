@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import combinations, product
+from functools import lru_cache
+from itertools import product
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ OUTSIDE = -1
 """Label of what lies outside the image or its nonzero mask."""
 
 _MIXED = -2  # stands for a cell whose corners have different labels
+_AT_ONCE = 2**14  # voxels whose corners are compared together
 
 
 def transform_sample(image: Tensor, labels: Tensor, draw: SampleDraw, plan: AugmentationPlan) -> tuple[Tensor, Tensor]:
@@ -142,18 +144,27 @@ def sample_labels(labels: Tensor, places: Tensor) -> Tensor:
 
     slices, voxels = (result == _MIXED).nonzero(as_tuple=True)
     if voxels.numel():
-        lower = [place.flatten()[voxels] for place in corner]
-        upper_share = [place.flatten()[voxels] - low for place, low in zip(inner, lower, strict=True)]
-        shares = [(1 - upper, upper) for upper in upper_share]
-        first = _flat_index(lower, padded.shape[1:]) + slices * padded[0].numel()
-        strides = padded[0].stride()
-        corners, weights = [], []
-        for offsets in product((0, 1), repeat=axes):
-            step = sum(offset * stride for offset, stride in zip(offsets, strides, strict=True))
-            corners.append(padded.flatten()[first + step])
-            weights.append(torch.stack([share[i] for share, i in zip(shares, offsets, strict=True)]).prod(0))
-        result[slices, voxels] = _heaviest(corners, weights)
+        lower = torch.stack(corner).flatten(1).index_select(1, voxels)
+        upper_share = torch.stack(inner).flatten(1).index_select(1, voxels) - lower
+        first = _flat_index(lower.unbind(), padded.shape[1:]) + slices * padded[0].numel()
+        is_upper, steps = _corners(tuple(padded.stride()[1:]), padded.device)
+        values, found = padded.flatten(), []
+        for start in range(0, len(voxels), _AT_ONCE):
+            part = slice(start, start + _AT_ONCE)
+            upper = upper_share[:, part]
+            weights = torch.where(is_upper, upper, 1 - upper).prod(1)
+            found.append(_heaviest(values[first[part] + steps], weights))
+        result[slices, voxels] = torch.cat(found)
     return result.reshape(-1, *places.shape[1:])
+
+
+@lru_cache
+def _corners(strides: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The 2^D corners of a cell: whether each is the upper one on an axis (2^D, D, 1), and its distance from the first
+    in a flat array (2^D, 1)."""
+    offsets = torch.tensor(list(product((0, 1), repeat=len(strides))))
+    steps = (offsets * torch.tensor(strides)).sum(1)
+    return (offsets == 1)[:, :, None].to(device), steps[:, None].to(device)
 
 
 def _flat_index(corner: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
@@ -164,19 +175,12 @@ def _flat_index(corner: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
     return total
 
 
-def _heaviest(labels: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-    """Per voxel, the label whose corners have the greatest weight together."""
+def _heaviest(labels: Tensor, weights: Tensor) -> Tensor:
+    """Labels and weights of the corners (2^D, V) → (V,): the label whose corners have the greatest weight together."""
     # nnU-Net compares in float16, where scores within half a thousandth are a tie, and then takes the nearest voxel's.
-    scores = [weight * (1 + 5e-4) for weight in weights]
-    for (i, one), (j, other) in combinations(enumerate(labels), 2):
-        same = (one == other).to(torch.float32)
-        scores[i].addcmul_(same, weights[j])
-        scores[j].addcmul_(same, weights[i])
-    best, winner = scores[0], labels[0]
-    for score, label in zip(scores[1:], labels[1:], strict=True):
-        winner = torch.where(score > best, label, winner)
-        best = torch.maximum(best, score)
-    return winner
+    together = (labels[:, None] == labels).mul(weights).sum(1)
+    winner = together.add_(weights, alpha=5e-4).argmax(0, keepdim=True)
+    return labels.gather(0, winner)[0]
 
 
 def mirror(image: Tensor, labels: Tensor, draw: SampleDraw, plan: AugmentationPlan) -> tuple[Tensor, Tensor]:

@@ -12,19 +12,18 @@ import hashlib
 import math
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from engine.allocator import freed_memory_kept
 from engine.augmentation_profile import AugmentationPlan
 from engine.batches import Batch, BatchSource, BatchStream
-from engine.compilation import ChosenForward, Compile, Forward, resolved
+from engine.compilation import Compile, FastestGradients, resolved
 from engine.data_digest import data_digest
 from engine.determinism import determinism
 from engine.errors import TrainingDiverged, TrainingRefused
@@ -39,17 +38,16 @@ from engine.random_state import Purpose, random_generator
 from engine.sampling import PatchSampler
 from engine.schedule import Schedule
 from engine.stage_predictions import PreviousStage
+from engine.step_gradients import Precision, StepGradients
 from engine.training_checkpoint import BEST, FINAL, LATEST, TrainingState, read_state, write_state
 from engine.training_identity import difference
 from engine.training_log import EpochRecord, averages, best_judged, epochs_without_gain, nnunet_logging
 from engine.training_processes import TrainingProcesses
 
-Precision = Literal["float32", "bf16", "fp16"]
 Judge = Callable[[nn.Module, int], CompositeScore | None]
 """Validates a network on whole cases after an epoch; None where it is not that epoch's turn. It may return early, with
 anything, when the training was told to stop."""
 
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _MOST_TIME_FOR_SAVING = 0.05
 
 
@@ -168,10 +166,10 @@ class Trainer:
             architecture, channels=setup.input_channels, heads=setup.labels.num_heads, deep_supervision=True
         )
         initialize(network, random_generator(setup.seed, Purpose.WEIGHTS, epoch=0, iteration=0))
-        self._format = torch.channels_last if setup.configuration.is_2d else torch.channels_last_3d
         self._heads = network.decoder.seg_layers
         self.network: nn.Module = network.to(setup.device)
-        self.network.to(memory_format=self._format)  # type: ignore[call-overload]
+        memory_format = torch.channels_last if setup.configuration.is_2d else torch.channels_last_3d
+        self.network.to(memory_format=memory_format)  # type: ignore[call-overload]
         self.optimizer = torch.optim.SGD(
             self.network.parameters(),
             schedule.learning_rate,
@@ -189,8 +187,17 @@ class Trainer:
             # A compiler would give an output that nobody looks at a gradient of 0, and the optimiser decay its weights.
             head.requires_grad_(weight > 0)
         mode = resolved(setup.compile, setup.device, deterministic=setup.deterministic)
-        self._forward = ChosenForward(self.network, mode, note=note)
         self._scaler = torch.amp.GradScaler("cuda") if setup.precision == "fp16" else None
+        self._step = StepGradients(
+            self.network,
+            self.loss,
+            device=setup.device,
+            precision=setup.precision,
+            memory_format=memory_format,
+            scaler=self._scaler,
+        )
+        ways = self._step.ways(mode, alone=self.processes.size == 1)
+        self._gradients = FastestGradients(self._step.through(self.network), ways, note=note)
         folder.mkdir(parents=True, exist_ok=True)
         found = next((name for name in (FINAL, LATEST) if (folder / name).exists()), None)
         if found is not None:
@@ -262,7 +269,7 @@ class Trainer:
     @property
     def is_settled(self) -> bool:
         """Whether all further steps are of one kind, compiled or not (engine/compilation.py)."""
-        return self._forward.is_settled
+        return self._gradients.is_settled
 
     def progress(self) -> float:
         """The part of the schedule that is over, from 0 to 1; 1 when its patience is."""
@@ -289,15 +296,10 @@ class Trainer:
         or gradient is not finite: the weights are still those from before."""
         images, labels = batch
         self.network.train()
-        self._forward.before_step(lambda forward: self._rehearse(forward, images))
+        self._gradients.before_step(images, labels)
         started = time.perf_counter()
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = self.loss(self._logits(images, self._forward), labels)
-        if self._scaler is None:
-            loss.backward()
-        else:
-            self._scaler.scale(loss).backward()
-        value = self.processes.join_gradients(self.network.parameters(), loss.detach())
+        loss = self._gradients(images, labels)
+        value = self.processes.join_gradients(self.network.parameters(), loss)
         if self._scaler is not None:
             self._scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.setup.schedule.gradient_norm)
@@ -312,14 +314,8 @@ class Trainer:
         else:
             self._scaler.step(self.optimizer)
             self._scaler.update()
-        self._forward.after_step(time.perf_counter() - started)
+        self._gradients.after_step(time.perf_counter() - started)
         return value
-
-    def _rehearse(self, forward: Forward, images: Tensor) -> None:
-        """Forward and backward without a step, and without the loss, in which other processes take part."""
-        outputs = self._logits(images, forward)
-        torch.stack([output.float().mean() for output in outputs]).sum().backward()  # type: ignore[no-untyped-call]
-        self.optimizer.zero_grad(set_to_none=True)
 
     def _train_epoch(self, batches: BatchStream, stop: Callable[[], bool]) -> bool:
         """The steps that the epoch still lacks, or as many as the budget has time for; False when stopped."""
@@ -350,7 +346,7 @@ class Trainer:
             for images, target in batches.epoch(self.epoch, self.setup.schedule.validation_iterations):
                 if stop():
                     return None
-                outputs = self._logits(images, self.network)
+                outputs = self._step.logits(images)
                 losses.append(float(self.loss(outputs, target)))
                 found.add(outputs[0], target)
         self._validation_s = time.monotonic() - started
@@ -404,15 +400,6 @@ class Trainer:
 
     def _epoch_s(self) -> float:
         return self._spent_s + time.monotonic() - self._since
-
-    def _logits(self, images: Tensor, forward: Forward) -> list[Tensor]:
-        kind = _AUTOCAST.get(self.setup.precision)
-        autocast: AbstractContextManager[Any] = (
-            nullcontext() if kind is None else torch.autocast(self.setup.device.type, kind)
-        )
-        with autocast:
-            outputs: list[Tensor] = forward(images.contiguous(memory_format=self._format))
-        return outputs
 
     def source(self, stage: Literal["training", "validation"]) -> BatchSource:
         setup, configuration = self.setup, self.setup.configuration

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from engine.checkpoint import load_checkpoint_file
 from engine.errors import TrainingRefused
+from engine.experiment import FINAL as FINAL_CHECKPOINT
 
 FORMAT = 1
-LATEST, BEST, FINAL = "checkpoint_latest.pth", "checkpoint_best.pth", "checkpoint_final.pth"
+LATEST, BEST, FINAL = "checkpoint_latest.pth", "checkpoint_best.pth", FINAL_CHECKPOINT
 TRAINER = "nnUNetTrainer"
 
 

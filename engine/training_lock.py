@@ -7,19 +7,15 @@ The lock is the kernel's (flock), so a process that was killed leaves none behin
 from __future__ import annotations
 
 import fcntl
-import json
-import os
-import socket
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from engine.errors import TrainingRefused
+from engine.lock_file import read_holder, try_lock, write_holder
 
 LOCK, STOP = "training.lock", "stop"
-_ATTEMPTS = 5
 
 
 @contextmanager
@@ -28,15 +24,13 @@ def training_lock(folder: Path) -> Iterator[None]:
     it."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("a+", encoding="utf-8") as file:
-        if not _locked(file):
-            who = _read(folder / LOCK)
+        if not try_lock(file):
+            who = read_holder(folder / LOCK)
             raise TrainingRefused(
                 f"{folder.name} of {folder.parent.name} is being trained by process {who['pid']} on {who['host']}"
             )
         (folder / STOP).unlink(missing_ok=True)
-        file.truncate(0)
-        file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
-        file.flush()
+        write_holder(file)
         try:
             yield
         finally:
@@ -52,7 +46,7 @@ def holder(folder: Path) -> Mapping[str, Any] | None:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            return _read(path)
+            return read_holder(path)
     return None
 
 
@@ -62,24 +56,3 @@ def ask_to_stop(folder: Path) -> None:
 
 def is_asked_to_stop(folder: Path) -> bool:
     return (folder / STOP).exists()
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        content = None
-    # The holder may be about to write its name.
-    return content if isinstance(content, dict) else {"host": "unknown", "pid": None}
-
-
-def _locked(file: IO[str]) -> bool:
-    """Tries for a moment: who only looks for the holder has the lock as well, for an instant."""
-    for attempt in range(_ATTEMPTS):
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(0.1 if attempt + 1 < _ATTEMPTS else 0)
-        else:
-            return True
-    return False

@@ -58,6 +58,13 @@ def dataset_convert(
         Literal["refuse", "first", "last"],
         typer.Option(help="Voxels of two labels: an error, or the label listed first or last gets them."),
     ] = "refuse",
+    ignore_references: Annotated[
+        bool,
+        typer.Option(
+            "--ignore-references",
+            help="Take labels of another frame of reference or PatientID, or that name absent images, by coordinates.",
+        ),
+    ] = False,
     between_slices: Annotated[
         Literal["refuse", "nearest"],
         typer.Option(help="Contours between two slices: an error, or taken for the nearest slice's."),
@@ -92,6 +99,7 @@ def dataset_convert(
             nifti=nifti,
             overlap=overlap,
             between=between_slices,
+            ignores_references=ignore_references,
             threshold=threshold,
             orientation=orientation,
             skip_faulty=skip_faulty,

@@ -31,6 +31,7 @@ _MEANING: tuple[tuple[type[BaseException], type[GatewayError]], ...] = (
     (gateway.intake.errors.IntakeRejected, Rejected),
     (engine.errors.InputRejected, Rejected),
     (engine.errors.DatasetInvalid, Rejected),
+    (engine.errors.DatasetBusy, Transient),
     (engine.errors.WorkerDied, Transient),
     (engine.errors.DiskTooSmall, Permanent),
     (engine.errors.TrainingRefused, Rejected),

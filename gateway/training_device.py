@@ -12,7 +12,7 @@ from engine.errors import TrainingRefused
 if TYPE_CHECKING:
     import torch
 
-    from engine.training import Precision
+    from engine.step_gradients import Precision
     from engine.training_processes import TrainingProcesses
 
 DeviceName = Literal["auto", "cpu", "cuda"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,10 @@ def _exclusion_document(options: ExcludeOptions, exclusion: Exclusion, dataset: 
     planned = options.preprocessed / name
     splits = _raw_splits(planned, dataset, options.case)
     folds = folds_that_know(options.results / name, options.case, splits=splits)
-    bundles = bundles_trained_on(options.results / name, folds)
+    # Folds may have been trained after other cases were excluded.
+    others = dataset.excluded_names - {options.case}
+    kept = tuple(Split(train=_without(split.train, others), val=_without(split.val, others)) for split in splits)
+    bundles = bundles_trained_on(options.results / name, options.case, folds, splits=(*splits, *kept))
     return {
         "case": options.case,
         "state": "used" if options.undo else "excluded",
@@ -152,6 +156,10 @@ def _raw_splits(planned: Path, dataset: RawDataset, case: str) -> tuple[Split, .
         return ()
     names = {case, *(c.name for c in (*dataset.cases, *dataset.excluded))}
     return read_splits(path, sorted(names | dataset.excluded_names))
+
+
+def _without(names: Sequence[str], excluded: Collection[str]) -> tuple[str, ...]:
+    return tuple(name for name in names if name not in excluded)
 
 
 def _plan_notes(options: ExcludeOptions, planned: Path, splits: tuple[Split, ...]) -> list[str]:
@@ -229,7 +237,7 @@ def _present_exclusion(document: dict[str, Any]) -> None:
         table(f"\nWhat knows {case}", ("model", "fold", "as", ""), rows, whole=("model",))
     if document["bundles"]:
         bundles = [
-            (f"{b['name']} {b['semver']}", b["untraced"] or ", ".join(b["folds"]), b["folder"])
+            (f"{b['name']} {b['semver']}", "; ".join(filter(None, [", ".join(b["folds"]), b["untraced"]])), b["folder"])
             for b in document["bundles"]
         ]
         table(f"\nBundles with networks that were trained on {case}", ("bundle", "folds", "folder"), bundles)

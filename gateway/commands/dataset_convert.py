@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from engine.dataset_lock import changing_dataset
 from engine.errors import EngineError
 from engine.parallel import default_processes
 from gateway.commands.output import print_json, progress_bar, say, table
@@ -39,6 +40,7 @@ def convert(
     nifti: str | None,
     overlap: Overlap,
     between: BetweenSlices,
+    ignores_references: bool,
     threshold: float,
     orientation: str,
     skip_faulty: bool,
@@ -63,6 +65,7 @@ def convert(
             nifti=nifti,
             overlap=overlap,
             between=between,
+            ignores_references=ignores_references,
             threshold=threshold,
             orientation=orientation,
             skip_faulty=skip_faulty,
@@ -72,10 +75,12 @@ def convert(
         return _failed(error, (), 2, as_json=as_json)
     workers = processes or default_processes()
     try:
-        with progress_bar("looking through the source", hidden=as_json) as advance:
-            prepared = prepare(options, processes=workers, progress=advance)
-        with progress_bar("converting cases", hidden=as_json) as advance:
-            report = convert_cases(prepared, processes=workers, progress=advance)
+        # From the first look at what was converted before: names of cases come from there.
+        with changing_dataset(folder):
+            with progress_bar("looking through the source", hidden=as_json) as advance:
+                prepared = prepare(options, processes=workers, progress=advance)
+            with progress_bar("converting cases", hidden=as_json) as advance:
+                report = convert_cases(prepared, processes=workers, progress=advance)
     except NothingToConvert as error:
         return _failed(error, error.faults, 1, as_json=as_json)
     except (Rejected, EngineError, OSError) as error:

@@ -18,7 +18,7 @@ from engine.errors import EngineError
 from engine.experiment import Experiment, open_experiment
 from engine.manifest import Ensemble, Weights
 from engine.model_card import ModelCard, read_card
-from engine.model_figures import Chosen, complete_card, read_choice
+from engine.model_figures import Chosen, check_choice, complete_card, learned_cases, read_choice
 from engine.parallel import default_processes
 from engine.quality_estimate import Calibration
 from engine.sanity_making import dataset_cases
@@ -104,6 +104,14 @@ def export_chosen(
     `engine.export.import_model` does, DatasetInvalid when nothing is selected or a name is no case."""
     import_model = importer("exporting a model")
     chosen = read_choice(experiment, results)
+    check_choice(chosen, experiment, results)
+    cases = learned_cases(experiment, results, chosen)
+    if cases.excluded_since:
+        first = cases.excluded_since[0]
+        notes.append(
+            f"these networks learned from {len(cases.all)} cases, and {len(cases.excluded_since)} of them are excluded "
+            f"since (the first: {first}): remove the folds and train them again to be rid of it"
+        )
     site_cases = dataset_cases(experiment.dataset, sanity_cases)
     with progress_bar("intensities", hidden=hide_bar) as advance:
         baseline = extract_baseline(experiment, processes=processes or default_processes(), progress=advance)
@@ -128,7 +136,7 @@ def export_chosen(
             out,
             name=name,
             semver=semver,
-            card=complete_card(card, experiment, chosen),
+            card=complete_card(card, experiment, chosen, cases),
             folds=chosen.folds,
             ensemble=ensemble,
             weights=weights,
@@ -140,15 +148,17 @@ def export_chosen(
             notice=notes.append,
         )
     if out.absolute().parent == bundles_folder(experiment, results).absolute():
-        note_bundle(bundle, made_of(experiment, results, chosen, ensemble=ensemble))
+        made = made_of(experiment, results, chosen, ensemble=ensemble)
+        note_bundle(bundle, made, calibrates=calibrates)
     return bundle
 
 
-def newest_bundle(experiment: Experiment, results: Path) -> tuple[Any | None, str, str]:
-    """The bundle of what is selected if it is there, else None; the version that a new one has, and why."""
+def newest_bundle(experiment: Experiment, results: Path, *, calibrates: bool) -> tuple[Any | None, str, str]:
+    """The bundle of what is selected if it is there, with a calibration if that is wanted and can be had, else None;
+    the version that a new one has, and why."""
     chosen, folder = read_choice(experiment, results), bundles_folder(experiment, results)
     wanted = made_of(experiment, results, chosen, ensemble=_ensemble(chosen))
-    return find_bundle(folder, wanted), *next_version(folder, wanted)
+    return find_bundle(folder, wanted, calibrates=calibrates), *next_version(folder, wanted)
 
 
 def _ensemble(chosen: Chosen) -> Ensemble:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from engine.dataset import DATASET_JSON, DatasetJson, RawDataset, open_dataset, read_dataset_json
+from engine.dataset_lock import reading_dataset
 from engine.errors import DatasetInvalid, EngineError, MemoryExceeded, TrainingRefused
 from engine.experiment import OWN, open_experiment, preprocess_experiment
 from engine.fingerprint import FINGERPRINT_JSON, Fingerprint, extract_fingerprint, read_fingerprint
@@ -124,9 +125,14 @@ def plan_folder(options: PlanOptions, folder: Path, *, hide_bar: bool) -> dict[s
     """Fingerprint, plans and splits of a dataset, all written into its folder of preprocessed data, the plans last,
     and the preprocessed cases after them. Returns what `--json` prints.
 
-    Raises DatasetInvalid, InputRejected, ImportRefused, DiskTooSmall, MemoryExceeded, WorkerDied,
-    OSError.
+    Raises DatasetBusy while the dataset is being converted, DatasetInvalid, InputRejected, ImportRefused, DiskTooSmall,
+    MemoryExceeded, WorkerDied, OSError.
     """
+    with reading_dataset(folder):
+        return _plan_folder(options, folder, hide_bar=hide_bar)
+
+
+def _plan_folder(options: PlanOptions, folder: Path, *, hide_bar: bool) -> dict[str, Any]:
     dataset = open_dataset(folder)
     name = options.dataset_name or dataset.name
     with progress_bar("fingerprint", hidden=hide_bar) as advance:

@@ -123,7 +123,7 @@ def _model_of(
     labels = experiment.dataset.json.labels
     if not as_json:
         select.present(selection, labels)
-    bundle, semver, why = export.newest_bundle(experiment, options.results)
+    bundle, semver, why = export.newest_bundle(experiment, options.results, calibrates=options.calibrates)
     if bundle is not None:
         notes.append(
             f"{bundle.root} was there already, of these very networks; `seggate export --semver` makes another"

@@ -3,7 +3,9 @@
 DATASET is Dataset004_Hippocampus (Medical Segmentation Decathlon) in nnU-Net's format, 200 cases. Plans, preprocessed
 cases and trained folds go below FOLDER; started again, it goes on. The bundle holds the five folds of the
 cross-validation themselves, so its card's figures are theirs; it goes to gateway/demo/model, which must not exist.
-On a processor of one type the same weights come out (about two hours on two cores). Needs the extra `train`.
+On a processor of one type the same weights come out (about two hours on two cores); with `--device cuda` or `--budget`
+they do not. `--only-fold` trains one fold: start several side by side, then the command without it. Needs the extra
+`train`.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from engine.errors import EngineError
 from engine.json_reader import read_json
@@ -43,22 +45,46 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=MODEL, help="folder to make (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--iterations", type=int, default=ITERATIONS)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--budget", help="train each fold for so long (7m) instead of so many epochs")
+    parser.add_argument("--only-fold", help="train and validate this fold alone, as one of several processes")
     chosen = parser.parse_args(arguments)
     try:
-        bundle = make(chosen.dataset, chosen.work, chosen.out, epochs=chosen.epochs, iterations=chosen.iterations)
+        bundle = make(
+            chosen.dataset,
+            chosen.work,
+            chosen.out,
+            epochs=chosen.epochs,
+            iterations=chosen.iterations,
+            device=chosen.device,
+            budget=chosen.budget,
+            only_fold=chosen.only_fold,
+        )
     except (EngineError, OSError) as error:
         print(f"not made: {error}", file=sys.stderr)  # noqa: T201 - a command's output
         return 1
     if bundle is None:
-        print("stopped; the same command goes on", file=sys.stderr)  # noqa: T201
-        return 1
+        if chosen.only_fold is None:
+            print("stopped; the same command goes on", file=sys.stderr)  # noqa: T201
+        return int(chosen.only_fold is None)
     print(f"{bundle.name} {bundle.semver}, weights {bundle.weights_digest}")  # noqa: T201
     print(bundle.description)  # noqa: T201
     return 0
 
 
-def make(dataset: Path, work: Path, out: Path, *, epochs: int, iterations: int) -> Any:
-    """The bundle (engine.bundle.Bundle), None when the training was told to stop. Raises EngineError, OSError."""
+def make(
+    dataset: Path,
+    work: Path,
+    out: Path,
+    *,
+    epochs: int,
+    iterations: int,
+    device: Literal["cpu", "cuda"] = "cpu",
+    budget: str | None = None,
+    only_fold: str | None = None,
+) -> Any:
+    """The bundle (engine.bundle.Bundle); None when the training was told to stop, or was of one fold. Raises
+    EngineError, OSError."""
     # Here, so that the paths of this module can be used where torch is not installed.
     from engine.experiment import open_experiment
     from engine.model_figures import figures, read_choice
@@ -66,7 +92,7 @@ def make(dataset: Path, work: Path, out: Path, *, epochs: int, iterations: int) 
     from engine.training_profile import TRAINING_PROFILES
     from gateway.commands.export import export_chosen
     from gateway.commands.select import select_trained
-    from gateway.commands.train import TrainOptions, fold_requests, run_folds
+    from gateway.commands.train import TrainOptions, fold_requests, parse_budget, run_folds
     from gateway.stop_signal import stop_requests
 
     preprocessed, results = work / "preprocessed", work / "results"
@@ -75,18 +101,18 @@ def make(dataset: Path, work: Path, out: Path, *, epochs: int, iterations: int) 
     options = TrainOptions(
         folder=dataset,
         configurations=(CONFIGURATION,),
-        folds=(),
+        folds=() if only_fold is None else (only_fold,),
         profile="nnunet",
         epochs=epochs,
         iterations=iterations,
-        budget=None,
+        budget=budget,
         patience=None,
         precision="bf16",
-        deterministic=True,
+        deterministic=device == "cpu" and budget is None,
         seed=0,
-        device="cpu",
+        device=device,
         devices=1,
-        compile="off",
+        compile="off" if device == "cpu" else "auto",
         probes=True,
         threads=1,
         sides="keep",
@@ -100,9 +126,9 @@ def make(dataset: Path, work: Path, out: Path, *, epochs: int, iterations: int) 
         processes=None,
     )
     with stop_requests() as stop:
-        requests = fold_requests(options, experiment, None)
+        requests = fold_requests(options, experiment, parse_budget(budget))
         state, _ = run_folds(requests, options, experiment, stop, TrainingProcesses(), hide_bar=False)
-    if state == "stopped":
+    if state == "stopped" or only_fold is not None:
         return None
     select_trained(
         experiment, results, TRAINING_PROFILES["nnunet"], (CONFIGURATION,), (), processes=None, hide_bar=False

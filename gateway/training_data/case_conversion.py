@@ -61,12 +61,14 @@ _DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
 @dataclass(frozen=True, kw_only=True)
 class CaseJob:
-    """`series`: files of each channel; `labels` with, for each, number of the structure → label value."""
+    """`series`: files of each channel; `labels` with, for each, number of the structure → label value (`values`), and
+    the images that are `absent` and must have no voxels (SOP Instance UIDs)."""
 
     name: str
     series: tuple[tuple[Path, ...], ...]
     labels: tuple[LabelObject, ...]
     values: tuple[Mapping[int, int], ...]
+    absent: tuple[frozenset[str], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +113,11 @@ def convert_case(job: CaseJob, rules: ConversionRules) -> CaseResult:
         return CaseResult(name=job.name, faults=(*conversion.faults, fault))
 
 
+def is_made(job: CaseJob, rules: ConversionRules) -> bool:
+    """Whether `convert_case` would have nothing to do."""
+    return _Conversion(job, rules).is_made()
+
+
 def case_files(folder: Path, name: str, channels: int) -> tuple[tuple[Path, ...], Path]:
     """Image files in the order of the channels, and the label file."""
     images = tuple(folder / IMAGES / f"{name}_{channel:04}{ENDING}" for channel in range(channels))
@@ -135,8 +142,7 @@ class _Conversion:
         images, label = case_files(rules.folder, job.name, len(job.series))
         stamps = {"images": self._image_stamp(), "label": self._label_stamp()}
         record = self._record()
-        images_made = record.get("images") == stamps["images"] and all(path.is_file() for path in images)
-        label_made = record.get("label") == stamps["label"] and label.is_file()
+        images_made, label_made = self.made(record, stamps)
         if images_made and label_made:
             return CaseResult(name=job.name, notes=tuple(record["notes"]), values=frozenset(record["values"]))
         parts, grid = self._parts()
@@ -144,6 +150,8 @@ class _Conversion:
         painter = self._painted(grid)
         if self.faults:
             return CaseResult(name=job.name, faults=tuple(self.faults))
+        # First: until the new record is there, nothing says by which rules the files were made.
+        record_file(rules.folder, job.name).unlink(missing_ok=True)
         if not label_made:
             self._write(change.apply(painter.array), change.target, label)
         if not images_made:
@@ -152,6 +160,20 @@ class _Conversion:
         known = {"notes": self.notes, "values": sorted(painter.painted)}
         write_json({"format": FORMAT, **stamps, **known}, record_file(rules.folder, job.name))
         return CaseResult(name=job.name, notes=tuple(self.notes), values=painter.painted, made=True)
+
+    def made(self, record: Mapping[str, Any], stamps: Mapping[str, str]) -> tuple[bool, bool]:
+        """Whether images and label are there, as they would be made now."""
+        images, label = case_files(self.rules.folder, self.job.name, len(self.job.series))
+        return (
+            record.get("images") == stamps["images"] and all(path.is_file() for path in images),
+            record.get("label") == stamps["label"] and label.is_file(),
+        )
+
+    def is_made(self) -> bool:
+        try:
+            return all(self.made(self._record(), {"images": self._image_stamp(), "label": self._label_stamp()}))
+        except OSError:  # a source file is gone: the conversion says so
+            return False
 
     def _record(self) -> dict[str, Any]:
         try:
@@ -166,8 +188,10 @@ class _Conversion:
 
     def _label_stamp(self) -> str:
         job, rules = self.job, self.rules
+        # By their content: a correction may leave size and time as they were. Images are too large for that.
         labels = [
-            [_state(label.file), sorted(values.items())] for label, values in zip(job.labels, job.values, strict=True)
+            [label.file.name, label.digest, sorted(values.items()), sorted(absent)]
+            for label, values, absent in zip(job.labels, job.values, job.absent, strict=True)
         ]
         return _digest(self._image_stamp(), labels, rules.overlap, rules.between, rules.threshold)
 
@@ -212,15 +236,17 @@ class _Conversion:
         """The label map on the source grid; what is wrong with one file of labels does not hide the next one's."""
         job, rules = self.job, self.rules
         painter = LabelPainter(grid.shape, len(rules.table.labels), rules.overlap)
-        for label, values in zip(job.labels, job.values, strict=True):
+        for label, values, absent in zip(job.labels, job.values, job.absent, strict=True):
             self.at = shown(label.file, rules.root)
             if not values:
                 continue
             try:
                 if label.kind == "SEG":
-                    paint_segments(label.file, values, grid, painter, threshold=rules.threshold)
+                    paint_segments(label.file, values, grid, painter, threshold=rules.threshold, absent=absent)
                 elif label.kind == "RTSTRUCT":
-                    self.notes += paint_contours(label.file, values, grid, painter, between=rules.between)
+                    self.notes += paint_contours(
+                        label.file, values, grid, painter, between=rules.between, absent=absent
+                    )
                 else:
                     _paint_nifti(label.file, values, grid, painter)
             except (Rejected, InputRejected) as error:

@@ -44,9 +44,10 @@ def read_case_list(path: Path) -> tuple[ListedCase, ...]:
         if case.case is None:
             continue
         if not _NAME.fullmatch(case.case):
-            raise Rejected(f"{case.where}: case {case.case[:80]!r}: letters, digits, _ and - are possible, at most 64")
+            # Without the name, here and below: nobody has looked yet whether it is a patient's.
+            raise Rejected(f"{case.where}: case: letters, digits, _ and - are possible, at most 64")
         if case.case.casefold() in seen:
-            raise Rejected(f"{case.where}: case {case.case!r} is in {seen[case.case.casefold()]} already")
+            raise Rejected(f"{case.where}: its case is in {seen[case.case.casefold()]} already")
         seen[case.case.casefold()] = case.where
     return cases
 

@@ -7,6 +7,8 @@ its case and stops no other.
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,10 +18,14 @@ from gateway.errors import Rejected
 from gateway.training_data.case_list import ListedCase
 from gateway.training_data.channels import Channel
 from gateway.training_data.faults import FAULT_ERRORS, Fault
-from gateway.training_data.label_names import LabelTable
-from gateway.training_data.label_objects import LabelObject, read_label_object
+from gateway.training_data.label_names import LabelTable, folded
+from gateway.training_data.label_objects import LabelObject, Structure, read_label_object
 from gateway.training_data.series_matching import SeriesIndex, the_one, uids
 from gateway.training_data.source_scan import Source, SourceSeries, shown
+
+_LEAST_TELLING = 3
+_SPELT = str.maketrans({"ä": "ae", "ö": "oe", "ü": "ue", "ø": "oe", "å": "aa", "æ": "ae"})
+"""How letters are written where there are no others than A to Z."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +54,10 @@ class Drafts:
     notes: list[tuple[str, str]] = field(default_factory=list)
 
 
-def draft_cases(source: Source, channels: Sequence[Channel]) -> Drafts:
-    """From what the labels say. channels: empty for one channel of whatever series has labels."""
-    index, drafts = SeriesIndex(source), Drafts()
+def draft_cases(source: Source, channels: Sequence[Channel], *, ignores_references: bool = False) -> Drafts:
+    """From what the labels say. channels: empty for one channel of whatever series has labels. ignores_references: as
+    in `SeriesIndex`."""
+    index, drafts = SeriesIndex(source, ignores_references=ignores_references), Drafts()
     found: dict[str, tuple[tuple[SourceSeries, ...], list[LabelObject]]] = {}
     for label in source.labels:
         file = shown(label.file, source.root)
@@ -75,9 +82,17 @@ def draft_cases(source: Source, channels: Sequence[Channel]) -> Drafts:
     return drafts
 
 
-def draft_listed(source: Source, listed: Iterable[ListedCase], folder: Path, channels: Sequence[Channel]) -> Drafts:
-    """From a list in `folder`."""
-    index, drafts = SeriesIndex(source), Drafts()
+def draft_listed(
+    source: Source,
+    listed: Iterable[ListedCase],
+    folder: Path,
+    channels: Sequence[Channel],
+    *,
+    ignores_references: bool = False,
+) -> Drafts:
+    """From a list in `folder`, which says what belongs together: references to other images do not count, another frame
+    of reference does."""
+    index, drafts = SeriesIndex(source, ignores_references=ignores_references), Drafts()
     known = {label.file.resolve(): label for label in source.labels}
     taken: dict[str, str] = {}
     for entry in listed:
@@ -94,24 +109,37 @@ def draft_listed(source: Source, listed: Iterable[ListedCase], folder: Path, cha
                 for channel, s in zip(channels, series, strict=False)
                 if not channel.takes(s)
             ]
+        if not problems:
+            problems += [problem for label in labels for s in series if (problem := _frame_problem(index, label, s))]
         draft = Draft(series=tuple(series), labels=tuple(labels), listed=entry.case, patient=entry.patient, joins=True)
         if not problems and taken.setdefault(draft.key, entry.where) != entry.where:
             problems.append(f"its series are already a case ({taken[draft.key]}); list all labels in one entry")
         if entry.case is not None and any(_identifies(entry.case, s) for s in series):
-            problems.append("its name is the patient's identifier or a UID; give another one, or none")
+            problems.append(
+                "its name holds the patient's identifier, a part of their name or a UID; give another, or none"
+            )
         drafts.faults += [Fault(case=None, file=entry.where, cause=problem) for problem in problems]
         if not problems:
             drafts.cases.append(draft)
     return drafts
 
 
+def _frame_problem(index: SeriesIndex, label: LabelObject, series: SourceSeries) -> str | None:
+    try:
+        index.check_frame(label, series)
+    except Rejected as error:
+        return f"label {label.file.name}: {error}"
+    return None
+
+
 def chosen_values(draft: Draft, table: LabelTable, root: Path) -> tuple[Mapping[int, int], ...]:
-    """For each file of labels: number of the structure → value. Raises Rejected where none is taken, or two files draw
-    the same label and were not listed together."""
+    """For each file of labels: number of the structure → value. Raises Rejected where none is taken, two files draw the
+    same label and were not listed together, or two structures of one file have one name and no pattern takes both."""
     chosen: list[dict[int, int]] = []
     drawn: dict[int, Path] = {}
     for label in draft.labels:
         values = {s.number: value for s in label.structures if (value := table.value(s.name)) is not None}
+        _check_names(label, values, table, root)
         chosen.append(values)
         for value in set(values.values()):
             other = drawn.setdefault(value, label.file)
@@ -125,6 +153,23 @@ def chosen_values(draft: Draft, table: LabelTable, root: Path) -> tuple[Mapping[
         there = ", ".join(repr(name) for name in list(names)[:8]) or "nothing"
         raise Rejected(f"none of the labels is drawn; there is {there}")
     return tuple(chosen)
+
+
+def _check_names(label: LabelObject, values: Mapping[int, int], table: LabelTable, root: Path) -> None:
+    """Two structures of one name may be one organ in two parts, or two organs, or an old version and a new one."""
+    same: dict[str, list[Structure]] = {}
+    for structure in label.structures:
+        if structure.number in values:
+            same.setdefault(folded(structure.name), []).append(structure)
+    for found in same.values():
+        first = found[0]
+        if len(found) > 1 and not table.labels[values[first.number] - 1].gathers(first.name):
+            what = "ROIs" if label.kind == "RTSTRUCT" else "segments"
+            numbers = f"{', '.join(str(s.number) for s in found[:-1])} and {found[-1].number}"
+            raise Rejected(
+                f"{shown(label.file, root)}: {what} {numbers} have one name, {first.name!r}; name them apart, or take "
+                f"them as one label by a pattern: --label '{table.name(values[first.number])}={first.name}*'"
+            )
 
 
 def _of_channels(
@@ -184,6 +229,17 @@ def _listed_label(
 
 
 def _identifies(name: str, series: SourceSeries) -> bool:
-    folded = name.casefold()
-    known = (series.patient_id, series.study_instance_uid, series.series_instance_uid)
-    return any(text and folded == text.casefold() for text in known)
+    """Whether a case's name, which becomes a file's name, tells the patient: holds PatientID, a part of PatientName or
+    a UID, whatever the capitals, accents and separators. What is shorter than three characters would be anywhere."""
+    ids = (series.patient_id, series.study_instance_uid, series.series_instance_uid)
+    if any(text and name.casefold() == text.casefold() for text in ids):
+        return True
+    parts = [part for part in re.split(r"[\W_]+", series.patient_name) if part]
+    told = {_plain(text) for text in (*ids, *parts, "".join(parts))}
+    told |= {_plain(text.casefold().translate(_SPELT)) for text in (*parts, "".join(parts))}
+    return any(len(text) >= _LEAST_TELLING and text in _plain(name) for text in told)
+
+
+def _plain(text: str) -> str:
+    """Letters and digits alone, without accents and capitals."""
+    return "".join(c for c in unicodedata.normalize("NFKD", text.casefold()) if c.isalnum())

@@ -21,7 +21,7 @@ from gateway.errors import Rejected
 from gateway.results import attributes
 from gateway.results.attributes import AttributeRejected, Where
 from gateway.results.frames import read_header
-from gateway.training_data.label_objects import CLOSED, contours_of
+from gateway.training_data.label_objects import CLOSED, contours_of, source_images
 from gateway.training_data.label_painting import LabelPainter
 from gateway.training_data.polygons import even_odd, inside_polygon
 
@@ -43,21 +43,38 @@ class _Contour:
 
 
 def paint_contours(
-    file: Path, values: Mapping[int, int], geometry: Geometry, painter: LabelPainter, *, between: BetweenSlices
+    file: Path,
+    values: Mapping[int, int],
+    geometry: Geometry,
+    painter: LabelPainter,
+    *,
+    between: BetweenSlices,
+    absent: frozenset[str] = frozenset(),
 ) -> list[str]:
     """Paint the regions of interest of an RTSTRUCT. values: ROINumber → label value; others are passed over.
 
     Returns what a person should know: slices without a contour within a region, contours that cross. Raises Rejected
-    (AttributeRejected) when a contour cannot be read, is not planar, lies in no slice or outside the images.
+    (AttributeRejected) when a contour cannot be read, is not planar, lies in no slice or outside the images, or was
+    drawn on images that are `absent` (SOP Instance UIDs).
     """
     where = Where(file=file)
     header = read_header(file, where)
     where = Where(file=file, sop_instance_uid=attributes.required_uid(header, "SOPInstanceUID", where))
     notes: list[str] = []
+    # A region may be spread over several items, and a hole be in another one than what it is cut from.
+    of_region: dict[int, list[Dataset]] = {}
     for number, items in contours_of(header, where):
-        if number in values and items:
+        of_region.setdefault(number, []).extend(items)
+    for number, found in of_region.items():
+        if number in values and found:
             what = f"ROI {number} in {where}"
-            contours = [_read(item, geometry, what, where) for item in items]
+            lost = sum(bool(images) and images <= absent for images in (source_images(item, where) for item in found))
+            if lost:
+                raise Rejected(
+                    f"{what}: {lost} of {len(found)} contours were drawn on images that are not in the source; add the "
+                    "slices that the series lacks, or take the labels by their coordinates (--ignore-references)"
+                )
+            contours = [_read(item, geometry, what, where) for item in found]
             notes += _paint_region(values[number], contours, geometry, painter, between, what)
     return notes
 
@@ -99,6 +116,10 @@ def _paint_region(
     outside = [c for c in contours if not -0.5 <= c.depth < slices - 0.5]
     if outside:
         raise Rejected(f"{what}: {len(outside)} of {len(contours)} contours lie above or below the images")
+    beyond = [c for c in contours if (c.points < -0.5).any() or (c.points >= (columns - 0.5, rows - 0.5)).any()]
+    apart = [c for c in beyond if _is_apart(c.points, (rows, columns))]
+    if apart:
+        raise Rejected(f"{what}: {len(apart)} of {len(contours)} contours lie beside the images")
     crossing = repeated = 0
     drawn: set[int] = set()
     for plane in _planes(contours):
@@ -112,6 +133,8 @@ def _paint_region(
     notes = []
     if off:
         notes.append(f"{len(off)} contours between slices were taken for the nearest slice's")
+    if beyond:
+        notes.append(f"{len(beyond)} contours reach beyond the edge of the images, and are cut off there")
     if repeated:
         notes.append(f"{repeated} contours are there twice; one was used")
     if crossing:
@@ -119,7 +142,15 @@ def _paint_region(
     gaps = max(drawn) - min(drawn) + 1 - len(drawn)
     if gaps:
         notes.append(f"{gaps} slices between the first and the last contour have none, and stay background")
-    return [f"{what}: {note}" for note in notes]
+    # Without the file's name and UIDs: notes are kept in the dataset, which says of nobody who it is.
+    return [f"{what.partition(' in ')[0]}: {note}" for note in notes]
+
+
+def _is_apart(points: NDArray[np.float64], shape: tuple[int, int]) -> bool:
+    """Whether nothing of a contour lies over the pixels."""
+    rows, columns = shape
+    low, high = points.min(axis=0), points.max(axis=0)
+    return bool((high < -0.5).any() or (low >= (columns - 0.5, rows - 0.5)).any())
 
 
 def _planes(contours: Sequence[_Contour]) -> Iterator[list[_Contour]]:

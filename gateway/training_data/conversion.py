@@ -31,15 +31,17 @@ from gateway.training_data.case_conversion import (
     ConversionRules,
     case_files,
     convert_case,
+    is_made,
     record_file,
 )
 from gateway.training_data.case_list import read_case_list
-from gateway.training_data.case_planning import Drafts, chosen_values, draft_cases, draft_listed
+from gateway.training_data.case_planning import Draft, Drafts, chosen_values, draft_cases, draft_listed
 from gateway.training_data.channels import Channel, channel_of_modality
 from gateway.training_data.contour_masks import BetweenSlices
 from gateway.training_data.faults import Fault
 from gateway.training_data.identities import Identities, NamedCase
 from gateway.training_data.label_names import IGNORE, LabelTable, table_of_names
+from gateway.training_data.label_objects import LabelObject
 from gateway.training_data.label_painting import Overlap
 from gateway.training_data.source_scan import Source, scan
 
@@ -59,7 +61,8 @@ class NothingToConvert(Rejected):
 class ConversionOptions:
     """What is asked for. channels: empty for one of the modality that is found. table: None for all names that are
     found. cases: a list (`case_list`). nifti: pattern of the names of label maps. skip_faulty: the dataset is finished
-    without cases that have faults."""
+    without cases that have faults. ignores_references: labels of another frame of reference, of another PatientID, or
+    that name images that are not there, are taken by their coordinates."""
 
     source: Path
     folder: Path
@@ -73,6 +76,7 @@ class ConversionOptions:
     threshold: float = 0.5
     orientation: str = "LPS"
     skip_faulty: bool = False
+    ignores_references: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,10 +115,10 @@ def prepare(options: ConversionOptions, *, processes: int, progress: Progress | 
     identities = Identities(options.identities)
     source = scan(options.source, nifti=options.nifti, processes=processes, progress=progress)
     if listed is None:
-        drafts = draft_cases(source, options.channels)
+        drafts = draft_cases(source, options.channels, ignores_references=options.ignores_references)
     else:
         folder = options.cases.parent if options.cases is not None else options.source
-        drafts = draft_listed(source, listed, folder, options.channels)
+        drafts = draft_listed(source, listed, folder, options.channels, ignores_references=options.ignores_references)
     faults = [*source.faults, *drafts.faults]
     notes = [*drafts.notes, *_left_out(drafts, options.table)]
     if not drafts.cases:
@@ -129,21 +133,31 @@ def prepare(options: ConversionOptions, *, processes: int, progress: Progress | 
     except Rejected as error:
         raise NothingToConvert(str(error), tuple(faults)) from error
     jobs: list[CaseJob] = []
+    known = frozenset(uid for series in source.series.values() for uid in series.instances)
     for case in named:
         try:
+            _check_patient(case, ignores=options.ignores_references, notes=notes)
             values = chosen_values(case.draft, table, options.source)
         except Rejected as error:
             faults.append(Fault(case=case.name, file=None, cause=str(error)))
             continue
+        absent = tuple(_absent(label, case.draft, known) for label in case.draft.labels)
         jobs.append(
             CaseJob(
                 name=case.name,
                 series=tuple(series.files for series in case.draft.series),
                 labels=case.draft.labels,
                 values=values,
+                absent=tuple(frozenset() for _ in absent) if options.ignores_references else absent,
             )
         )
-        notes += _other_patients(case)
+        notes += [
+            (case.name, f"{len(found)} image(s) that its labels refer to are not in the source: slices may be missing")
+            for found in absent
+            if found
+        ]
+        notes += [(case.name, note) for note in _undescribed(values, table)]
+    notes += identities.doubts(named)
     gone = tuple(identities.gone(named))
     cause = f"was converted before, and its series or labels are not in the source any more ({options.identities.name})"
     faults += [Fault(case=name, file=None, cause=cause) for name in gone]
@@ -183,7 +197,8 @@ def convert(prepared: Prepared, *, processes: int, progress: Progress | None = N
         threshold=options.threshold,
     )
     expected = {**kept, **_document(prepared, [job.name for job in prepared.jobs])}
-    if _existing(folder) != expected:
+    # While cases are remade the dataset is not finished: a run that is killed leaves some by the old rules.
+    if _existing(folder) != expected or not all(is_made(job, rules) for job in prepared.jobs):
         (folder / DATASET_JSON).unlink(missing_ok=True)
     results = map_cases(partial(convert_case, rules=rules), prepared.jobs, processes=processes, progress=progress)
     faults = [*prepared.faults, *(fault for result in results for fault in result.faults)]
@@ -260,10 +275,32 @@ def _left_out(drafts: Drafts, table: LabelTable | None) -> list[tuple[str, str]]
     return notes
 
 
-def _other_patients(case: NamedCase) -> list[tuple[str, str]]:
-    patient = case.draft.series[0].patient_id
-    others = any(label.patient_id and label.patient_id != patient for label in case.draft.labels)
-    return [(case.name, "PatientID (0010,0020) of labels and images differ")] if others else []
+def _check_patient(case: NamedCase, *, ignores: bool, notes: list[tuple[str, str]]) -> None:
+    """Raises Rejected for labels of another patient than the images."""
+    patients = {series.patient_id for series in case.draft.series} | {
+        label.patient_id for label in case.draft.labels if label.patient_id
+    }
+    if len(patients) < 2:
+        return
+    text = "PatientID (0010,0020) of labels and images differ"
+    if not ignores:
+        raise Rejected(f"{text}; --ignore-references takes them all the same")
+    notes.append((case.name, text))
+
+
+def _absent(label: LabelObject, draft: Draft, known: frozenset[str]) -> frozenset[str]:
+    own = [series.series_instance_uid for series in draft.series]
+    return label.absent(own, known, frozenset(uid for series in draft.series for uid in series.instances))
+
+
+def _undescribed(values: Sequence[Mapping[int, int]], table: LabelTable) -> list[str]:
+    """Labels that no structure of the case is of: there they are learnt as background."""
+    described = {value for of_file in values for value in of_file.values()}
+    return [
+        f"has no structure for {label.name!r}, which is background there"
+        for value, label in enumerate(table.labels, start=1)
+        if value not in described and label.name != IGNORE
+    ]
 
 
 def _undrawn(table: LabelTable, results: Sequence[CaseResult]) -> list[tuple[str, str]]:

@@ -6,6 +6,9 @@
 
 A case that was there keeps its name. New ones are numbered by a digest of their UIDs, so that a number tells nothing
 about when or of whom it was made.
+
+A patient is a PatientID with its issuer (PS3.3 C.7.1.1), blanks at the ends aside. Systems leave the issuer out: an ID
+without one is that of the only issuer that is known for it. What is merely alike is told and not joined.
 """
 
 from __future__ import annotations
@@ -25,6 +28,8 @@ from gateway.training_data.source_scan import shown
 
 ABOUT = "Says which patients the cases are. Keep it apart from the dataset, and do not pass it on with it."
 _CASE, _PATIENT = "case", "patient"
+_LIST = "list of cases"
+"""The issuer of names of patients that a list gives."""
 _MOST = 10**6
 
 
@@ -62,6 +67,8 @@ class Identities:
 
     def name(self, drafts: Iterable[Draft], root: Path) -> tuple[NamedCase, ...]:
         """Pseudonyms for all drafts, sorted by name. Raises Rejected when a list's name is another case's."""
+        drafts = tuple(drafts)
+        issuers = self._issuers(drafts)
         known = {"|".join(case["series"]): name for name, case in self._cases.items()}
         ordered = sorted(drafts, key=lambda draft: hashlib.sha256(draft.key.encode()).hexdigest())
         named = []
@@ -72,7 +79,7 @@ class Identities:
             earlier = known.get(draft.key)
             if earlier is not None and earlier != name:
                 raise Rejected(f"case {name!r}: its series are already {earlier!r} in {self._path.name}")
-            patient = self._patient(draft)
+            patient = self._patient(draft, issuers)
             self._cases[name] = {
                 "patient": patient,
                 "study": draft.series[0].study_instance_uid,
@@ -95,13 +102,59 @@ class Identities:
         finally:
             os.umask(before)
 
-    def _patient(self, draft: Draft) -> str:
+    def doubts(self, named: Sequence[NamedCase]) -> list[tuple[str, str]]:
+        """Cases, each with why splits might part it from others of the same person."""
+        remedy = (
+            "if so, give them one name in the patient column of a --cases file: splits keep a patient's cases together"
+        )
+        alike: dict[str, list[str]] = {}
+        for name in sorted({case.patient for case in named}):
+            alike.setdefault(_folded(self._patients[name]["patient_id"]), []).append(name)
+        notes = []
+        for case in named:
+            own = self._patients[case.patient]
+            if not own["patient_id"]:
+                text = "has no PatientID (0010,0020), and its study counts as its patient, who may be another case's"
+                notes.append((case.name, f"{text}; {remedy}"))
+                continue
+            others = [
+                other
+                for other in alike[_folded(own["patient_id"])]
+                if other != case.patient and _may_be_one(own["issuer"], self._patients[other]["issuer"])
+            ]
+            if others:
+                text = (
+                    f"its patient, {case.patient}, may be {' or '.join(others)}: PatientID and issuer are the same but "
+                    "for capitals, blanks, or an issuer that is not given"
+                )
+                notes.append((case.name, f"{text}; {remedy}"))
+        return notes
+
+    def _issuers(self, drafts: Iterable[Draft]) -> Mapping[str, frozenset[str]]:
+        """The issuers that are known for each PatientID."""
+        found: dict[str, set[str]] = {}
+        for draft in drafts:
+            for series in draft.series:
+                found.setdefault(series.patient_id.strip(), set()).add(series.issuer.strip())
+        for patient in self._patients.values():
+            if patient["issuer"] != _LIST:
+                found.setdefault(patient["patient_id"], set()).add(patient["issuer"])
+        return {patient_id: frozenset(issuers - {""}) for patient_id, issuers in found.items()}
+
+    def _patient(self, draft: Draft, issuers: Mapping[str, frozenset[str]]) -> str:
         """Of the list's name, else of PatientID with its issuer, else (without one) of the study."""
         first = draft.series[0]
+        patient_id, issuer = first.patient_id.strip(), first.issuer.strip()
         if draft.patient is not None:
-            identity = {"patient_id": draft.patient, "issuer": "list of cases"}
-        elif first.patient_id:
-            identity = {"patient_id": first.patient_id, "issuer": first.issuer}
+            identity = {"patient_id": draft.patient.strip(), "issuer": _LIST}
+        elif patient_id:
+            only = len(issuers[patient_id]) == 1
+            identity = {"patient_id": patient_id, "issuer": next(iter(issuers[patient_id])) if only else issuer}
+            if only and identity not in self._patients.values():
+                # Who was written down without an issuer has one now.
+                for known in self._patients.values():
+                    if known == {"patient_id": patient_id, "issuer": ""}:
+                        known["issuer"] = identity["issuer"]
         else:
             identity = {"patient_id": "", "issuer": first.study_instance_uid}
         for name, known in self._patients.items():
@@ -110,6 +163,14 @@ class Identities:
         name = _next(_PATIENT, self._patients)
         self._patients[name] = identity
         return name
+
+
+def _folded(text: str) -> str:
+    return "".join(text.split()).casefold()
+
+
+def _may_be_one(issuer: str, other: str) -> bool:
+    return _folded(issuer) == _folded(other) or not {issuer, other}.isdisjoint(("", _LIST))
 
 
 def _next(prefix: str, taken: Mapping[str, object]) -> str:

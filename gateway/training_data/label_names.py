@@ -1,7 +1,8 @@
 """Names of structures → labels of the dataset: which are taken, under which name, with which value.
 
 Names are compared without regard to capitals and to repeated spaces. In a pattern `*` stands for any text and `?` for
-one character. Values are 1, 2, ... in the order of the labels, as nnU-Net wants them.
+one character, and several structures of one name in one file are one label only where such a pattern takes them. Values
+are 1, 2, ... in the order of the labels, as nnU-Net wants them.
 """
 
 from __future__ import annotations
@@ -31,8 +32,13 @@ class Label:
         name = folded(structure)
         if self.literal:
             return name in self.patterns
-        wildcards = (re.escape(folded(p)).replace(r"\*", ".*").replace(r"\?", ".") for p in self.patterns)
-        return any(re.fullmatch(expression, name, re.DOTALL) for expression in wildcards)
+        return any(_fits(pattern, name) for pattern in self.patterns)
+
+    def gathers(self, structure: str) -> bool:
+        """Whether it takes structures of this name however many there are: a pattern with a wildcard says so, a name
+        alone means one structure."""
+        name = folded(structure)
+        return not self.literal and any(_fits(p, name) for p in self.patterns if "*" in p or "?" in p)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +74,11 @@ class LabelTable:
             both = " and ".join(repr(self.name(value)) for value in claimed[:2])
             raise Rejected(f"structure {structure!r} belongs to the labels {both}; make their patterns narrower")
         return claimed[0] if claimed else None
+
+
+def _fits(pattern: str, name: str) -> bool:
+    expression = re.escape(folded(pattern)).replace(r"\*", ".*").replace(r"\?", ".")
+    return re.fullmatch(expression, name, re.DOTALL) is not None
 
 
 def folded(name: str) -> str:

@@ -6,10 +6,12 @@ the values of a NIfTI label map.
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -41,10 +43,12 @@ class Structure:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelObject:
-    """One file of labels. `series` and `instances` are UIDs of the images that it refers to, as far as it names them;
-    `left_out` are regions of interest that enclose nothing (points, open lines). UIDs are "" where there are none."""
+    """One file of labels. `series` and `instances` are UIDs of the images that it refers to, as far as it names them,
+    and `of_series` the instances that it names as those of a series; `left_out` are regions of interest that enclose
+    nothing (points, open lines). UIDs are "" where there are none. `digest`: SHA-256 of the file."""
 
     file: Path
+    digest: str
     kind: Kind
     structures: tuple[Structure, ...]
     left_out: tuple[str, ...] = ()
@@ -54,6 +58,16 @@ class LabelObject:
     frames_of_reference: frozenset[str] = frozenset()
     series: frozenset[str] = frozenset()
     instances: frozenset[str] = frozenset()
+    of_series: Mapping[str, frozenset[str]] = field(default_factory=dict)
+
+    def absent(self, own: Iterable[str], known: AbstractSet[str], there: AbstractSet[str]) -> frozenset[str]:
+        """Images that it was drawn on and that are not there. own: series that it belongs to; known: all instances that
+        were found; there: those of `own`. None where it names not one of these: then its UIDs are other ones."""
+        if self.instances.isdisjoint(there):
+            return frozenset()
+        named = {uid: self.of_series.get(uid, frozenset()) for uid in own}
+        of_others = {i for uid, found in self.of_series.items() if uid not in named for i in found}
+        return frozenset((self.instances - of_others).union(*named.values()) - known)
 
 
 def read_label_object(file: Path) -> LabelObject:
@@ -64,7 +78,7 @@ def read_label_object(file: Path) -> LabelObject:
     if file.name.endswith((".nii", ".nii.gz")):
         values = [value for value in count_labels(read_label_map(file)) if value > 0]
         structures = tuple(Structure(number=value, name=str(value)) for value in values)
-        return LabelObject(file=file, kind="NIfTI", structures=structures)
+        return LabelObject(file=file, digest=_digest(file), kind="NIfTI", structures=structures)
     where = Where(file=file)
     header = read_header(file, where)
     where = Where(file=file, sop_instance_uid=attributes.required_uid(header, "SOPInstanceUID", where))
@@ -75,10 +89,14 @@ def read_label_object(file: Path) -> LabelObject:
     structures, left_out = _regions(header, where) if is_structure_set else (_segments(header, where), ())
     references = _structure_set_references if is_structure_set else _segmentation_references
     series, instances, frames_of_reference = set[str](), set[str](), set[str]()
-    for kind, found in references(header, where):
-        {"series": series, "instance": instances, "frame": frames_of_reference}[kind].add(found)
+    of_series: dict[str, set[str]] = {}
+    for found in references(header, where):
+        {"series": series, "instance": instances, "frame": frames_of_reference}[found.kind].add(found.uid)
+        if found.series:
+            of_series.setdefault(found.series, set()).add(found.uid)
     return LabelObject(
         file=file,
+        digest=_digest(file),
         kind="RTSTRUCT" if is_structure_set else "SEG",
         structures=structures,
         left_out=left_out,
@@ -88,7 +106,22 @@ def read_label_object(file: Path) -> LabelObject:
         frames_of_reference=frozenset(frames_of_reference),
         series=frozenset(series),
         instances=frozenset(instances),
+        of_series={uid: frozenset(found) for uid, found in of_series.items()},
     )
+
+
+def source_images(item: Dataset, where: Where) -> frozenset[str]:
+    """SOP Instance UIDs of the images that a frame of a SEG (by its functional groups) or a contour was drawn on."""
+    derivations = attributes.items(item, "DerivationImageSequence", where)
+    found = [
+        *(
+            reference
+            for derivation in derivations
+            for reference in _instances(derivation, "SourceImageSequence", where)
+        ),
+        *_instances(item, "ContourImageSequence", where),
+    ]
+    return frozenset(reference.uid for reference in found)
 
 
 def contours_of(header: Dataset, where: Where) -> Iterator[tuple[int, tuple[Dataset, ...]]]:
@@ -151,51 +184,66 @@ def _name(item: Dataset, keyword: str, where: Where) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in value).split())[:64] or "unnamed"
 
 
-def _instances(item: Dataset, keyword: str, where: Where) -> Iterator[tuple[str, str]]:
+@dataclass(frozen=True, kw_only=True)
+class _Reference:
+    """`series`: that of an instance, where the object says which."""
+
+    kind: Literal["series", "instance", "frame"]
+    uid: str
+    series: str = ""
+
+
+def _instances(item: Dataset, keyword: str, where: Where, *, series: str = "") -> Iterator[_Reference]:
     for reference in attributes.items(item, keyword, where):
         found = attributes.uid(reference, "ReferencedSOPInstanceUID", where)
         if found:
-            yield "instance", found
+            yield _Reference(kind="instance", uid=found, series=series)
 
 
-def _series(item: Dataset, where: Where) -> Iterator[tuple[str, str]]:
+def _series(item: Dataset, keyword: str, where: Where) -> Iterator[_Reference]:
+    """And its instances, in the sequence `keyword`."""
     found = attributes.uid(item, "SeriesInstanceUID", where)
     if found:
-        yield "series", found
+        yield _Reference(kind="series", uid=found)
+    yield from _instances(item, keyword, where, series=found)
 
 
-def _frame(item: Dataset, keyword: str, where: Where) -> Iterator[tuple[str, str]]:
+def _frame(item: Dataset, keyword: str, where: Where) -> Iterator[_Reference]:
     found = attributes.uid(item, keyword, where)
     if found:
-        yield "frame", found
+        yield _Reference(kind="frame", uid=found)
 
 
-def _segmentation_references(header: Dataset, where: Where) -> Iterator[tuple[str, str]]:
+def _segmentation_references(header: Dataset, where: Where) -> Iterator[_Reference]:
     """Common Instance Reference (PS3.3 C.12.2), and the source images of object and frames."""
     yield from _frame(header, "FrameOfReferenceUID", where)
     for series in attributes.items(header, "ReferencedSeriesSequence", where):
-        yield from _series(series, where)
-        yield from _instances(series, "ReferencedInstanceSequence", where)
+        yield from _series(series, "ReferencedInstanceSequence", where)
     yield from _instances(header, "SourceImageSequence", where)
     groups = (
         *attributes.items(header, "SharedFunctionalGroupsSequence", where),
         *attributes.items(header, "PerFrameFunctionalGroupsSequence", where),
     )
     for group in groups:
-        for derivation in attributes.items(group, "DerivationImageSequence", where):
-            yield from _instances(derivation, "SourceImageSequence", where)
+        for uid in source_images(group, where):
+            yield _Reference(kind="instance", uid=uid)
 
 
-def _structure_set_references(header: Dataset, where: Where) -> Iterator[tuple[str, str]]:
+def _structure_set_references(header: Dataset, where: Where) -> Iterator[_Reference]:
     """Structure Set module (PS3.3 C.8.8.5), and the image of each contour."""
     for frame in attributes.items(header, "ReferencedFrameOfReferenceSequence", where):
         yield from _frame(frame, "FrameOfReferenceUID", where)
         for study in attributes.items(frame, "RTReferencedStudySequence", where):
             for series in attributes.items(study, "RTReferencedSeriesSequence", where):
-                yield from _series(series, where)
-                yield from _instances(series, "ContourImageSequence", where)
+                yield from _series(series, "ContourImageSequence", where)
     for region in attributes.items(header, "StructureSetROISequence", where):
         yield from _frame(region, "ReferencedFrameOfReferenceUID", where)
     for _, contours in contours_of(header, where):
         for contour in contours:
-            yield from _instances(contour, "ContourImageSequence", where)
+            for uid in source_images(contour, where):
+                yield _Reference(kind="instance", uid=uid)
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

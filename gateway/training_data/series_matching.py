@@ -1,13 +1,18 @@
 """Which image series a file of labels was drawn on.
 
 DICOM labels name it. The first of these that leads to a series in the source counts: the SOP instances that they refer
-to, the series, the frame of reference. A frame of reference alone is weak (all series of an examination may share one),
-so it counts only where one series has it. NIfTI labels name nothing: a Series Instance UID in the file's name counts,
-else the nearest folder around the file that holds an image series, if it holds one only.
+to, the series. What lies in another frame of reference than its series, or names images that are not there, is refused:
+a mask would land on another phase or position without a word. Where a label names no images its frame of reference
+counts, if one series alone has it (all series of an examination may share one).
+
+NIfTI labels name nothing: a Series Instance UID in the file's name counts, else the folder that the file lies in, or
+the nearest one above that holds an image series, if it holds one only. The source itself counts for files that lie in
+it.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -22,8 +27,11 @@ _MOST_NAMED = 4
 class SeriesIndex:
     """The series of a source by what labels may name."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, *, ignores_references: bool = False) -> None:
+        """ignores_references: frames of reference and references to images that are not there are no reason to refuse
+        (sources whose anonymization changed UIDs apart)."""
         self._source = source
+        self._ignores = ignores_references
         self._by_instance: Mapping[str, str] = {
             instance: uid for uid, series in source.series.items() for instance in series.instances
         }
@@ -32,37 +40,69 @@ class SeriesIndex:
         """The series that the label was drawn on (several where it refers to images of several), and what a person
         should know of how they were found. Raises Rejected when there is none, or nothing decides between several."""
         if label.kind == "NIfTI":
-            return (self._around(label.file),), None
+            return self._around(label.file)
         found = {self._by_instance[uid] for uid in label.instances if uid in self._by_instance}
         found = found or {uid for uid in label.series if uid in self._source.series}
         if found:
-            return tuple(self._source.series[uid] for uid in sorted(found)), None
+            series = tuple(self._source.series[uid] for uid in sorted(found))
+            for one in series:
+                self.check_frame(label, one)
+            return series, None
+        if (label.instances or label.series) and not self._ignores:
+            raise Rejected(
+                f"the images that it refers to are not in the source; add them, {_REMEDY}, or take it by its frame of "
+                "reference (--ignore-references)"
+            )
         sharing = [s for s in self._source.series.values() if s.frames_of_reference & label.frames_of_reference]
         same_study = [s for s in sharing if s.study_instance_uid == label.study_instance_uid]
         return tuple(same_study or sharing), (
             "the images that it refers to are not in the source; it was matched by its frame of reference"
         )
 
+    def check_frame(self, label: LabelObject, series: SourceSeries) -> None:
+        """Raises Rejected when labels and images lie in different frames of reference."""
+        known = label.frames_of_reference, series.frames_of_reference
+        if all(known) and not known[0] & known[1] and not self._ignores:
+            raise Rejected(
+                f"lies in another frame of reference than series {series.series_instance_uid}, so nothing says where; "
+                "--ignore-references takes it by its coordinates all the same"
+            )
+
     def below(self, folder: Path) -> tuple[SourceSeries, ...]:
         """Series with a file in or below a folder."""
         inside = [s for s in self._source.series.values() if any(f.is_relative_to(folder) for f in s.files)]
         return tuple(inside)
 
-    def _around(self, file: Path) -> SourceSeries:
-        named = [s for uid, s in self._source.series.items() if uid in file.name]
-        # A UID may be the beginning of another one.
-        longest = [s for s in named if len(s.series_instance_uid) == max(len(n.series_instance_uid) for n in named)]
-        if longest:
-            return longest[0]
+    def _around(self, file: Path) -> tuple[tuple[SourceSeries, ...], str | None]:
+        named = [s for uid, s in self._source.series.items() if _is_in(uid, file.name)]
+        if len(named) == 1:
+            return (named[0],), None
         for folder in file.parents:
+            is_own = folder == file.parent
+            if folder == self._source.root and not is_own:
+                break
             there = self.below(folder)
-            if len(there) == 1:
-                return there[0]
-            if there:
+            if len(there) > 1:
                 raise Rejected(f"{len(there)} series lie around it ({uids(there)}); {_REMEDY}")
+            if there and not is_own and self._has_label_beside(there[0], file):
+                raise Rejected(f"the only series around it, {uids(there)}, has labels of its own beside it; {_REMEDY}")
+            if there:
+                return there, None if is_own else f"matched with the only series in the folder {folder.name}"
             if folder == self._source.root:
                 break
         raise Rejected(f"no image series lies around it; {_REMEDY}")
+
+    def _has_label_beside(self, series: SourceSeries, file: Path) -> bool:
+        folders = {image.parent for image in series.files}
+        return any(
+            label.kind == "NIfTI" and label.file != file and (label.file.parent in folders)
+            for label in self._source.labels
+        )
+
+
+def _is_in(uid: str, name: str) -> bool:
+    """Whether the name holds this UID, and no longer one."""
+    return re.search(rf"(?<![0-9])(?<![0-9]\.){re.escape(uid)}(?!\.?[0-9])", name) is not None
 
 
 def uids(series: Iterable[SourceSeries]) -> str:

@@ -15,11 +15,12 @@ from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 
+from pydicom.dataset import Dataset
 from pydicom.uid import UID
 
 from engine.parallel import Progress, map_cases
 from gateway.results import attributes
-from gateway.results.attributes import Where
+from gateway.results.attributes import READ_ERRORS, Where
 from gateway.results.frames import read_header
 from gateway.training_data.faults import FAULT_ERRORS, Fault
 from gateway.training_data.label_objects import LABEL_CLASSES, LabelObject, read_label_object
@@ -34,6 +35,7 @@ _KEYWORDS = (
     "Modality",
     "SeriesDescription",
     "PatientID",
+    "PatientName",
     "IssuerOfPatientID",
     "Rows",
     "ImagePositionPatient",
@@ -54,6 +56,7 @@ class SourceSeries:
     description: str
     patient_id: str
     issuer: str
+    patient_name: str
     files: tuple[Path, ...]
     instances: frozenset[str]
 
@@ -80,6 +83,7 @@ class _Image:
     description: str
     patient_id: str
     issuer: str
+    patient_name: str
 
 
 _Seen = _Image | LabelObject | Fault | str
@@ -91,7 +95,7 @@ def scan(root: Path, *, nifti: str | None, processes: int, progress: Progress | 
 
     Raises OSError when a folder cannot be listed, WorkerDied.
     """
-    files = _files(root)
+    files, links = _files(root)
     batches = [files[start : start + _BATCH] for start in range(0, len(files), _BATCH)]
     look = partial(_look, root=root, nifti=nifti)
     seen = [found for batch in map_cases(look, batches, processes=processes, progress=progress) for found in batch]
@@ -99,12 +103,21 @@ def scan(root: Path, *, nifti: str | None, processes: int, progress: Progress | 
     for image in seen:
         if isinstance(image, _Image):
             images.setdefault(image.series_instance_uid, []).append(image)
+    mixed = {uid for uid, found in images.items() if len({(i.patient_id, i.study_instance_uid) for i in found}) > 1}
+    cause = "holds images of several patients or studies (PatientID or StudyInstanceUID differ)"
     return Source(
         root=root,
-        series={uid: _series(images[uid]) for uid in sorted(images)},
+        series={uid: _series(images[uid]) for uid in sorted(images) if uid not in mixed},
         labels=tuple(found for found in seen if isinstance(found, LabelObject)),
-        faults=tuple(found for found in seen if isinstance(found, Fault)),
-        passed_over=dict(sorted(Counter(found for found in seen if isinstance(found, str)).items())),
+        faults=(
+            *(found for found in seen if isinstance(found, Fault)),
+            *(Fault(case=None, file=f"series {uid}", cause=cause) for uid in sorted(mixed)),
+        ),
+        passed_over=dict(
+            sorted(
+                Counter([*(found for found in seen if isinstance(found, str)), *["link to a folder"] * links]).items()
+            )
+        ),
     )
 
 
@@ -113,15 +126,18 @@ def shown(file: Path, root: Path) -> str:
     return str(file.relative_to(root)) if file.is_relative_to(root) else file.name
 
 
-def _files(root: Path) -> list[Path]:
+def _files(root: Path) -> tuple[list[Path], int]:
+    """And how many links to folders there are, which are not followed: they may lead in circles."""
+
     def unreadable(error: OSError) -> None:
         raise error
 
-    found = []
-    for folder, _, names in os.walk(root, onerror=unreadable):
+    found, links = [], 0
+    for folder, folders, names in os.walk(root, onerror=unreadable):
+        links += sum(Path(folder, name).is_symlink() for name in folders)
         # Names with a leading dot are what systems leave beside the files that they copy.
         found += [Path(folder, name) for name in names if not name.startswith(".")]
-    return sorted(found)
+    return sorted(found), links
 
 
 def _series(images: Sequence[_Image]) -> SourceSeries:
@@ -134,6 +150,7 @@ def _series(images: Sequence[_Image]) -> SourceSeries:
         description=first.description,
         patient_id=first.patient_id,
         issuer=first.issuer,
+        patient_name=first.patient_name,
         files=tuple(image.file for image in images),
         instances=frozenset(image.sop_instance_uid for image in images),
     )
@@ -179,4 +196,13 @@ def _look_at_dicom(file: Path) -> _Seen:
         description=attributes.text(header, "SeriesDescription", where),
         patient_id=attributes.text(header, "PatientID", where),
         issuer=attributes.text(header, "IssuerOfPatientID", where),
+        patient_name=_person_name(header),
     )
+
+
+def _person_name(header: Dataset) -> str:
+    """By the object's character set; one that cannot be decoded is no reason to refuse the image."""
+    try:
+        return str(header.get("PatientName") or "")
+    except READ_ERRORS:
+        return ""

@@ -195,6 +195,26 @@ def test_a_first_stage_that_is_not_trained_is_named_with_fold_and_case(tmp_path:
     assert "no prediction of case_01 (3 such)" in ran.stderr
 
 
+def test_predictions_of_a_first_stage_that_is_gone_or_was_trained_anew_are_not_taken(
+    trained: tuple[Path, Any], tmp_path: Path
+) -> None:
+    root = shutil.copytree(trained[0], tmp_path / "copy")
+    raw, lowres = root / NAME, _model(root, LOWRES)
+    learned = _model(root, CASCADE)
+    shutil.move(learned / "fold_1", tmp_path / "kept")
+    shutil.rmtree(lowres / "fold_0")
+    ran = seggate(root, "train", str(raw), "--configuration", CASCADE, "--fold", "1", *ONCE)
+    assert ran.exit_code == 1
+    assert "3d_lowres has the prediction of its fold 0, which is gone or not finished, of case_00" in ran.stderr
+    shutil.rmtree(learned / "fold_1", ignore_errors=True)
+    shutil.move(tmp_path / "kept", learned / "fold_1")
+    _run(root, "train", str(raw), "--configuration", LOWRES, "--fold", "0", *ONCE, "--seed", "77")
+    named = "fold_0 learned from other predictions of 3d_lowres than those of now"
+    for command in (["select", str(raw), "--configuration", CASCADE], ["export", str(raw), "--no-calibration"]):
+        ran = seggate(root, *command)
+        assert (ran.exit_code, named in ran.stderr) == (1, True), ran.output
+
+
 def test_the_fold_all_with_regions_whose_predictions_no_other_fold_of_the_cascade_takes(tmp_path: Path) -> None:
     labels = {"background": 0, "whole": [1, 2], "second": [2]}
     raw = planned(tmp_path, cascade=True, labels=labels, regions_class_order=[1, 2])

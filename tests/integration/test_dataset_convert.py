@@ -15,12 +15,14 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
+from pydicom.uid import UID
 from typer.testing import CliRunner
 
 from engine.dataset import open_dataset
 from engine.nifti import read_label_map, read_nifti
 from engine.volume import reorientation
 from gateway.cli import app
+from gateway.training_data.case_conversion import convert_case
 from tests.support.labelled_studies import (
     NAME,
     NAMES,
@@ -139,6 +141,38 @@ def test_started_again_only_what_is_missing_or_changed_is_made(tmp_path: Path, s
     _check(out)
 
 
+@pytest.mark.parametrize("kind", ["SEG", "NIfTI"])
+def test_a_correction_of_the_same_size_and_time_is_made(tmp_path: Path, kind: str) -> None:
+    source, out = tmp_path / "source", tmp_path / "raw" / NAME
+    series = write_study(source / "images", 0)
+    corrected = np.array([0, 2, 1], np.uint8)[series.labels]
+    file = source / "images" / ("seg.dcm" if kind == "SEG" else "seg.nii")
+
+    def write(labels: Any) -> None:
+        if kind == "NIfTI":
+            write_label_map(file, series, "LPS", labels)
+            return
+        write_segmentation(file, series)
+        ds = pydicom.dcmread(file)
+        for frame in ds.PerFrameFunctionalGroupsSequence:
+            item = frame.SegmentIdentificationSequence[0]
+            item.ReferencedSegmentNumber = int(labels[series.labels == item.ReferencedSegmentNumber][0])
+        ds.save_as(file)
+
+    write(series.labels)
+    before = file.stat()
+    words = ("--nifti", "*.nii", "--json")
+    assert shown(convert(source, out, *words))["made"] == 1
+    assert shown(convert(source, out, *words))["made"] == 0
+    write(corrected)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert shown(convert(source, out, *words))["made"] == 1
+    assert_converted(out, series, labels=corrected)
+    os.utime(file)  # the time alone is no change
+    assert shown(convert(source, out, *words))["made"] == 0
+
+
 def test_killed_anywhere_it_goes_on(tmp_path: Path, studies: list[PhantomSeries]) -> None:
     """The process ends by SIGKILL when the first case is there."""
     source, out = tmp_path / "source", tmp_path / "raw" / NAME
@@ -162,6 +196,36 @@ def test_killed_anywhere_it_goes_on(tmp_path: Path, studies: list[PhantomSeries]
     for series in studies:
         assert_converted(out, series)
     _check(out)
+
+
+@pytest.mark.parametrize("other", ["convert", "plan"])
+def test_while_a_dataset_is_converted_nothing_else_converts_or_plans_it(
+    tmp_path: Path, studies: list[PhantomSeries], monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    """The other one starts when the first case is to be made."""
+    out = tmp_path / "raw" / NAME
+    foreign = write_study(tmp_path / "elsewhere", 7)
+    write_segmentation(tmp_path / "elsewhere" / "seg.dcm", foreign)
+    refused: list[str] = []
+
+    def interrupted(*args: Any, **rules: Any) -> Any:
+        if not refused:
+            refused.append("")  # the other one gets here too, if it may
+            if other == "convert":
+                ran = convert(tmp_path / "elsewhere", out, "--json")
+            else:
+                words = ["plan", str(out), "--preprocessed", str(tmp_path / "preprocessed"), "--json"]
+                ran = CliRunner().invoke(app, words)
+            refused[0] = shown(ran, 1)["error"]
+        return convert_case(*args, **rules)
+
+    monkeypatch.setattr("gateway.training_data.conversion.convert_case", interrupted)
+    assert shown(convert(tmp_path / "source", out, "--json"))["made"] == 3
+    assert f"{NAME}: is being changed by process {os.getpid()} on" in refused[0]
+    for series in studies:
+        assert_converted(out, series)
+    _check(out)
+    assert not list(out.glob("*.lock"))
 
 
 def test_several_processes_make_the_same(tmp_path: Path, studies: list[PhantomSeries]) -> None:
@@ -378,6 +442,255 @@ def test_nifti_labels_belong_to_the_series_around_them_or_in_their_name(tmp_path
     assert "labels_seg.nii.gz: lies on another grid than its images" in causes
 
 
+def test_a_nifti_label_is_not_given_to_another_patients_series(tmp_path: Path) -> None:
+    """Where the images of its own patient are not in the source; the grids of a protocol may be alike."""
+    source, out = tmp_path / "source", tmp_path / "raw" / NAME
+    ward = source / "ward"
+    other = write_study(ward / "b" / "images", 1)
+    write_label_map(ward / "a" / "seg.nii.gz", other, "RAS")
+    words = ("--nifti", "*seg.nii.gz", "--json")
+    assert "seg.nii.gz: no image series lies around it" in _causes(shown(convert(ward, out, *words), 1))
+    # Below the source nothing tells a ward from a patient's folder: it is told.
+    assert "matched with the only series in the folder ward" in json.dumps(shown(convert(source, out, *words))["notes"])
+    write_label_map(ward / "b" / "images" / "own_seg.nii.gz", other, "RAS")
+    assert "has labels of its own beside it" in _causes(shown(convert(source, out, *words), 1))
+
+
+def test_a_case_without_a_structure_that_others_have_is_told(tmp_path: Path) -> None:
+    """Nobody says whether it is not there, or was not drawn."""
+    source, out = tmp_path / "source", tmp_path / "raw" / NAME
+    whole, part = (write_study(source / str(index), index) for index in range(2))
+    write_structure_set(source / "whole.dcm", whole, regions_of(whole.labels, NAMES))
+    write_structure_set(source / "part.dcm", part, regions_of(part.labels, {1: NAMES[1]}))
+    notes = shown(convert(source, out, "--json"))["notes"]
+    told = [note for note in notes if "has no structure for 'right structure', which is background" in note["note"]]
+    assert [note["about"] for note in told] == [case_of(out, part)]
+
+
+@pytest.mark.parametrize("kind", ["SEG", "RTSTRUCT"])
+@pytest.mark.parametrize("names", [("Lesion", " LESION"), ("", "")])
+def test_two_structures_of_one_name_in_one_file_are_no_label_unless_a_pattern_takes_both(
+    tmp_path: Path, kind: str, names: tuple[str, str]
+) -> None:
+    source, out = tmp_path / "source", tmp_path / "raw" / NAME
+    series = write_study(source / "images", 0)
+    file = source / "labels.dcm"
+    if kind == "SEG":
+        write_segmentation(file, series)
+    else:
+        write_structure_set(file, series, regions_of(series.labels, NAMES))
+    ds = pydicom.dcmread(file)
+    for item, name in zip(ds.get("SegmentSequence", ds.get("StructureSetROISequence")), names, strict=True):
+        setattr(item, "SegmentLabel" if kind == "SEG" else "ROIName", name)
+    ds.save_as(file)
+    found = names[0] or "unnamed"
+    what = "segments" if kind == "SEG" else "ROIs"
+    cause = f"labels.dcm: {what} 1 and 2 have one name, {found!r}; name them apart"
+    for words in ((), ("--label", found.casefold()), ("--label", f"a={found}|other*")):
+        assert cause in _causes(shown(convert(source, out, *words, "--json"), 1))
+    assert shown(convert(source, out, "--label", f"a={found}*", "--json"))["made"] == 1
+    assert_converted(out, series, labels=(series.labels > 0).astype(np.uint8))
+
+
+def test_a_uid_that_is_the_beginning_of_another_is_not_that_one(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "raw" / NAME
+    series = write_study(source / "a", 1)
+    write_study(source / "b", 2)
+    for uid in (f"{series.series_instance_uid}5", f"1{series.series_instance_uid}", f"{series.series_instance_uid}.5"):
+        file = write_label_map(source / "all" / f"{uid}_seg.nii.gz", series, "RAS")
+        causes = _causes(shown(convert(source, out, "--nifti", "*_seg.nii.gz", "--json"), 1))
+        assert "no image series lies around it" in causes
+        file.unlink()
+    write_label_map(source / "all" / f"seg.{series.series_instance_uid}.nii.gz", series, "RAS")
+    assert shown(convert(source, out, "--nifti", "seg.*", "--json"))["made"] == 1
+
+
+@pytest.mark.parametrize("kind", ["SEG", "RTSTRUCT"])
+@pytest.mark.parametrize("listed", [False, True])
+def test_labels_of_another_frame_of_reference_or_patient_are_refused_unless_asked_for(
+    tmp_path: Path, kind: str, listed: bool
+) -> None:
+    source, out = tmp_path / "source", tmp_path / "raw" / NAME
+    series = write_study(source / "images", 0)
+    file = source / "labels.dcm"
+    if kind == "SEG":
+        write_segmentation(file, series)
+    else:
+        write_structure_set(file, series, regions_of(series.labels, NAMES))
+    whole = file.read_bytes()
+    (tmp_path / "cases.csv").write_text("case,series,label\none,images,labels.dcm\n")
+    words = ("--cases", str(tmp_path / "cases.csv"), "--json") if listed else ("--json",)
+
+    def edited(change: Any) -> Any:
+        file.write_bytes(whole)
+        ds = pydicom.dcmread(file)
+        change(ds)
+        ds.save_as(file)
+        return shown(convert(source, out, *words), 1)
+
+    def other_frame(ds: Any) -> None:
+        for item in (ds, *ds.get("ReferencedFrameOfReferenceSequence", []), *ds.get("StructureSetROISequence", [])):
+            for keyword in ("FrameOfReferenceUID", "ReferencedFrameOfReferenceUID"):
+                if keyword in item:
+                    setattr(item, keyword, "1.2.3.4")
+
+    assert "lies in another frame of reference" in _causes(edited(other_frame))
+    assert shown(convert(source, out, *words, "--ignore-references"))["made"] == 1
+    assert_converted(out, series)
+    document = edited(lambda ds: setattr(ds, "PatientID", "SOMEBODY"))
+    assert "PatientID (0010,0020) of labels and images differ" in _causes(document)
+    notes = [note["note"] for note in shown(convert(source, out, *words, "--ignore-references"))["notes"]]
+    assert "PatientID (0010,0020) of labels and images differ" in notes
+
+
+def test_labels_of_images_that_are_not_there_are_not_given_to_others_of_their_frame(tmp_path: Path) -> None:
+    """A SEG of one phase on the images of another."""
+    source, out = tmp_path / "source", tmp_path / "raw" / NAME
+    arterial = write_study(tmp_path / "elsewhere", 0)
+    write_segmentation(source / "seg.dcm", arterial)
+    venous = write_study(source / "venous", 0, series_number=2)
+    causes = _causes(shown(convert(source, out, "--json"), 1))
+    assert "seg.dcm: the images that it refers to are not in the source" in causes
+    document = shown(convert(source, out, "--json", "--ignore-references"))
+    assert "matched by its frame of reference" in document["notes"][0]["note"]
+    assert_converted(out, venous)
+
+
+def _cut(series: PhantomSeries, last: int) -> None:
+    """Without the last slices, in space."""
+    for file in series.ordered_files[-last:]:
+        file.unlink()
+
+
+@pytest.mark.parametrize("kind", ["SEG", "RTSTRUCT"])
+def test_slices_that_labels_refer_to_and_that_are_not_there_are_told_and_must_have_no_voxels(
+    tmp_path: Path, kind: str
+) -> None:
+    source, out = tmp_path / "source", tmp_path / "raw" / NAME
+    series = write_study(source / "images", 0)
+    labels = series.labels.copy()
+    labels[-2:], labels[-3] = 0, 1
+    if kind == "SEG":
+        write_segmentation(source / "labels.dcm", series, labels)
+    else:
+        write_structure_set(source / "labels.dcm", series, regions_of(labels, NAMES))
+        ds = pydicom.dcmread(source / "labels.dcm")
+        for region in ds.ROIContourSequence:
+            for contour, z in zip(region.ContourSequence, _depths(region, series), strict=True):
+                image = pydicom.Dataset()
+                image.ReferencedSOPInstanceUID = pydicom.dcmread(series.ordered_files[z]).SOPInstanceUID
+                contour.ContourImageSequence = [image]
+        ds.save_as(source / "labels.dcm")
+    _cut(series, 2)
+    document = shown(convert(source, out, "--json"))
+    told = "2 image(s) that its labels refer to are not in the source: slices may be missing"
+    assert {"about": case_of(out, series), "note": told} in document["notes"]
+    volume, found = read_converted(out, series)
+    assert volume.geometry.shape[0] == found.geometry.shape[0] == len(series.files) - 2
+    assert np.count_nonzero(found.array) == np.count_nonzero(labels)
+    # The same slice under another UID is not the image that was drawn on.
+    last = pydicom.dcmread(series.ordered_files[-3])
+    last.SOPInstanceUID = last.file_meta.MediaStorageSOPInstanceUID = UID("1.2.3.4")
+    last.save_as(series.ordered_files[-3])
+    causes = _causes(shown(convert(source, out, "--json"), 1))
+    if kind == "SEG":
+        assert f"has {np.count_nonzero(labels[-3])} voxels of segment 1 on an image that is not in the source" in causes
+    else:
+        assert "contours were drawn on images that are not in the source" in causes
+    document = shown(convert(source, out, "--json", "--ignore-references"))
+    assert told.replace("2", "3") in [note["note"] for note in document["notes"]]
+    series.ordered_files[-3].unlink()
+    assert "not in the source" in _causes(shown(convert(source, out, "--json"), 1))
+
+
+def _depths(region: Any, series: PhantomSeries) -> list[int]:
+    """The slice of each contour."""
+    inverse = np.linalg.inv(series.affine_lps)
+    return [round(float((inverse @ [*contour.ContourData[:3], 1])[2])) for contour in region.ContourSequence]
+
+
+def test_slices_of_another_series_that_labels_refer_to_are_not_missing(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "raw" / NAME
+    series = write_study(source / "images", 0)
+    other = write_study(tmp_path / "elsewhere", 5)
+    write_segmentation(source / "seg.dcm", series)
+    ds = pydicom.dcmread(source / "seg.dcm")
+    added = pydicom.Dataset()
+    added.SeriesInstanceUID = other.series_instance_uid
+    added.ReferencedInstanceSequence = [pydicom.Dataset()]
+    added.ReferencedInstanceSequence[0].ReferencedSOPInstanceUID = other.datasets[0].SOPInstanceUID
+    ds.ReferencedSeriesSequence.append(added)
+    ds.save_as(source / "seg.dcm")
+    assert not shown(convert(source, out, "--json"))["notes"]
+
+
+def test_images_of_two_patients_under_one_series_uid_are_no_volume(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "raw" / NAME
+    series = write_study(source / "images", 0)
+    write_segmentation(source / "seg.dcm", series)
+    for file in series.files[:3]:
+        ds = pydicom.dcmread(file)
+        ds.PatientID = "SOMEBODY"
+        ds.save_as(file)
+    causes = _causes(shown(convert(source, out, "--json"), 1))
+    assert "holds images of several patients or studies" in causes
+
+
+def test_a_patient_of_two_systems_is_one_and_who_may_be_the_same_is_told(tmp_path: Path) -> None:
+    """One system states the issuer of PatientID, another does not, and a third leaves the patient out."""
+    source, out = tmp_path / "source", tmp_path / "raw" / NAME
+    made = [write_study(source / str(index), index, patient=0) for index in range(4)]
+    for series, changes in zip(
+        made,
+        ({}, {"IssuerOfPatientID": "CLINIC"}, {"PatientID": "Secret-000 "}, {"PatientID": ""}),
+        strict=True,
+    ):
+        for file in series.files:
+            ds = pydicom.dcmread(file)
+            for keyword, value in changes.items():
+                setattr(ds, keyword, value)
+            ds.save_as(file)
+        write_segmentation(source / f"{series.study_instance_uid}.dcm", series)
+    document = shown(convert(source, out, "--json"))
+    names = [case_of(out, series) for series in made]
+    patients = open_dataset(out).json.patients
+    assert patients[names[0]] == patients[names[1]]
+    assert len(set(patients.values())) == 3
+    told = {note["about"]: note["note"] for note in document["notes"]}
+    assert set(told) == set(names)
+    assert f"its patient, {patients[names[2]]}, may be {patients[names[0]]}" in told[names[2]]
+    assert "has no PatientID" in told[names[3]]
+
+
+def test_a_link_to_a_folder_is_not_followed_and_counted(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "raw" / NAME
+    write_segmentation(source / "seg.dcm", write_study(source / "images", 0))
+    write_study(tmp_path / "elsewhere", 1)
+    (source / "link").symlink_to(tmp_path / "elsewhere")
+    assert shown(convert(source, out, "--json"))["passed_over"]["link to a folder"] == 1
+
+
+def test_while_cases_are_remade_the_dataset_is_not_finished_and_a_case_is_of_no_rule(
+    tmp_path: Path, studies: list[PhantomSeries], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = tmp_path / "source", tmp_path / "raw" / NAME
+    words = ("--label", "one=left*", "--label", "two=right*", "--json")
+    shown(convert(source, out, *words))
+    before = {path.name: path.read_bytes() for path in (out / "labelsTr").iterdir()}
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gateway.training_data.case_conversion.write_json", killed)
+    assert convert(source, out, *words, "--overlap", "last").exit_code != 0
+    monkeypatch.undo()
+    assert not (out / "dataset.json").exists()
+    # Asked for the old rule again, the case that was being made is not taken for one of it.
+    assert shown(convert(source, out, *words))["made"] == 1
+    assert {path.name: path.read_bytes() for path in (out / "labelsTr").iterdir()} == before
+    assert (out / "dataset.json").exists()
+
+
 def _with_affine(series: PhantomSeries, affine: Any) -> PhantomSeries:
     return PhantomSeries(**{**vars(series), "affine_lps": affine})
 
@@ -433,6 +746,29 @@ def test_a_list_with_faults_names_each_with_its_line(tmp_path: Path) -> None:
     assert "is no DICOM SEG" in causes["cases.csv, line 8"]
     assert "2 series for 1 channel(s)" in causes["cases.csv, line 9"]
     assert len(causes) == 7
+
+
+def test_the_name_of_a_case_does_not_tell_the_patient(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "raw" / NAME
+    series = write_study(source / "images", 0)
+    for file in series.files:
+        ds = pydicom.dcmread(file)
+        ds.SpecificCharacterSet = "ISO_IR 192"
+        ds.PatientName, ds.PatientID = "Sørensen-Müller^Li Jo^^Dr", "AB 12.345"
+        ds.save_as(file)
+    write_segmentation(source / "seg.dcm", series)
+    listed = tmp_path / "cases.csv"
+    telling = ["mueller", "CT_MULLER_1", "xSoerensen", "muellerlijo_2", "liver_ab-12345", "AB12_345"]
+    telling.append(series.series_instance_uid.replace(".", "-")[:64].strip("-"))
+    for name in telling:
+        listed.write_text(f"case,series,label\n{name},images,seg.dcm\n")
+        ran = convert(source, out, "--cases", str(listed), "--json")
+        causes = _causes(shown(ran, 1))
+        assert "cases.csv, line 2: its name holds the patient's identifier, a part of their name or a UID" in causes
+        assert name.casefold() not in ran.output.casefold()
+    for name in ("liver_2", "mulle", "drone", "jolly"):
+        listed.write_text(f"case,series,label\n{name},images,seg.dcm\n")
+        assert shown(convert(source, tmp_path / name / NAME, "--cases", str(listed), "--json"))["cases"] == [name]
 
 
 def test_a_frame_of_reference_counts_where_one_series_has_it(tmp_path: Path) -> None:

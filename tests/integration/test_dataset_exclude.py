@@ -16,6 +16,7 @@ require_peer("torch")
 
 import torch
 
+from engine.bundle import load_bundle
 from engine.experiment import open_experiment
 from engine.fingerprint import read_fingerprint
 from gateway.cli import app
@@ -69,6 +70,35 @@ def test_folds_and_bundles_that_were_trained_on_the_case_are_named(trained: Path
     assert for_people.exit_code == 0
     assert "What knows case_02\n" in for_people.stdout
     assert "1.0.0" in for_people.stdout
+
+
+def test_a_bundle_is_traced_when_its_folds_are_gone_or_trained_anew(trained: Path) -> None:
+    """By the digests of its provenance; where no list of cases has that digest, that is said."""
+    raw, model = trained / NAME, trained / "results" / NAME / MODEL
+    shutil.rmtree(model)
+    words = ("case_02", str(raw), "--reason", "motion", "--json")
+    document = shown(_exclude(trained, *words))
+    assert document["folds"] == []
+    assert [(b["semver"], b["folds"], b["untraced"]) for b in document["bundles"]] == [
+        ("1.0.0", [f"{MODEL}/fold_1"], None)
+    ]
+    assert seggate(trained, "train", str(raw), *BRIEF).exit_code == 0
+    assert shown(_exclude(trained, *words))["bundles"] == document["bundles"]
+    (trained / "preprocessed" / NAME / "splits_final.json").unlink()
+    (found,) = shown(_exclude(trained, *words))["bundles"]
+    assert "no list of cases that is here is the one that it was trained on: 3d_fullres/fold_1" in found["untraced"]
+
+
+def test_what_is_exported_after_an_exclusion_says_that_its_networks_know_the_case(trained: Path) -> None:
+    raw = trained / NAME
+    assert _exclude(trained, "case_02", str(raw), "--reason", "motion").exit_code == 0
+    assert seggate(trained, "select", str(raw)).exit_code == 0
+    document = shown(seggate(trained, "export", str(raw), "--semver", "1.1.0", "--no-calibration", "--json"))
+    assert "learned from 6 cases, and 1 of them are excluded since (the first: case_02)" in "\n".join(document["notes"])
+    bundle = load_bundle(Path(document["bundle"]))
+    assert "on 6 cases of Dataset901_Tiny, 1 of which excluded since" in bundle.origin
+    assert bundle.evidence.provenance is not None
+    assert bundle.evidence.provenance.data.cases == 6
 
 
 def test_planning_training_and_selection_go_on_without_the_case(trained: Path) -> None:

@@ -122,7 +122,7 @@ def test_what_was_answered_before_an_abort_stays_known(tmp_path: Path, result: I
 
 def test_a_stalling_peer_is_left_after_the_timeout(tmp_path: Path, result: InventedResult) -> None:
     with pacs.scripted(pacs.ScriptedPacs(tmp_path / "pacs", ["stall"])) as peer:
-        (status,) = _dimse(peer, timeout_s=0.5).send(result.objects("BINARY"))
+        (status,) = _dimse(peer, timeout_s=3.0).send(result.objects("BINARY"))
     assert status.outcome == "unknown"
     assert "did not answer" in status.meaning
 

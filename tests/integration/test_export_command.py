@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -203,3 +204,25 @@ def test_nothing_selected_is_said(tmp_path: Path) -> None:
     ran = seggate(tmp_path, "export", str(planned(tmp_path)))
     assert ran.exit_code == 1
     assert "run `seggate select` first" in ran.stderr
+
+
+def test_what_was_trained_anew_or_on_other_folds_since_it_was_selected_is_not_exported(
+    tmp_path: Path, selected: Path
+) -> None:
+    """Its figures would be those of other networks, its calibration made of cases that a network has learnt."""
+    root = shutil.copytree(selected, tmp_path / "copy")
+    raw, splits = root / NAME, root / "preprocessed" / NAME / "splits_final.json"
+    before = splits.read_text()
+    splits.write_text(json.dumps(json.loads(before)[::-1]))
+    ran = seggate(root, "export", str(raw), "--no-calibration")
+    assert (ran.exit_code, "is of other folds than those of splits_final.json" in ran.output) == (1, True), ran.output
+    splits.write_text(before)
+    for folder in (root / "results" / NAME).glob("nnUNet*/fold_0"):
+        shutil.rmtree(folder)
+    words = ("--fold", "0", "--epochs", "1", "--iterations", "1", "--precision", "float32", "--seed", "5")
+    assert seggate(root, "train", str(raw), *words).exit_code == 0
+    ran = seggate(root, "export", str(raw), "--no-calibration")
+    assert (ran.exit_code, "fold_0 was trained or validated anew since" in ran.output) == (1, True), ran.output
+    assert not (root / "results" / NAME / "bundles" / "1.1.0").exists()
+    assert seggate(root, "select", str(raw)).exit_code == 0
+    assert seggate(root, "export", str(raw), "--no-calibration", "--semver", "1.1.0").exit_code == 0

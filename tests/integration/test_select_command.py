@@ -174,6 +174,32 @@ def test_a_fold_that_was_trained_on_other_splits_is_named(tmp_path: Path, traine
     )
 
 
+def test_a_network_that_is_not_the_one_that_was_validated_is_named(tmp_path: Path, trained: Path) -> None:
+    """A copy put back, or a training that nnU-Net continued: its figures are nobody's."""
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    model = copy / "results" / NAME / f"{PREFIX}3d_fullres"
+    before = (model / "fold_0" / "checkpoint_final.pth").read_bytes()
+    shutil.copy(model / "fold_1" / "checkpoint_final.pth", model / "fold_0" / "checkpoint_final.pth")
+    named = "fold_0/checkpoint_final.pth has changed since it was validated"
+    ran = seggate(copy, "select", str(copy / NAME), "--configuration", "3d_fullres")
+    assert (ran.exit_code, named in ran.stderr) == (1, True), ran.output
+    ran = seggate(copy, "train", str(copy / NAME), "--configuration", "3d_fullres", *LEARNS)
+    assert (ran.exit_code, named in ran.stderr) == (1, True), ran.output
+    (model / "fold_0" / "checkpoint_final.pth").write_bytes(before)
+    assert seggate(copy, "select", str(copy / NAME), "--configuration", "3d_fullres").exit_code == 0
+
+
+def test_networks_of_plans_that_were_made_anew_since_are_named(tmp_path: Path, trained: Path) -> None:
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    plans = copy / "preprocessed" / NAME / "nnUNetPlans.json"
+    document = json.loads(plans.read_text())
+    document["configurations"]["3d_fullres"]["spacing"] = [2.0, 2.0, 2.0]
+    plans.write_text(json.dumps(document))
+    ran = seggate(copy, "select", str(copy / NAME), "--configuration", "3d_fullres")
+    assert ran.exit_code == 1
+    assert "3d_fullres was trained with another plans.json than that of now" in ran.stderr
+
+
 def test_corrected_label_maps_are_measured_anew(tmp_path: Path, trained: Path, selected: Any) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(trained, copy)

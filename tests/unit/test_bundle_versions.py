@@ -26,11 +26,11 @@ def digests(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return found
 
 
-def _add(folder: Path, version: str, made: MadeOf) -> None:
+def _add(folder: Path, version: str, made: MadeOf, *, calibrates: bool = True) -> None:
     (folder / version).mkdir(parents=True)
     (folder / version / "bundle.json").touch()
     bundle: Any = SimpleNamespace(root=folder / version, weights_digest="its")
-    note_bundle(bundle, made)
+    note_bundle(bundle, made, calibrates=calibrates)
 
 
 @pytest.mark.parametrize(
@@ -60,6 +60,20 @@ def test_the_latest_bundle_made_of_just_that_is_found(tmp_path: Path, digests: d
     assert found is not None
     assert found.root.name == "1.10.0"
     assert next_version(tmp_path, FIRST)[0] == "1.11.1"
+
+
+def test_a_bundle_for_which_no_calibration_was_tried_is_not_that_of_whoever_wants_one(
+    tmp_path: Path, digests: dict[str, str]
+) -> None:
+    _add(tmp_path, "1.0.0", FIRST, calibrates=False)
+    assert find_bundle(tmp_path, FIRST) is not None
+    assert find_bundle(tmp_path, FIRST, calibrates=True) is None
+    assert next_version(tmp_path, FIRST) == ("1.0.1", "1.0.0 was made without a calibration")
+    _add(tmp_path, "1.0.1", FIRST)
+    for calibrates in (False, True):
+        found = find_bundle(tmp_path, FIRST, calibrates=calibrates)
+        assert found is not None
+        assert found.root.name == "1.0.1"
 
 
 def test_a_bundle_that_was_exchanged_or_never_noted_is_nobodys(tmp_path: Path, digests: dict[str, str]) -> None:

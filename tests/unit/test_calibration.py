@@ -170,3 +170,13 @@ def test_cases_that_are_all_alike_are_taken_as_they_are() -> None:
     found = estimate(fit_label(alike), evidence())
     assert isinstance(found, Estimate)
     assert found.dice == pytest.approx(found.dice_lower) == pytest.approx(0.9)
+
+
+def test_of_a_bound_that_too_few_patients_give_no_coverage_is_claimed() -> None:
+    """24 cases of 6 patients: a 90 % bound takes 9."""
+    known = [replace(case, patient=f"p{index % 6}") for index, case in enumerate(drawn(5, 24))]
+    label = calibrate({"liver": known}).labels["liver"]
+    assert (label.dice.margin, label.hd95.margin) == (None, None)
+    assert (label.found.dice_coverage, label.found.hd95_coverage) == (None, None)
+    assert (label.found.dice_lower, label.found.hd95_upper_mm) == (None, None)
+    assert label.found.cases > 0

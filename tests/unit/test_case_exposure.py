@@ -77,7 +77,7 @@ def test_a_bundle_is_traced_by_plans_configuration_fold_and_trainer(results: Pat
     _bundle(results, "1.2.0", folds="0", origin="trained by seggate (nnUNetTrainerArticle: 3d_fullres, folds 0)")
     _bundle(results, "1.3.0", folds="1", plans="otherPlans")
     _bundle(results, "1.4.0", folds="1", name="2d")
-    found = bundles_trained_on(results, folds_that_know(results, "a"))
+    found = bundles_trained_on(results, "a", folds_that_know(results, "a"))
     assert [(b.semver, b.folds) for b in found] == [
         ("1.0.0", (f"{other}/fold_0", f"{MODEL}/fold_1")),
         ("1.2.0", (f"{other}/fold_0",)),
@@ -88,7 +88,7 @@ def test_a_bundle_that_cannot_be_read_is_named_and_stops_nothing(results: Path) 
     _bundle(results, "1.0.0", folds="1")
     _bundle(results, "2.0.0", folds="1")
     (results / "bundles" / "2.0.0" / "bundle.json").write_text("{")
-    found = bundles_trained_on(results, folds_that_know(results, "a"))
+    found = bundles_trained_on(results, "a", folds_that_know(results, "a"))
     assert [(b.folder.name, bool(b.folds), b.untraced is None) for b in found] == [
         ("1.0.0", True, True),
         ("2.0.0", False, False),

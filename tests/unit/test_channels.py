@@ -18,6 +18,7 @@ def _series(modality: str, description: str) -> SourceSeries:
         description=description,
         patient_id="",
         issuer="",
+        patient_name="",
         files=(),
         instances=frozenset(),
     )

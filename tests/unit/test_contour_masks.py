@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from pydicom import dcmread
 
 from engine.nifti import read_label_map
 from gateway.errors import Rejected
@@ -153,3 +154,27 @@ def test_contours_of_a_tumour_are_their_twin_mask_voxel_by_voxel(shared_data: Pa
     assert twin.array.any()
     assert np.array_equal(painter.array, twin.array)
     assert notes == []
+
+
+def test_a_hole_in_another_item_of_the_same_region_is_a_hole(tmp_path: Path) -> None:
+    phantom = write_series(tmp_path / "s")
+    part = part_of(phantom.files)
+    file = write_structure_set(tmp_path / "rs.dcm", phantom, [Region(name="r", contours=[_square(4, 3, 12)])])
+    ds = dcmread(file)
+    hole = dcmread(write_structure_set(tmp_path / "hole.dcm", phantom, [Region(name="r", contours=[_square(4, 5, 9)])]))
+    ds.ROIContourSequence.append(hole.ROIContourSequence[0])
+    ds.save_as(file)
+    painter = LabelPainter(part.geometry.shape, 1, "refuse")
+    paint_contours(file, {1: 1}, part.geometry, painter, between="refuse")
+    # 10 x 10, without the 3 x 3 inside the hole's line.
+    assert int(painter.array.sum()) == 91
+
+
+def test_contours_beside_the_images_are_refused_and_what_reaches_beyond_their_edge_is_told(tmp_path: Path) -> None:
+    phantom = write_series(tmp_path / "s")
+    half = Region(name="r", contours=[_square(4, -4, 3)])
+    array, notes = _painted(phantom, [half], tmp_path)
+    assert array[4].sum() == 16
+    assert "1 contours reach beyond the edge of the images" in notes[0]
+    with pytest.raises(Rejected, match="1 of 2 contours lie beside the images"):
+        _painted(phantom, [Region(name="r", contours=[_square(4), _square(5, -9, -3)])], tmp_path)

@@ -31,6 +31,7 @@ WHOLE_MEANING = {
     "NotFinite": Rejected,
     "DatasetInvalid": Rejected,
     "TrainingRefused": Rejected,
+    "DatasetBusy": Transient,
     "WorkerDied": Transient,
     "ImportRefused": Rejected,
     "IntakeRejected": Rejected,

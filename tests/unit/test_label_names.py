@@ -35,6 +35,13 @@ def test_labels_take_what_their_patterns_say_in_the_order_given() -> None:
     ]  # fmt: skip
 
 
+def test_only_a_pattern_with_a_wildcard_gathers_structures_of_one_name() -> None:
+    table = table_of_words(["liver", "tumour=GTV|GTV ?|Tumor*"])
+    names = ("Liver", "gtv", "GTV 1", "tumor")
+    assert [any(label.gathers(name) for label in table.labels) for name in names] == [False, False, True, True]
+    assert not table_of_names(["a*b"]).labels[0].gathers("a*b")
+
+
 def test_brackets_are_no_wildcards() -> None:
     assert table_of_words(["a=x[1]"]).value("x[1]") == 1
     assert table_of_words(["a=x[1]"]).value("x1") is None

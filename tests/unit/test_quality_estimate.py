@@ -134,7 +134,13 @@ def test_touching_the_edge_is_compared_where_enough_cases_did() -> None:
 
 
 def test_of_an_empty_segment_nothing_is_said_where_some_cases_rightly_had_none() -> None:
-    assert estimate(calibrated(rightly_empty=1), evidence(components=0, volume_ml=0.0)) is None
+    nothing = evidence(components=0, volume_ml=0.0)
+    assert estimate(calibrated(rightly_empty=1), nothing) is None
+    assert estimate(calibrated(rightly_empty=18, missed=2), nothing) is None
+    # Of such empty results more than a tenth were misses: somebody looks.
+    for rightly_empty, missed in ((1, 12), (17, 2), (0, 3)):
+        found = estimate(calibrated(rightly_empty=rightly_empty, missed=missed), nothing)
+        assert found == Outside(reasons=("empty",))
 
 
 def test_without_enough_cases_for_a_bound_it_is_the_worst_there_is() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import SimpleITK as sitk
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
+from pydicom.pixels.utils import pack_bits
 
 from engine.volume import Geometry
 from gateway.errors import Rejected
@@ -70,6 +72,28 @@ def test_our_own_segmentation_comes_back_voxel_by_voxel(
     assert np.array_equal(_painted(file, part.geometry).array, phantom.labels)
 
 
+@pytest.mark.parametrize("columns", range(16, 24))
+def test_frames_that_do_not_begin_at_a_byte_are_read(tmp_path: Path, columns: int) -> None:
+    phantom = write_series(tmp_path / "s", shape=(9, 13, columns))
+    part = part_of(phantom.files)
+    file = _written(part, phantom.labels, tmp_path / "seg.dcm")
+    assert np.array_equal(_painted(file, part.geometry).array, phantom.labels)
+
+
+def test_frames_of_a_large_object_are_read_alike_and_its_end_is_looked_for(tmp_path: Path) -> None:
+    """Pixels of more than some kilobytes are left in the file until they are needed."""
+    phantom = write_series(tmp_path / "s", shape=(9, 101, 103))
+    part = part_of(phantom.files)
+    file = _written(part, phantom.labels, tmp_path / "seg.dcm")
+    assert np.array_equal(_painted(file, part.geometry).array, phantom.labels)
+
+    def shorten(ds: Dataset) -> None:
+        ds.PixelData = ds.PixelData[:-200]
+
+    with pytest.raises(Rejected, match=r"PixelData \(7FE0,0010\) is truncated"):
+        _painted(_edited(file, shorten), part.geometry)
+
+
 def test_the_images_of_an_enhanced_object_are_matched_too(tmp_path: Path) -> None:
     phantom = write_series(tmp_path / "s", orientation="oblique", order="shuffled", enhanced=True, modality="MR")
     part = part_of(phantom.files)
@@ -106,6 +130,74 @@ def test_frames_in_any_order_and_groups_that_are_not_shared_are_read(tmp_path: P
         ds.PerFrameFunctionalGroupsSequence = groups
 
     assert np.array_equal(_painted(_edited(file, shuffle), part.geometry).array, phantom.labels)
+
+
+def _decoded(path: Path) -> Dataset:
+    ds = pydicom.dcmread(path)
+    if ds.file_meta.TransferSyntaxUID.is_compressed:
+        ds.decompress()
+    return ds
+
+
+def _join(path: Path, first: Dataset, second: Dataset) -> Path:
+    """An object with the frames of both."""
+    frames = np.concatenate([ds.pixel_array.reshape(-1, ds.Rows, ds.Columns) for ds in (first, second)])
+    groups = [*first.PerFrameFunctionalGroupsSequence, *second.PerFrameFunctionalGroupsSequence]
+    first.PerFrameFunctionalGroupsSequence, first.NumberOfFrames = copy.deepcopy(groups), len(frames)
+    content = pack_bits(frames.ravel()) if first.BitsAllocated == 1 else frames.tobytes()
+    first.PixelData = content + b"\0" * (len(content) % 2)
+    first.save_as(path)
+    return path
+
+
+def _turn_rows(ds: Dataset) -> None:
+    """The same voxels, with rows that run the other way."""
+    shared = ds.SharedFunctionalGroupsSequence[0]
+    cosines = np.array(shared.PlaneOrientationSequence[0].ImageOrientationPatient, dtype=float)
+    length_mm = float(shared.PixelMeasuresSequence[0].PixelSpacing[1]) * (ds.Columns - 1)
+    for group in ds.PerFrameFunctionalGroupsSequence:
+        group.PlaneOrientationSequence = copy.deepcopy(shared.PlaneOrientationSequence)
+        group.PlaneOrientationSequence[0].ImageOrientationPatient = [*-cosines[:3], *cosines[3:]]
+        place = group.PlanePositionSequence[0]
+        place.ImagePositionPatient = list(np.array(place.ImagePositionPatient) + cosines[:3] * length_mm)
+    ds.PixelData = pack_bits(ds.pixel_array[..., ::-1].ravel())
+
+
+@pytest.mark.parametrize("encoding", ["BINARY", "LABELMAP"])
+def test_frames_of_one_segment_at_one_position_are_refused_unless_they_are_the_same(
+    tmp_path: Path, encoding: Encoding
+) -> None:
+    """Two points in time, between which only the first segment moves: which is meant?"""
+    phantom = write_series(tmp_path / "s", shape=(6, 10, 14))
+    part = part_of(phantom.files)
+    labels = np.zeros((6, 10, 14), np.uint8)
+    labels[1:4, 2:5, 2:5], labels[2:5, 6:8, 6:8] = 1, 2
+    moved = np.where(labels == 1, 0, labels)
+    moved[1:4, 2:5, 3:6] = 1
+    now = _decoded(_written(part, labels, tmp_path / "now.dcm", encoding))
+    later = _decoded(_written(part, moved, tmp_path / "later.dcm", encoding))
+    both = _join(tmp_path / "both.dcm", copy.deepcopy(now), later)
+    with pytest.raises(Rejected, match=r"frames at one position that differ, of segment 1 at 3 position\(s\) \(time"):
+        _painted(both, part.geometry)
+    assert np.array_equal(_painted(both, part.geometry, {2: 2}).array, np.where(labels == 2, 2, 0))
+    twice = _join(tmp_path / "twice.dcm", copy.deepcopy(now), now)
+    assert np.array_equal(_painted(twice, part.geometry).array, labels)
+
+
+def test_a_position_is_the_same_whichever_way_the_rows_run(tmp_path: Path) -> None:
+    phantom = write_series(tmp_path / "s", shape=(6, 10, 14), orientation="oblique")
+    part = part_of(phantom.files)
+    labels = np.zeros((6, 10, 14), np.uint8)
+    labels[1:4, 2:5, 2:5] = 1
+    now, turned = (_decoded(_written(part, labels, tmp_path / "now.dcm")) for _ in range(2))
+    _turn_rows(turned)
+    turned.save_as(tmp_path / "turned.dcm")
+    assert np.array_equal(_painted(tmp_path / "turned.dcm", part.geometry).array, labels)
+    for group in now.PerFrameFunctionalGroupsSequence:
+        group.PlaneOrientationSequence = now.SharedFunctionalGroupsSequence[0].PlaneOrientationSequence
+    del now.SharedFunctionalGroupsSequence[0].PlaneOrientationSequence
+    with pytest.raises(Rejected, match=r"segment 1 at 3 position\(s\)"):
+        _painted(_join(tmp_path / "both.dcm", now, turned), part.geometry)
 
 
 def _move(ds: Dataset) -> None:
