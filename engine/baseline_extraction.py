@@ -17,10 +17,12 @@ from engine.experiment import Experiment
 from engine.intensity_baseline import (
     BINS,
     FORMAT,
+    GRID,
     ChannelBins,
     IntensityBaseline,
     StudySummary,
     choose_bins,
+    label_volumes_ml,
     make_baseline,
     read_study,
     summarize_study,
@@ -80,7 +82,7 @@ def _case(job: _Job, case: Case) -> StudySummary:
         loaded.volume,
         loaded.labels,
         job.bins,
-        [label.region for label in labels.foreground],
+        label_volumes_ml(loaded.labels, [label.region for label in labels.foreground]),
         ignore_label=labels.ignore_label,
     )
     write_json({"stamp": stamp, "study": asdict(study)}, path)
@@ -94,7 +96,7 @@ def _stamp(job: _Job, case: Case) -> str:
         state = path.stat() if path.exists() else None
         files.append([path.name, state.st_size, state.st_mtime_ns] if state else [path.name])
     rules = {
-        "format": [FORMAT, BINS],
+        "format": [FORMAT, BINS, GRID],
         "files": files,
         "bins": [asdict(channel) for channel in job.bins],
         "labels": job.dataset_json.document["labels"],

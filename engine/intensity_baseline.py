@@ -6,14 +6,19 @@ open. Where values have a unit (CT, PET, unnormalised and RGB channels) the edge
 there 0 and 1 are the 1st and 99th percentile of the image's own voxels that are not 0. Nothing depends on the order in
 which voxels are stored, and percentiles are values that occur, so the numbers are the same on every machine.
 
-Spacing and size are along the patient's axes, in the order superior, posterior, left. No names are kept.
+Every 4th voxel towards the head, every 2nd towards back and left is looked at: a live study costs a sixteenth, and the
+baseline is made on the same grid. The noise is the median absolute deviation of the Laplacian (Immerkaer 1996, with
+the median for the mean), as a share of the distance from the 1st to the 99th percentile.
+
+Spacing, size and grid are along the patient's axes, in the order superior, posterior, left. No names are kept.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -21,10 +26,10 @@ from numpy.typing import NDArray
 
 from engine.json_reader import Reader
 from engine.plans import NormalizationScheme
-from engine.volume import LabelMap, Volume, reorientation
+from engine.volume import LabelMap, Reorientation, Volume, reorientation
 
 BASELINE_JSON = "baseline.json"
-FORMAT = 1
+FORMAT = 2
 BINS = 64
 SHARES = 10_000
 """What the bins of one histogram add up to."""
@@ -36,6 +41,14 @@ _MAX_HISTOGRAMS = 1000
 _MAX_CASES = 10**7
 _MAX_VALUE = 1e38
 
+GRID = (4, 2, 2)
+"""Of which voxels along superior, posterior, left every n-th is looked at."""
+_WHOLE = (1, 1, 1)  # as format 1 did
+_NOISE_VOXELS = 2**17
+# The Laplacian adds up six neighbours and takes six times the middle: white noise of 1 becomes this.
+_LAPLACIAN = 42**0.5
+_DEVIATION = 0.6745  # the median of |noise| of a standard deviation of 1
+
 _CT_RANGE = (-1024.0, 3071.0)
 _PERCENTILE_RANGE = (-0.1, 1.4)
 _UNIT_SCHEMES: frozenset[NormalizationScheme] = frozenset({"ct", "nonorm", "rgb_to_0_1"})
@@ -45,6 +58,7 @@ _LPS = "LPS"
 Scale = Literal["image", "percentile"]
 Counts = tuple[int, ...]
 Triple = tuple[float, float, float]
+Triplet = tuple[int, int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,22 +77,26 @@ class ChannelBins:
 @dataclass(frozen=True, kw_only=True)
 class ChannelIntensities:
     """One channel of one study. `foreground` is None without foreground. `percentiles` (1, 50, 99) are in the image's
-    units, of the voxels that are not 0; zeros where there is none."""
+    units, of the voxels that are not 0; zeros where there is none. `noise` is a share of the distance between the outer
+    two of them; None where there is no distance, the image is too thin, or format 1 wrote it."""
 
     foreground: Counts | None
     whole: Counts
     percentiles: Triple
+    noise: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudySummary:
-    """One study. `spacing_mm` and `size` (voxels of the box around what is not 0) run superior, posterior, left;
-    `volumes_ml` is by the labels of the model."""
+    """One study. `spacing_mm` and `size` (voxels of the box around what is not 0, on the grid that was looked at) run
+    superior, posterior, left; `volumes_ml` is by the labels of the model; `foreground_share` is the part of that box
+    that has a label, None where format 1 wrote it."""
 
     channels: tuple[ChannelIntensities, ...]
     spacing_mm: Triple
     size: tuple[int, int, int]
     volumes_ml: tuple[float, ...]
+    foreground_share: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +110,9 @@ class PooledIntensities:
 @dataclass(frozen=True, kw_only=True)
 class IntensityBaseline:
     """`pooled` is over all `cases`; `studies` are those cases, or an even choice where there are very many. `labels`
-    are names, in the order of the studies' volumes."""
+    are names, in the order of the studies' volumes. `grid`: see GRID."""
 
+    grid: Triplet
     channels: tuple[ChannelBins, ...]
     labels: tuple[str, ...]
     cases: int
@@ -129,46 +148,60 @@ def summarize_study(
     volume: Volume,
     labels: LabelMap,
     bins: Sequence[ChannelBins],
-    regions: Sequence[Sequence[int]],
+    volumes_ml: Sequence[float],
     *,
     ignore_label: int | None = None,
+    grid: Triplet = GRID,
 ) -> StudySummary:
     """What the baseline holds of a training case, and what a live study is compared by; one function for both.
 
     `volume` (C, Z, Y, X) in its source's units, on any grid and in any voxel order, `labels` on the same grid: the
-    reference in training, the prediction later. `regions` are the label values of each of the model's labels.
-    ValueError when they do not fit together.
+    reference in training, the prediction later. `volumes_ml` are the volumes of the model's labels in them
+    (`label_volumes_ml`, or as measured already). ValueError when image and labels do not fit together.
     """
     if volume.array.shape[0] != len(bins) or labels.array.shape != volume.geometry.shape:
         raise ValueError(
             f"image {volume.array.shape} and labels {labels.array.shape} do not fit {len(bins)} channel(s)"
         )
-    box = _box(volume)
-    inside = labels.array[box]
+    patient = reorientation(volume.geometry, _LPS)
+    array, values = _on_grid(volume.array, patient, grid), _on_grid(labels.array, patient, grid)
+    box = _box(array)
+    inside = values[box]
     foreground = inside != 0
     if ignore_label is not None:
         foreground &= inside != ignore_label
-    patient = reorientation(volume.geometry, _LPS)
-    z, y, x = (box[axis].stop - box[axis].start for axis in patient.axes)
-    voxels = np.bincount(labels.array.ravel())
-    sizes = [sum(int(voxels[value]) for value in set(region) if value < voxels.size) for region in regions]
+    z, y, x = inside.shape
+    channels = []
+    for channel, sampled, chosen in zip(volume.array, array, bins, strict=True):
+        found = _channel(sampled[box], foreground, chosen)
+        low, _, high = found.percentiles
+        noise = _noise(_towards(channel, patient), grid)
+        relative = None if noise is None or high <= low else float(f"{noise / (high - low):.6g}")
+        channels.append(replace(found, noise=relative))
     return StudySummary(
-        channels=tuple(
-            _channel(channel[box], foreground, chosen) for channel, chosen in zip(volume.array, bins, strict=True)
-        ),
+        channels=tuple(channels),
         spacing_mm=_triple(float(f"{mm:.6g}") for mm in patient.target.spacing_mm),
         size=(z, y, x),
-        volumes_ml=tuple(float(f"{size * volume.geometry.voxel_volume_ml:.6g}") for size in sizes),
+        volumes_ml=tuple(float(f"{ml:.6g}") for ml in volumes_ml),
+        foreground_share=float(f"{np.count_nonzero(foreground) / foreground.size:.6g}"),
     )
 
 
+def label_volumes_ml(labels: LabelMap, regions: Sequence[Sequence[int]]) -> tuple[float, ...]:
+    """The volume of each of the regions' label values together."""
+    voxels = np.bincount(labels.array.ravel())
+    sizes = [sum(int(voxels[value]) for value in set(region) if value < voxels.size) for region in regions]
+    return tuple(size * labels.geometry.voxel_volume_ml for size in sizes)
+
+
 def make_baseline(
-    bins: Sequence[ChannelBins], labels: Sequence[str], studies: Sequence[StudySummary]
+    bins: Sequence[ChannelBins], labels: Sequence[str], studies: Sequence[StudySummary], *, grid: Triplet = GRID
 ) -> IntensityBaseline:
-    """The baseline of these studies, at least one."""
+    """The baseline of these studies, at least one, that were all summarised on this grid."""
     kept = max(1, _MAX_HISTOGRAMS // len(bins))
     chosen = np.unique(np.linspace(0, len(studies) - 1, min(kept, len(studies))).round().astype(int))
     return IntensityBaseline(
+        grid=grid,
         channels=tuple(bins),
         labels=tuple(labels),
         cases=len(studies),
@@ -201,6 +234,7 @@ def baseline_text(baseline: IntensityBaseline) -> str:
     """The content of baseline.json: one study a line, so that hundreds of them stay a small file."""
     head = {
         "format": FORMAT,
+        "grid": baseline.grid,
         "alpha": ALPHA,
         "shares": SHARES,
         "labels": baseline.labels,
@@ -217,9 +251,12 @@ def read_baseline(document: Mapping[str, Any], *, error: type[Exception]) -> Int
     """The baseline in a document; raises `error` with the key for whatever is missing, of wrong type or range, or does
     not add up."""
     reader = Reader(document, where=BASELINE_JSON, error=error)
-    for key, expected in (("format", FORMAT), ("shares", SHARES)):
-        if reader.integer(key, 0, 10**6) != expected:
-            raise reader.fail(key, f"is not {expected}")
+    written = reader.integer("format", 0, 10**6)
+    if written not in (1, FORMAT):
+        raise reader.fail("format", f"is not {FORMAT}, and not 1")
+    if reader.integer("shares", 0, 10**6) != SHARES:
+        raise reader.fail("shares", f"is not {SHARES}")
+    grid = reader.integers("grid", 1, 64, lengths=(3, 3)) if written != 1 else _WHOLE
     if reader.number("alpha", 0.0, 1e3) != ALPHA:
         raise reader.fail("alpha", f"is not {ALPHA}")
     channels = tuple(_read_bins(entry) for entry in reader.children("channels", lengths=(1, 256)))
@@ -236,6 +273,7 @@ def read_baseline(document: Mapping[str, Any], *, error: type[Exception]) -> Int
         for entry in reader.children("studies", lengths=(1, _MAX_HISTOGRAMS))
     )
     return IntensityBaseline(
+        grid=(grid[0], grid[1], grid[2]),
         channels=channels,
         labels=labels,
         cases=reader.integer("cases", len(studies), _MAX_CASES),
@@ -253,12 +291,14 @@ def read_study(entry: Reader, *, channels: int, labels: int) -> StudySummary:
                 foreground=None if channel.raw("foreground") is None else _read_counts(channel, "foreground"),
                 whole=_read_counts(channel, "whole"),
                 percentiles=_triple(channel.numbers("percentiles", -_MAX_VALUE, _MAX_VALUE, lengths=(3, 3))),
+                noise=_optional(channel, "noise", 1e6),
             )
             for channel in entry.children("channels", lengths=(channels, channels))
         ),
         spacing_mm=_triple(entry.numbers("spacing_mm", 1e-6, 1e7, lengths=(3, 3))),
         size=(size[0], size[1], size[2]),
         volumes_ml=entry.numbers("volumes_ml", 0.0, 1e12, lengths=(labels, labels)),
+        foreground_share=_optional(entry, "foreground_share", 1.0),
     )
 
 
@@ -270,26 +310,61 @@ def _channel(image: NDArray[np.float32], foreground: NDArray[np.bool_], bins: Ch
         low, median, high = (float(v) for v in np.percentile(values, PERCENTILES, method="lower"))
     offset, factor = (0.0, 1.0) if bins.scale == "image" else (low, (high - low) if high > low else 1.0)
 
-    def histogram(edges: Sequence[float], mask: NDArray[np.bool_] | None) -> Counts:
-        own = offset + factor * np.asarray(edges, dtype=np.float64)
-        counts = np.zeros(BINS, dtype=np.int64)
-        # Plane by plane: places in the edges take 8 bytes a voxel.
-        for index, plane in enumerate(image):
-            chosen = plane.ravel() if mask is None else plane[mask[index]]
-            counts += np.bincount(np.searchsorted(own, chosen, side="right"), minlength=BINS)
-        return _shares(counts)
+    def histogram(edges: Sequence[float], voxels: NDArray[np.float32]) -> Counts:
+        # The edges are even: a place among them is computed, not searched.
+        width = factor * (edges[-1] - edges[0]) / (len(edges) - 1)
+        places = (voxels - np.float32(offset + factor * edges[0])) * np.float32(1.0 / width)
+        np.floor(places, out=places).clip(-1, BINS - 2, out=places)
+        return _shares(np.bincount(places.astype(np.int16) + 1, minlength=BINS))
 
     return ChannelIntensities(
-        foreground=histogram(bins.foreground_edges, foreground) if foreground.any() else None,
-        whole=histogram(bins.whole_edges, None),
+        foreground=histogram(bins.foreground_edges, image[foreground]) if foreground.any() else None,
+        whole=histogram(bins.whole_edges, image.ravel()),
         percentiles=(low, median, high),
+        noise=None,
     )
 
 
-def _box(volume: Volume) -> tuple[slice, slice, slice]:
+def _noise(image: NDArray[np.float32], grid: Triplet) -> float | None:
+    """The standard deviation of the noise of a channel (superior, posterior, left), from its Laplacian at some of the
+    grid's voxels that are not 0; None where there are none inside."""
+    if min(image.shape) < 3:
+        return None
+    inner = tuple(size - 2 for size in image.shape)
+    total = math.prod(-(-size // step) for size, step in zip(inner, grid, strict=True))
+    thinned = grid[0] * max(1, -(-total // _NOISE_VOXELS))
+    steps = (min(thinned, max(grid[0], inner[0] // 8)), grid[1], grid[2])
+    places = [slice(1 + (size - 1) % step // 2, -1, step) for size, step in zip(inner, steps, strict=True)]
+    middle = image[tuple(places)]
+    laplacian = 6.0 * middle
+    for axis in range(3):
+        for move in (-1, 1):
+            beside = [*places]
+            stop = image.shape[axis] - 1 + move
+            beside[axis] = slice(places[axis].start + move, stop, steps[axis])
+            laplacian = laplacian - image[tuple(beside)]
+    known = np.abs(laplacian[middle != 0])
+    return None if known.size == 0 else float(np.median(known)) / (_DEVIATION * _LAPLACIAN)
+
+
+def _towards(array: NDArray[Any], patient: Reorientation) -> NDArray[Any]:
+    """A view of (..., Z, Y, X) along superior, posterior, left."""
+    lead = array.ndim - 3
+    moved = array.transpose(*range(lead), *(lead + axis for axis in patient.axes))
+    return np.flip(moved, tuple(lead + axis for axis in patient.reversed_axes))
+
+
+def _on_grid(array: NDArray[Any], patient: Reorientation, grid: Triplet) -> NDArray[Any]:
+    """Every n-th voxel (..., Z, Y, X) along superior, posterior, left, the same on both ends."""
+    view = _towards(array, patient)
+    parts = tuple(slice((size - 1) % step // 2, None, step) for size, step in zip(view.shape[-3:], grid, strict=True))
+    return np.ascontiguousarray(view[(..., *parts)])
+
+
+def _box(array: NDArray[np.float32]) -> tuple[slice, slice, slice]:
     """Around what is not 0 in any channel, as the preprocessing crops; everything where all is 0."""
-    nonzero = np.zeros(volume.geometry.shape, dtype=np.bool_)
-    for channel in volume.array:
+    nonzero = np.zeros(array.shape[1:], dtype=np.bool_)
+    for channel in array:
         nonzero |= channel != 0
     parts = []
     for axis in range(3):
@@ -352,6 +427,10 @@ def _read_counts(entry: Reader, key: str) -> Counts:
     if sum(counts) != SHARES:
         raise entry.fail(key, f"adds up to {sum(counts)}, not {SHARES}")
     return counts
+
+
+def _optional(entry: Reader, key: str, highest: float) -> float | None:
+    return None if entry.raw(key, None) is None else entry.number(key, 0.0, highest)
 
 
 def _read_pooled(entry: Reader, key: str) -> tuple[float, ...]:

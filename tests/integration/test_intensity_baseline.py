@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from engine.dataset import Case, read_case, read_dataset_json
-from engine.intensity_baseline import choose_bins, summarize_study
+from engine.intensity_baseline import choose_bins, label_volumes_ml, summarize_study
 from engine.volume import LabelMap, Volume
 from gateway.results.series import read_series
 from tests.support.phantoms import Modality, Orientation, write_series
@@ -49,8 +49,8 @@ def test_training_files_and_dicom_give_the_same_summary(
     case = read_case(Case(name="case_00", channels={0: image}, label=label), read_dataset_json(folder / "dataset.json"))
 
     bins = choose_bins([modality], ["ct" if modality == "CT" else "zscore"], [(0.0, 1200.0)])
-    trained = summarize_study(case.volume, case.labels, bins, REGIONS)
-    found = summarize_study(live, labels, bins, REGIONS)
+    trained = summarize_study(case.volume, case.labels, bins, label_volumes_ml(case.labels, REGIONS))
+    found = summarize_study(live, labels, bins, label_volumes_ml(labels, REGIONS))
     assert found == trained
     foreground = found.channels[0].foreground
     assert foreground is not None

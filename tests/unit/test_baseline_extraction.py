@@ -13,7 +13,7 @@ from engine.baseline_extraction import FOLDER, extract_baseline
 from engine.dataset import Case, DatasetJson, LoadedCase, read_case
 from engine.errors import DatasetInvalid, InputRejected
 from engine.experiment import Experiment, open_experiment
-from engine.intensity_baseline import baseline_text, summarize_study
+from engine.intensity_baseline import baseline_text, label_volumes_ml, summarize_study
 from tests.support.tiny_experiment import planned
 
 
@@ -51,7 +51,9 @@ def test_each_study_is_what_its_files_give_and_none_is_named(experiment: Experim
     assert (baseline.cases, baseline.labels) == (6, ("first", "second"))
     assert steps[-1] == (6, 6)
     loaded = read_case(experiment.dataset.cases[2], experiment.dataset.json)
-    assert baseline.studies[2] == summarize_study(loaded.volume, loaded.labels, baseline.channels, [(1,), (2,)])
+    assert baseline.studies[2] == summarize_study(
+        loaded.volume, loaded.labels, baseline.channels, label_volumes_ml(loaded.labels, [(1,), (2,)])
+    )
     assert "case_0" not in baseline_text(baseline)
 
 

@@ -44,7 +44,7 @@ FIGURE = BackendFigure(
 
 def _baseline(labels: list[str]) -> IntensityBaseline:
     bins = choose_bins(["MRI"], ["zscore"], [(0.0, 1.0)])
-    return make_baseline(bins, labels, [summarize_study(*invented_study(), bins, [(1,), (2,)])])
+    return make_baseline(bins, labels, [summarize_study(*invented_study(), bins, (0.1, 0.2))])
 
 
 def _evidence(seconds: float = 0.01) -> Evidence:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from engine.errors import BundleInvalid
 from engine.intensity_baseline import (
     ALPHA,
     BINS,
+    GRID,
     SHARES,
     ChannelBins,
     IntensityBaseline,
@@ -21,12 +23,13 @@ from engine.intensity_baseline import (
     baseline_text,
     choose_bins,
     kl_divergence,
+    label_volumes_ml,
     make_baseline,
     pool,
     read_baseline,
     summarize_study,
 )
-from engine.volume import LabelMap, Volume
+from engine.volume import Geometry, LabelMap, Volume
 from tests.support.invented_study import invented_study
 
 MR = choose_bins(["T1"], ["zscore"], [(10.0, 500.0)])
@@ -35,7 +38,8 @@ REGIONS = [(1,), (2,)]
 
 
 def _summary(study: tuple[Volume, LabelMap], bins: tuple[ChannelBins, ...] = MR, **options: Any) -> StudySummary:
-    return summarize_study(*study, bins, REGIONS, **options)
+    """On every voxel: an invented study has few."""
+    return summarize_study(*study, bins, label_volumes_ml(study[1], REGIONS), **{"grid": (1, 1, 1), **options})
 
 
 @pytest.mark.requirement("ART-20", open="the monitoring itself, its window and threshold")
@@ -44,7 +48,8 @@ def test_the_voxel_order_changes_nothing(code: str) -> None:
     volume, labels = invented_study()
     turned = (volume.reoriented(code)[0], labels.reoriented(code)[0])
     assert not np.array_equal(turned[0].array.ravel(), volume.array.ravel())
-    assert _summary(turned) == _summary((volume, labels))
+    for grid in ((1, 1, 1), (4, 2, 2), (2, 3, 5)):
+        assert _summary(turned, grid=grid) == _summary((volume, labels), grid=grid)
 
 
 def test_spacing_and_size_run_superior_posterior_left_and_leave_the_zeros_out() -> None:
@@ -114,7 +119,7 @@ def test_no_foreground_is_no_histogram_and_ignored_voxels_are_no_foreground() ->
 def test_what_does_not_fit_together_is_an_error() -> None:
     volume, labels = invented_study()
     with pytest.raises(ValueError, match="do not fit"):
-        summarize_study(volume, labels, (*MR, *CT), REGIONS)
+        summarize_study(volume, labels, (*MR, *CT), (0.0, 0.0))
 
 
 def test_the_divergence_is_0_for_equals_finite_for_strangers_and_the_textbooks_else() -> None:
@@ -151,11 +156,56 @@ def _two_channels(seed: int) -> StudySummary:
     both = Volume(array=np.concatenate([volume.array, volume.array - 500]), geometry=volume.geometry)
     if seed == 1:
         labels = LabelMap(array=np.zeros_like(labels.array), geometry=labels.geometry)
-    return summarize_study(both, labels, (*MR, *CT), REGIONS)
+    return _summary((both, labels), (*MR, *CT))
 
 
 def test_what_is_written_is_what_is_read(baseline: IntensityBaseline) -> None:
     assert read_baseline(json.loads(baseline_text(baseline)), error=BundleInvalid) == baseline
+
+
+def test_a_baseline_of_format_1_is_of_every_voxel_and_knows_no_noise(baseline: IntensityBaseline) -> None:
+    document = json.loads(baseline_text(baseline))
+    document["format"] = 1
+    del document["grid"]
+    for study in document["studies"]:
+        del study["foreground_share"]
+        for channel in study["channels"]:
+            del channel["noise"]
+    found = read_baseline(document, error=BundleInvalid)
+    assert found.grid == (1, 1, 1)
+    assert (found.studies[0].foreground_share, found.studies[0].channels[0].noise) == (None, None)
+    assert found.pooled == baseline.pooled
+
+
+def test_the_grid_takes_a_sixteenth_of_the_voxels_and_says_the_same_of_a_large_study() -> None:
+    """Smooth shapes with noise: what is usual for a study of thousands of voxels."""
+    study = _large(sigma=10.0)
+    whole, thin = _summary(study, CT), _summary(study, CT, grid=GRID)
+    assert thin.size == (10, 24, 32)
+    assert (whole.size, whole.volumes_ml) == ((40, 48, 64), thin.volumes_ml)
+    assert kl_divergence(thin.channels[0].whole, whole.channels[0].whole) < 0.01
+    assert thin.foreground_share == pytest.approx(whole.foreground_share, rel=0.1)
+
+
+@pytest.mark.parametrize("sigma", [5.0, 20.0])
+def test_the_noise_is_that_of_the_image_whatever_its_gain(sigma: float) -> None:
+    for gain in (1.0, 7.0):
+        found = _summary(_large(sigma=sigma, gain=gain), grid=GRID).channels[0]
+        low, _, high = found.percentiles
+        assert found.noise == pytest.approx(gain * sigma / (high - low), rel=0.1)
+    flat = _large(sigma=sigma)[0]
+    thin = Volume(array=flat.array[:, :2], geometry=replace(flat.geometry, shape=(2, 48, 64)))
+    labels = LabelMap(array=np.zeros((2, 48, 64), dtype=np.uint8), geometry=thin.geometry)
+    assert _summary((thin, labels)).channels[0].noise is None
+
+
+def _large(*, sigma: float, gain: float = 1.0) -> tuple[Volume, LabelMap]:
+    z, y, x = np.mgrid[:40, :48, :64]
+    inside = (z - 20) ** 2 / 200 + (y - 24) ** 2 / 250 + (x - 32) ** 2 / 500 < 1
+    noise = np.random.default_rng(1).normal(0, sigma, inside.shape)
+    array = ((200 + 150 * inside + 40 * np.sin(z / 9) + noise) * gain).astype(np.float32)[None]
+    geometry = Geometry(shape=(40, 48, 64), affine_lps=np.diag([1.0, 1.0, 2.0, 1.0]))
+    return Volume(array=array, geometry=geometry), LabelMap(array=inside.astype(np.uint8), geometry=geometry)
 
 
 def test_very_many_studies_are_pooled_and_an_even_choice_is_kept() -> None:
@@ -177,7 +227,11 @@ def _at(*path: str | int, value: object) -> Callable[[Any], None]:
 @pytest.mark.parametrize(
     ("edit", "named"),
     [
-        (_at("format", value=2), "format"),
+        (_at("format", value=3), "format"),
+        (_at("grid", value=[4, 2]), "grid"),
+        (_at("grid", 0, value=0), "grid"),
+        (_at("studies", 0, "foreground_share", value=2.0), "foreground_share"),
+        (_at("studies", 0, "channels", 0, "noise", value=-1.0), "noise"),
         (_at("alpha", value=0), "alpha"),
         (_at("channels", 0, "scale", value="raw"), "scale"),
         (_at("channels", 0, "whole_edges", value=[0.0] * (BINS - 1)), "must ascend"),
