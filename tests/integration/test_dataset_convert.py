@@ -173,6 +173,36 @@ def test_a_correction_of_the_same_size_and_time_is_made(tmp_path: Path, kind: st
     assert shown(convert(source, out, *words))["made"] == 0
 
 
+def _phases(folder: Path) -> tuple[PhantomSeries, PhantomSeries]:
+    """Two volumes of one series on one grid; the second is half as bright."""
+    first = write_study(folder, 0)
+    files, array = [], first.array.copy()
+    for z, file in enumerate(first.ordered_files):
+        ds = pydicom.dcmread(file)
+        stored = ds.pixel_array // 2
+        array[z] = stored * float(ds.RescaleSlope) + float(ds.RescaleIntercept)
+        ds.PixelData = stored.astype(ds.pixel_array.dtype).tobytes()
+        ds.AcquisitionNumber = 2
+        ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = UID(f"{ds.SOPInstanceUID[:60]}.2")
+        files.append(folder / f"second_{file.name}")
+        ds.save_as(files[-1])
+    second = {**vars(first), "files": tuple(files), "ordered_files": tuple(files), "array": array}
+    return first, PhantomSeries(**second)
+
+
+def test_labels_that_refer_to_another_phase_now_bring_its_image(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "raw" / NAME
+    first, second = _phases(source / "images")
+    write_segmentation(source / "seg.dcm", first)
+    assert shown(convert(source, out, "--json"))["made"] == 1
+    assert_converted(out, first)
+    corrected = np.array([0, 2, 1], np.uint8)[second.labels]
+    write_segmentation(source / "seg.dcm", second, corrected)
+    assert shown(convert(source, out, "--json"))["made"] == 1
+    assert_converted(out, second, labels=corrected)
+    assert shown(convert(source, out, "--json"))["made"] == 0
+
+
 def test_killed_anywhere_it_goes_on(tmp_path: Path, studies: list[PhantomSeries]) -> None:
     """The process ends by SIGKILL when the first case is there."""
     source, out = tmp_path / "source", tmp_path / "raw" / NAME
