@@ -573,6 +573,31 @@ def test_labels_of_another_frame_of_reference_or_patient_are_refused_unless_aske
     assert "PatientID (0010,0020) of labels and images differ" in notes
 
 
+@pytest.mark.parametrize("listed", [False, True])
+def test_an_roi_of_another_frame_of_reference_is_not_drawn_on_the_images_of_the_others(
+    tmp_path: Path, listed: bool
+) -> None:
+    """An RTSTRUCT with ROIs on two scanners' images names both frames of reference."""
+    source, out = tmp_path / "source", tmp_path / "raw" / NAME
+    series = write_study(source / "images", 0)
+    ds = pydicom.dcmread(write_structure_set(source / "rs.dcm", series, regions_of(series.labels, NAMES)))
+    other = pydicom.Dataset()
+    other.FrameOfReferenceUID = "1.2.3.999"
+    ds.ReferencedFrameOfReferenceSequence.append(other)
+    ds.StructureSetROISequence[1].ReferencedFrameOfReferenceUID = "1.2.3.999"
+    ds.save_as(source / "rs.dcm")
+    (tmp_path / "cases.csv").write_text("case,series,label\none,images,rs.dcm\n")
+    words = ("--cases", str(tmp_path / "cases.csv"), "--json") if listed else ("--json",)
+    causes = _causes(shown(convert(source, out, *words), 1))
+    assert f"rs.dcm: ROI 2 ({NAMES[2]!r}): another frame of reference than series {series.series_instance_uid}" in causes
+    assert shown(convert(source, out, *words, "--label", NAMES[1]))["made"] == 1
+    assert_converted(out, series, labels=(series.labels == 1).astype(np.uint8))
+    assert shown(convert(source, out, *words, "--ignore-references"))["made"] == 1
+    assert_converted(out, series)
+    # What was made by that option is not taken for checked without it.
+    assert "another frame of reference" in _causes(shown(convert(source, out, *words), 1))
+
+
 def test_labels_of_images_that_are_not_there_are_not_given_to_others_of_their_frame(tmp_path: Path) -> None:
     """A SEG of one phase on the images of another."""
     source, out = tmp_path / "source", tmp_path / "raw" / NAME
