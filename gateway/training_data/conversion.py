@@ -137,9 +137,7 @@ def prepare(options: ConversionOptions, *, processes: int, progress: Progress | 
     for case in named:
         try:
             _check_patient(case, ignores=options.ignores_references, notes=notes)
-            values = chosen_values(
-                case.draft, table, options.source, ignores_references=options.ignores_references
-            )
+            values = chosen_values(case.draft, table, options.source, ignores_references=options.ignores_references)
         except Rejected as error:
             faults.append(Fault(case=case.name, file=None, cause=str(error)))
             continue

@@ -589,7 +589,9 @@ def test_an_roi_of_another_frame_of_reference_is_not_drawn_on_the_images_of_the_
     (tmp_path / "cases.csv").write_text("case,series,label\none,images,rs.dcm\n")
     words = ("--cases", str(tmp_path / "cases.csv"), "--json") if listed else ("--json",)
     causes = _causes(shown(convert(source, out, *words), 1))
-    assert f"rs.dcm: ROI 2 ({NAMES[2]!r}): another frame of reference than series {series.series_instance_uid}" in causes
+    assert (
+        f"rs.dcm: ROI 2 ({NAMES[2]!r}): another frame of reference than series {series.series_instance_uid}" in causes
+    )
     assert shown(convert(source, out, *words, "--label", NAMES[1]))["made"] == 1
     assert_converted(out, series, labels=(series.labels == 1).astype(np.uint8))
     assert shown(convert(source, out, *words, "--ignore-references"))["made"] == 1
