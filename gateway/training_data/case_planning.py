@@ -115,7 +115,7 @@ def draft_listed(
         draft = Draft(series=tuple(series), labels=tuple(labels), listed=entry.case, patient=entry.patient, joins=True)
         if not problems and taken.setdefault(draft.key, entry.where) != entry.where:
             problems.append(f"its series are already a case ({taken[draft.key]}); list all labels in one entry")
-        if entry.case is not None and any(_identifies(entry.case, s) for s in series):
+        if entry.case is not None and any(_identifies(entry.case, s, labels) for s in series):
             problems.append(
                 "its name holds the patient's identifier, a part of their name or a UID; give another, or none"
             )
@@ -251,10 +251,12 @@ def _listed_label(
     return None
 
 
-def _identifies(name: str, series: SourceSeries) -> bool:
-    """Whether a case's name, which becomes a file's name, tells the patient: holds PatientID, a part of PatientName or
-    a UID, whatever the capitals, accents and separators. What is shorter than three characters would be anywhere."""
-    ids = (series.patient_id, series.study_instance_uid, series.series_instance_uid)
+def _identifies(name: str, series: SourceSeries, labels: Sequence[LabelObject]) -> bool:
+    """Whether a case's name, which becomes a file's name, tells the patient: holds PatientID (of labels where images
+    have none), a part of PatientName or a UID, whatever the capitals, accents and separators. What is shorter than
+    three characters would be anywhere."""
+    of_labels = (label.patient_id for label in labels)
+    ids = (series.patient_id, series.study_instance_uid, series.series_instance_uid, *of_labels)
     if any(text and name.casefold() == text.casefold() for text in ids):
         return True
     parts = [part for part in re.split(r"[\W_]+", series.patient_name) if part]

@@ -36,7 +36,7 @@ Kind = Literal["SEG", "RTSTRUCT", "NIfTI"]
 @dataclass(frozen=True, kw_only=True)
 class Structure:
     """`number`: SegmentNumber, ROINumber or the voxel value; `name`: SegmentLabel, ROIName or the value as text.
-    `frame_of_reference`: of an ROI, in which its contours lie (an RTSTRUCT may have several), "" where none is given."""
+    `frame_of_reference`: of an ROI, where its contours lie (an RTSTRUCT may have several), "" where none is given."""
 
     number: int
     name: str

@@ -600,6 +600,31 @@ def test_an_roi_of_another_frame_of_reference_is_not_drawn_on_the_images_of_the_
     assert "another frame of reference" in _causes(shown(convert(source, out, *words), 1))
 
 
+@pytest.mark.parametrize("kind", ["SEG", "RTSTRUCT"])
+@pytest.mark.parametrize("without", ["images", "labels"])
+def test_without_patient_id_the_patient_is_unknown_and_not_another_one(tmp_path: Path, kind: str, without: str) -> None:
+    source, out = tmp_path / "source", tmp_path / "raw" / NAME
+    series = write_study(source / "images", 0)
+    file = source / "labels.dcm"
+    if kind == "SEG":
+        write_segmentation(file, series)
+    else:
+        write_structure_set(file, series, regions_of(series.labels, NAMES))
+    for path in series.files if without == "images" else [file]:
+        ds = pydicom.dcmread(path)
+        ds.PatientID = ""
+        ds.save_as(path)
+    document = shown(convert(source, out, "--json"))
+    told = f"{without} have no PatientID (0010,0020), though others of the case have"
+    assert sum(told in note["note"] for note in document["notes"]) == 1
+    assert_converted(out, series)
+    # Whichever of them says who it is, the name of a case does not.
+    (tmp_path / "cases.csv").write_text("case,series,label\nliver_secret000,images,labels.dcm\n")
+    other = tmp_path / "other" / NAME
+    causes = _causes(shown(convert(source, other, "--cases", str(tmp_path / "cases.csv"), "--json"), 1))
+    assert "its name holds the patient's identifier" in causes
+
+
 def test_labels_of_images_that_are_not_there_are_not_given_to_others_of_their_frame(tmp_path: Path) -> None:
     """A SEG of one phase on the images of another."""
     source, out = tmp_path / "source", tmp_path / "raw" / NAME
