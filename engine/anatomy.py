@@ -157,7 +157,10 @@ _PARTS: Mapping[str, Mapping[str, tuple[str, Colour]]] = MappingProxyType(
     {"hippocampus": {"anterior": ("hippocampus", (88, 106, 215)), "posterior": ("hippocampus", (110, 184, 209))}}
 )
 _SIDES: Mapping[str, Laterality] = MappingProxyType({"left": "left", "right": "right", "l": "left", "r": "right"})
-_SHORT_SIDES: Mapping[str, Laterality] = MappingProxyType({"l": "left", "r": "right", "lt": "left", "rt": "right"})
+# lh and rh are FreeSurfer's hemispheres.
+_SHORT_SIDES: Mapping[str, Laterality] = MappingProxyType(
+    {"l": "left", "r": "right", "lt": "left", "rt": "right", "lh": "left", "rh": "right"}
+)
 # What is left of a word that begins or ends with a side must be long enough to be a word.
 _LEAST_WORD = 3
 _CAPITAL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
@@ -201,8 +204,8 @@ def describe(name: str, *, index: int, dataset_name: str = "") -> Anatomy:
 def pairs(names: list[str]) -> dict[str, str]:
     """Label names that differ in nothing but the side, each mapped to the other.
 
-    Beside what `split_side` knows, l, r, lt and rt count anywhere, and a side that is written together with another
-    word (lhippocampus), where both sides are there.
+    Beside what `split_side` knows, l, r, lt, rt, lh and rh count anywhere, and a side that is written together with
+    another word (lhippocampus), where both sides are there.
     """
     found: dict[str, str] = {}
     for read in (_stated_side, _readings):
@@ -219,7 +222,8 @@ def pairs(names: list[str]) -> dict[str, str]:
 
 
 def unpaired(names: list[str]) -> list[str]:
-    """Names that say left or right, of which no other name is the other side."""
+    """Names that say left or right, of which no other name is the other side: what `split_side` finds, lt, rt, lh and
+    rh anywhere, and a side that is written together with a word of anatomy (lhippocampus, leftkidney; not leftover)."""
     paired = pairs(names)
     return [name for name in names if name not in paired and _says_side(_words(name))]
 
@@ -259,9 +263,15 @@ def _readings(words: tuple[str, ...]) -> set[tuple[Laterality, tuple[str, ...]]]
 
 
 def _says_side(words: tuple[str, ...]) -> bool:
-    ends = {word for word in words if len(word) >= _LEAST_WORD + len("left")}
-    return bool(_stated_side(words)) or any(
-        word.startswith(side) or word.endswith(side) for word in ends for side in ("left", "right")
+    if not words:
+        return False
+    if _stated_side(words) or (len(words) > 1 and any(len(word) > 1 for word in words if word in _SHORT_SIDES)):
+        return True
+    return any(
+        rest != words[position] and _find((rest,)) is not None
+        for text in (*_SIDES, *_SHORT_SIDES)
+        for position, rest in ((0, words[0].removeprefix(text)), (-1, words[-1].removesuffix(text)))
+        if len(rest) >= _LEAST_WORD
     )
 
 

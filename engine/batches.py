@@ -80,6 +80,7 @@ class BatchSource:
         of the batch of all processes. Raises DatasetInvalid."""
         case, bounds = self._place(epoch, iteration, sample)
         patch = read_patch(case.labels_1ZYX, central_bounds(bounds, self.plan.patch_size), 0, np.int16)
+        self._check_labels(case.name, patch)
         labels: NDArray[np.int16] = np.maximum(patch[0], 0)
         return labels
 

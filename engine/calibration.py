@@ -46,6 +46,7 @@ FloatArray = NDArray[np.float64]
 
 MIN_CASES = 20
 _PARTS = 10
+_FEW = 0.1
 _SEED = 12345
 # Of the regression, on terms of deviation 1: as much as one more case that says that no term matters.
 _RIDGE = 1.0
@@ -74,7 +75,7 @@ class KnownCase:
     """One label of one case, predicted by networks that had not seen it, and what it was worth.
 
     `patient` is any text that is the same for all cases of one person. `dice` and `hd95_mm` as in engine.metrics;
-    None where prediction and reference are both empty.
+    None where prediction and reference are both empty, in the voxels that the reference does not ignore.
     """
 
     patient: str
@@ -84,10 +85,13 @@ class KnownCase:
 
 
 def calibrate(cases: Mapping[str, Sequence[KnownCase]]) -> Calibration:
-    """Of every label of `cases` that has MIN_CASES cases with a segment; a note says so for the others."""
+    """Of every label of `cases` that has MIN_CASES cases with a segment; a note says so for the others, and where a
+    label has cases or evidence that cannot be used."""
     labels: dict[str, LabelCalibration] = {}
     notes = []
-    for name, known in cases.items():
+    for name, every in cases.items():
+        known, said = _complete(every)
+        notes += [f"{name}: {text}" for text in said]
         learnt = len(_present(known))
         if learnt >= MIN_CASES:
             labels[name] = replace(fit_label(known), found=_cross_fitted(known))
@@ -121,7 +125,7 @@ def fit_label(known: Sequence[KnownCase]) -> LabelCalibration:
         cases=len(present),
         patients=len(set(patients)),
         missed=sum(case.evidence.is_empty and case.dice is not None for case in known),
-        rightly_empty=sum(case.dice is None for case in known),
+        rightly_empty=sum(case.evidence.is_empty and case.dice is None for case in known),
         touching_border=fmean(case.evidence.touches_border for case in present),
         volume_centre=centre,
         volume_scale=scale,
@@ -133,8 +137,27 @@ def fit_label(known: Sequence[KnownCase]) -> LabelCalibration:
 
 
 def _present(known: Sequence[KnownCase]) -> list[KnownCase]:
-    """Those with a segment: an empty one shows nothing to learn from."""
-    return [case for case in known if not case.evidence.is_empty]
+    """Those with a segment, an empty one shows nothing to learn from, and something that it can be measured against:
+    a segment of nothing but ignored voxels is neither right nor wrong."""
+    return [case for case in known if not case.evidence.is_empty and case.dice is not None]
+
+
+def _complete(known: Sequence[KnownCase]) -> tuple[list[KnownCase], list[str]]:
+    """Without the few cases (_FEW of them, while MIN_CASES stay) that lack what all others have as evidence, and what
+    there is to say: of evidence that more cases lack, nothing is learnt."""
+    present = _present(known)
+    left_out: set[int] = set()
+    notes = []
+    for name in FEATURES:
+        lacking = {id(case) for case in present if name not in case.evidence.features()}
+        if not 0 < len(lacking) < len(present):
+            continue
+        if len(lacking) <= _FEW * len(present) and len(present) - len(left_out | lacking) >= MIN_CASES:
+            left_out |= lacking
+            notes.append(f"{len(lacking)} of {len(present)} cases have no {name}: its quality is learnt without them")
+        else:
+            notes.append(f"{len(lacking)} of {len(present)} cases have no {name}: its quality is learnt without that")
+    return [case for case in known if id(case) not in left_out], notes
 
 
 def conformal_residual(residuals: Sequence[float], patients: Sequence[str], confidence: float) -> float | None:

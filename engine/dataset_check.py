@@ -75,6 +75,7 @@ KINDS: Mapping[str, tuple[Severity, str]] = MappingProxyType(
             "make sure that label and image overlap: voxels are matched by index, as in nnU-Net",
         ),
         "all-zero": (_ERROR, "remove the case, or export its image again"),
+        "constant-image": (_WARNING, "export it again if it should show something: nothing can be learnt from it"),
         "empty-foreground": (_WARNING, "keep it only if nothing is to be found in this image; it teaches background"),
         "orientation": (_WARNING, f"the network then learns every one of them, with less of each. {ONE_ORIENTATION}"),
         "mixed-sides": (_ERROR, f"a network cannot know which side is which. {ONE_ORIENTATION}"),
@@ -264,6 +265,10 @@ def _check_case(case: Case, *, dataset_json: DatasetJson) -> _CheckedCase:
         read += 1
         digest.update(volume.array.data)
         all_zero = all_zero and not volume.array.any()
+        low, high = float(volume.array.min()), float(volume.array.max())
+        if low == high != 0:
+            cause = f"every voxel of the image is {low:g}"
+            findings.append(Finding(kind="constant-image", case=case.name, file=path.name, cause=cause))
     if read and all_zero:
         findings.append(Finding(kind="all-zero", case=case.name, cause="every voxel of the image is 0"))
     labels = _read_labels(case, findings)

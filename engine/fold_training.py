@@ -45,6 +45,7 @@ from engine.experiment import (
     LOGITS,
     PROGRESS,
     REQUEST,
+    SHARED_PATIENTS,
     VALIDATION,
     Experiment,
     check_disk,
@@ -455,6 +456,9 @@ class _Fold:
         left = () if self.request.fold == ALL else self.experiment.in_no_fold()
         if left:
             notes.append(f"{len(left)} case(s) of the dataset are in no fold ({left[0]}): see `seggate plan --splits`")
+        shared = self.experiment.patients_on_both_sides([self.request.fold])
+        if shared:
+            notes.append(f"{len(shared)} {SHARED_PATIENTS}")
         return notes
 
     def _epoch(self, trainer: Trainer, record: EpochRecord) -> None:

@@ -108,10 +108,16 @@ def complete_card(card: ModelCard, experiment: Experiment, chosen: Chosen, cases
         origin += f", {len(cases.excluded_since)} of which excluded since"
     return replace(
         card,
-        description=card.description or f"{experiment.name}. {figures(chosen, experiment.dataset.json.labels)}",
+        description=card.description or f"{experiment.name}. {_figures(experiment, chosen)}",
         origin=card.origin or "; ".join([origin, *described])[:1000],
         contract={"orientation": training_orientation(experiment.dataset), **card.contract},
     )
+
+
+def _figures(experiment: Experiment, chosen: Chosen) -> str:
+    text = figures(chosen, experiment.dataset.json.labels)
+    shared = experiment.patients_on_both_sides(chosen.folds)
+    return f"{text} {len(shared)} patient(s) are in training and validation of one fold." if shared else text
 
 
 def figures(chosen: Chosen, labels: LabelManager) -> str:

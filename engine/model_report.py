@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.dataset import DatasetJson
-from engine.experiment import BEST_CASE, EPOCHS, PROGRESS, REQUEST, VALIDATION, WORST_CASE
+from engine.experiment import ALL, BEST_CASE, EPOCHS, PROGRESS, REQUEST, VALIDATION, WORST_CASE
 from engine.metrics import SUMMARY, read_summary
 from engine.whole_file import whole_file
 
@@ -20,6 +20,9 @@ _STYLE = (
     "body{font:15px/1.5 sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}"
     "table{border-collapse:collapse;margin:1rem 0}th,td{border-bottom:1px solid #ccc;padding:.3rem .8rem;"
     "text-align:right}th:first-child,td:first-child{text-align:left}img{max-width:100%}"
+)
+_LEFT_OUT = (
+    f"<p>The fold <code>{ALL}</code> is left out of these means: it was trained on the cases that it validates.</p>"
 )
 _METRICS = {"Dice": "Dice", "HD95": "HD95 (mm)", "SurfaceDice": "surface Dice (2 mm)"}
 
@@ -76,21 +79,23 @@ def _folds_table(folds: Sequence[Path]) -> str:
 
 
 def _labels_table(folds: Sequence[Path], dataset_json: DatasetJson) -> str:
-    """Means over the validated cases of all folds."""
+    """Means over the validated cases of all folds but `all`, which knows every case that it validates."""
+    own = [fold for fold in folds if (fold / VALIDATION / SUMMARY).exists()]
     cases = [
         entry["metrics"]
-        for fold in folds
-        if (fold / VALIDATION / SUMMARY).exists()
+        for fold in own
+        if fold.name != f"fold_{ALL}"
         for entry in read_summary(fold / VALIDATION / SUMMARY)["metric_per_case"]
     ]
+    left_out = _LEFT_OUT if any(fold.name == f"fold_{ALL}" for fold in own) else ""
     if not cases:
-        return "<p>No fold was validated yet.</p>"
+        return left_out or "<p>No fold was validated yet.</p>"
     rows = []
     for label in dataset_json.labels.foreground:
         key = str(label.region[0]) if len(label.region) == 1 else str(label.region)
         means = [_mean(case[key].get(metric) for case in cases) for metric in _METRICS]
         rows.append([label.name, str(len(cases)), *map(_figure, means)])
-    return _table(["label", "validated cases", *_METRICS.values()], rows)
+    return _table(["label", "validated cases", *_METRICS.values()], rows) + left_out
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

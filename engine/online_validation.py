@@ -7,7 +7,6 @@ patches alone, the same ones on any number of processes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -33,22 +32,26 @@ class PatchFigures:
 
 
 class PatchValidation:
-    """Collects the batches of an epoch. `batch_size` is that of all processes, `spacing_mm` of the patch's axes."""
+    """Collects the batches of an epoch. `samples` are this process's places in the batch of all, which has
+    `batch_size`; `spacing_mm` is of the patch's axes."""
 
-    def __init__(self, labels: LabelManager, *, spacing_mm: Sequence[float], batch_size: int) -> None:
+    def __init__(
+        self, labels: LabelManager, *, spacing_mm: Sequence[float], batch_size: int, samples: Sequence[int]
+    ) -> None:
         self._labels = labels
         self._spacing_mm = (1.0,) * (3 - len(spacing_mm)) + tuple(spacing_mm)
         self._regions = evaluated_regions(labels)
-        self._left = math.ceil(SURFACE_PATCHES / batch_size)
+        self._samples, self._batch_size, self._batches = samples, batch_size, 0
         self._counts = np.zeros((3, len(labels.foreground)), dtype=np.int64)  # in both, found, there
         self._distances_mm = np.zeros((2, len(self._regions)))  # sum, number
 
     def add(self, logits: Tensor, target: Tensor) -> None:
         """This process's part of a batch: `logits` (B, K, *patch), `target` (B, *patch)."""
         self._counts += count_overlap(logits, target, self._labels)
-        if self._left:
-            self._left -= 1
-            for one, expected in zip(logits, target, strict=True):
+        first = self._batches * self._batch_size
+        self._batches += 1
+        for sample, one, expected in zip(self._samples, logits, target, strict=True):
+            if first + sample < SURFACE_PATCHES:
                 self._measure(one, expected)
 
     def join(self, add_up: Callable[[Tensor], object]) -> None:

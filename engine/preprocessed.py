@@ -79,7 +79,8 @@ class Blosc2Array:
             self.shape: tuple[int, ...] = tuple(self._array.shape)
             self.dtype: np.dtype[Any] = self._array.dtype
         except (OSError, RuntimeError, ValueError, AttributeError) as error:
-            raise DatasetInvalid(f"{path.name}: not readable as a Blosc2 array ({error})") from error
+            # blosc2's own words name the whole path.
+            raise DatasetInvalid(f"{path.name}: not readable as a Blosc2 array") from error
         self._lock = Lock()
 
     def __getitem__(self, part: tuple[slice, ...], /) -> NDArray[Any]:

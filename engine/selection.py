@@ -34,7 +34,7 @@ from engine.case_results import (
 from engine.dataset import DATASET_JSON, Case, DatasetJson, read_case
 from engine.errors import DatasetInvalid, InputRejected
 from engine.evaluation import Pair, Row
-from engine.experiment import LOGITS, PLANS_JSON, VALIDATION, Experiment
+from engine.experiment import LOGITS, PLANS_JSON, SHARED_PATIENTS, VALIDATION, Experiment
 from engine.json_writer import write_json
 from engine.metrics import SUMMARY, summarize, summary, write_summary_document
 from engine.parallel import Progress, map_cases
@@ -132,6 +132,9 @@ class _Selecting:
             if not set(group) & set(lacking):
                 candidates.append(self._ensemble(group))
         best = max(candidates, key=lambda c: c.rank)
+        shared = self.experiment.patients_on_both_sides(self.folds)
+        if shared:
+            notes.append(f"{len(shared)} {SHARED_PATIENTS}")
         if best.score is None:
             notes.append("the references have no label at all: nothing says which model is better")
         if self.profile.ensembles_everything:

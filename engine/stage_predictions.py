@@ -102,7 +102,7 @@ class PreviousStage:
         where = f"{self.folder.parent.parent.name}/{PREDICTED_NEXT_STAGE}/{self.folder.name}: {name}"
         if path is None:
             raise DatasetInvalid(f"{where}: there is no prediction of the previous stage; train its folds first")
-        array: StoredArray = Blosc2Array(path) if path.suffix == _ARRAY else _memory_mapped(path, where)
+        array = _stored(path, where)
         if tuple(array.shape) != tuple(shape):
             raise DatasetInvalid(
                 f"{where}: the previous stage's prediction has {tuple(array.shape)} voxels, the case {tuple(shape)}; "
@@ -170,11 +170,18 @@ def _description(folder: Path, name: str) -> Reader | None:
     return described if described.integer("bytes", 0, 2**62) == labels.stat().st_size else None
 
 
-def _memory_mapped(path: Path, where: str) -> StoredArray:
+def _stored(path: Path, where: str) -> StoredArray:
+    if path.suffix == _ARRAY and _blosc2() is None:
+        return Blosc2Array(path)  # which says what is missing
     try:
-        array: StoredArray = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DatasetInvalid(f"{where}: not readable ({error}); remove it and predict it again") from error
+        array: StoredArray = (
+            Blosc2Array(path) if path.suffix == _ARRAY else np.load(path, mmap_mode="r", allow_pickle=False)
+        )
+    except (DatasetInvalid, OSError, ValueError, EOFError) as error:
+        raise DatasetInvalid(
+            f"{where}: the previous stage's prediction is not readable; remove {path.name} there and train the "
+            "previous stage's fold again: a finished one predicts what is missing, and no more"
+        ) from error
     return array
 
 

@@ -339,7 +339,10 @@ class Trainer:
         started, losses = time.monotonic(), []
         configuration = self.setup.configuration
         found = PatchValidation(
-            self.setup.labels, spacing_mm=configuration.spacing_mm, batch_size=configuration.batch_size
+            self.setup.labels,
+            spacing_mm=configuration.spacing_mm,
+            batch_size=configuration.batch_size,
+            samples=self._samples,
         )
         self.network.eval()
         with torch.no_grad():

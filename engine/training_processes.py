@@ -204,8 +204,10 @@ def _others_answer() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        # What torch says names addresses and its own source files; it stays in the traceback of a log.
         raise WorkerDied(
-            f"another process of this training has ended, or does not answer: {_first_line(error)}"
+            "another process of this training has ended, or does not answer; what it said itself stands apart. The "
+            "last checkpoint is kept, and the same command goes on from it"
         ) from error
 
 

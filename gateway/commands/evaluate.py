@@ -87,12 +87,30 @@ def region_keys(labels: LabelManager) -> dict[str, str]:
 
 
 def _dataset_json(given: Path | None, predictions: Path, references: Path) -> Path:
+    """The one that was named, else that of the references, else that of the predictions, in or above the folder."""
     if given is not None:
         return given
-    for folder in (predictions, references, references.resolve().parent):
-        if (folder / DATASET_JSON).is_file():
-            return folder / DATASET_JSON
-    raise DatasetInvalid(f"no {DATASET_JSON} lies with predictions or references; name it with --dataset-json")
+    found = [
+        next((path for folder in (side, side.resolve().parent) if (path := folder / DATASET_JSON).is_file()), None)
+        for side in (references, predictions)
+    ]
+    there = [path for path in found if path is not None]
+    if not there:
+        raise DatasetInvalid(f"no {DATASET_JSON} lies with predictions or references; name it with --dataset-json")
+    if len(there) == 2:
+        ours, theirs = (_meaning(path) for path in there)
+        if ours != theirs:
+            raise DatasetInvalid(
+                f"{DATASET_JSON} of the references and of the predictions name other labels, or other values for them; "
+                "name the right one with --dataset-json"
+            )
+    return there[0]
+
+
+def _meaning(path: Path) -> tuple[object, ...]:
+    """What the values of a label map stand for."""
+    labels = read_dataset_json(path).labels
+    return tuple((label.name, label.region) for label in labels.foreground), labels.ignore_label
 
 
 def _plain(value: float) -> float | None:

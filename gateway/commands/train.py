@@ -308,11 +308,13 @@ def failed(what: str, error: Exception, *, as_json: bool) -> int:
 def status(folder: Path, results: Path, *, as_json: bool) -> int:
     """0 with a row for each fold that was ever begun; 1 when there is none."""
     folders = _fold_folders(results, folder)
-    rows = fold_rows(folders)
+    rows, who = fold_rows(folders), holder(results / _dataset_name(folder))
     if as_json:
-        print_json({"ok": bool(rows), "folds": rows})
+        print_json({"ok": bool(rows), "folds": rows, "process": who})
     elif rows:
         present_folds(rows)
+    if who is not None:
+        say(f"process {who['pid']} on {who['host']} plans, selects or exports")
     if not rows:
         say(f"seggate: nothing was trained in {results / _dataset_name(folder)}")
     return 0 if rows else 1
@@ -321,6 +323,11 @@ def status(folder: Path, results: Path, *, as_json: bool) -> int:
 def stop(folder: Path, results: Path, *, configurations: Sequence[str], folds: Sequence[str], as_json: bool) -> int:
     """0 when something was running and has been asked; 1 when nothing was."""
     asked = []
+    whole = results / _dataset_name(folder)
+    # `train --all` holds it while it plans, selects or exports, which is of no one fold.
+    if not configurations and not folds and holder(whole):
+        ask_to_stop(whole)
+        asked.append(str(whole))
     for path in _fold_folders(results, folder):
         configuration = path.parent.name.rpartition("__")[2]
         wanted = configuration in (configurations or [configuration])

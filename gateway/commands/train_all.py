@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,7 @@ from engine.errors import DatasetInvalid, EngineError
 from engine.experiment import Experiment, open_experiment
 from engine.model_card import ModelCard
 from engine.planners import plans_name
+from engine.training_lock import is_asked_to_stop, training_lock
 from engine.training_profile import TRAINING_PROFILES
 from gateway.commands import export, select
 from gateway.commands.output import print_json, say
@@ -33,6 +36,8 @@ from gateway.training_launcher import is_launched
 
 if TYPE_CHECKING:
     from engine.training_processes import TrainingProcesses
+
+_LOOKS_EVERY_S = 0.2
 
 
 def train_all(options: TrainOptions, *, as_json: bool) -> int:
@@ -90,7 +95,7 @@ def _run(
         present_folds(rows)
     made = None
     if state == "finished":
-        with suppress(StopRequested), raised_when_stopped(stop):
+        with suppress(StopRequested), _stoppable(experiment.name, options, stop):
             made = _model_of(experiment, configurations, options, notes, as_json=as_json)
     if made is None:
         return {"state": "stopped", "folds": rows, "notes": notes}
@@ -102,9 +107,33 @@ def _run(
 
 def _planned(options: TrainOptions, stop: threading.Event, *, hide_bar: bool) -> str | None:
     """The name of the plans; None when it was told to stop."""
-    with suppress(StopRequested), raised_when_stopped(stop):
+    name = options.dataset_name or options.folder.resolve().name
+    with suppress(StopRequested), _stoppable(name, options, stop):
         return _plan(options, hide_bar=hide_bar)
     return None
+
+
+@contextmanager
+def _stoppable(name: str, options: TrainOptions, stop: threading.Event) -> Iterator[None]:
+    """Holds the dataset's results as a fold is held while it is trained, so that `seggate train stop` ends what no fold
+    is held for; by a signal, as everything else that stops it does. Raises TrainingRefused when another process has
+    them, StopRequested when told to stop."""
+    folder, ended = options.results / name, threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(_LOOKS_EVERY_S):
+            if is_asked_to_stop(folder):
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+
+    with training_lock(folder), raised_when_stopped(stop):
+        watcher = threading.Thread(target=watch, name="stop", daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            watcher.join()
 
 
 def _model_of(

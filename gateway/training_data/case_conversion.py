@@ -41,7 +41,8 @@ from gateway.training_data.source_scan import shown
 
 ENDING = ".nii.gz"
 RECORDS = ".conversion"
-FORMAT = 1
+FORMAT = 2
+"""Raised when the same source makes another case: then all are made again."""
 _REFUSED: frozenset[FindingKind] = frozenset(
     {
         "missing-slices",
@@ -146,6 +147,9 @@ class _Conversion:
         if images_made and label_made:
             return CaseResult(name=job.name, notes=tuple(record["notes"]), values=frozenset(record["values"]))
         parts, grid = self._parts()
+        volumes = _volumes(parts)
+        if record.get("volumes") != volumes:  # the labels say now that another volume of the series is meant
+            images_made = label_made = False
         change = reorientation(grid, rules.orientation)
         painter = self._painted(grid)
         if self.faults:
@@ -157,12 +161,13 @@ class _Conversion:
         if not images_made:
             for channel, path in zip(range(len(parts)), images, strict=True):
                 self._write(change.apply(self._voxels(parts[channel], channel)), change.target, path)
-        known = {"notes": self.notes, "values": sorted(painter.painted)}
+        known = {"volumes": volumes, "notes": self.notes, "values": sorted(painter.painted)}
         write_json({"format": FORMAT, **stamps, **known}, record_file(rules.folder, job.name))
         return CaseResult(name=job.name, notes=tuple(self.notes), values=painter.painted, made=True)
 
     def made(self, record: Mapping[str, Any], stamps: Mapping[str, str]) -> tuple[bool, bool]:
-        """Whether images and label are there, as they would be made now."""
+        """Whether images and label are there, as they would be made now. Which volume of a series is the image depends
+        on the labels too: images alone may be of another one."""
         images, label = case_files(self.rules.folder, self.job.name, len(self.job.series))
         return (
             record.get("images") == stamps["images"] and all(path.is_file() for path in images),
@@ -326,6 +331,11 @@ def _paint_nifti(file: Path, values: Mapping[int, int], grid: Geometry, painter:
         for number in (int(n) for n in present if int(n) in values):
             y, x = np.nonzero(plane == number)
             painter.paint(values[number], *placement.apply((x, y, np.full_like(y, z))[:axes], grid, file.name))
+
+
+def _volumes(parts: Sequence[SeriesPart]) -> str:
+    """Which images the case is made of: a series may hold several volumes of one grid (phases)."""
+    return _digest([[[frame.sop_instance_uid, frame.frame_number] for frame in part.frames] for part in parts])
 
 
 def _state(file: Path) -> list[object]:

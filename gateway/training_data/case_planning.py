@@ -24,6 +24,7 @@ from gateway.training_data.series_matching import SeriesIndex, the_one, uids
 from gateway.training_data.source_scan import Source, SourceSeries, shown
 
 _LEAST_TELLING = 3
+_MOST_NAMED = 4
 _SPELT = str.maketrans({"ä": "ae", "ö": "oe", "ü": "ue", "ø": "oe", "å": "aa", "æ": "ae"})
 """How letters are written where there are no others than A to Z."""
 
@@ -114,7 +115,7 @@ def draft_listed(
         draft = Draft(series=tuple(series), labels=tuple(labels), listed=entry.case, patient=entry.patient, joins=True)
         if not problems and taken.setdefault(draft.key, entry.where) != entry.where:
             problems.append(f"its series are already a case ({taken[draft.key]}); list all labels in one entry")
-        if entry.case is not None and any(_identifies(entry.case, s) for s in series):
+        if entry.case is not None and any(_identifies(entry.case, s, labels) for s in series):
             problems.append(
                 "its name holds the patient's identifier, a part of their name or a UID; give another, or none"
             )
@@ -132,14 +133,19 @@ def _frame_problem(index: SeriesIndex, label: LabelObject, series: SourceSeries)
     return None
 
 
-def chosen_values(draft: Draft, table: LabelTable, root: Path) -> tuple[Mapping[int, int], ...]:
+def chosen_values(
+    draft: Draft, table: LabelTable, root: Path, *, ignores_references: bool = False
+) -> tuple[Mapping[int, int], ...]:
     """For each file of labels: number of the structure → value. Raises Rejected where none is taken, two files draw the
-    same label and were not listed together, or two structures of one file have one name and no pattern takes both."""
+    same label and were not listed together, two structures of one file have one name and no pattern takes both, or one
+    lies in another frame of reference than the images (unless `ignores_references`)."""
     chosen: list[dict[int, int]] = []
     drawn: dict[int, Path] = {}
     for label in draft.labels:
         values = {s.number: value for s in label.structures if (value := table.value(s.name)) is not None}
         _check_names(label, values, table, root)
+        if not ignores_references:
+            _check_frames(label, values, draft.series, root)
         chosen.append(values)
         for value in set(values.values()):
             other = drawn.setdefault(value, label.file)
@@ -169,6 +175,23 @@ def _check_names(label: LabelObject, values: Mapping[int, int], table: LabelTabl
             raise Rejected(
                 f"{shown(label.file, root)}: {what} {numbers} have one name, {first.name!r}; name them apart, or take "
                 f"them as one label by a pattern: --label '{table.name(values[first.number])}={first.name}*'"
+            )
+
+
+def _check_frames(label: LabelObject, values: Mapping[int, int], series: Sequence[SourceSeries], root: Path) -> None:
+    """One RTSTRUCT may hold ROIs of several scanners, each in its own coordinates."""
+    for one in series:
+        known = one.frames_of_reference
+        apart = [
+            s for s in label.structures if s.number in values and known and s.frame_of_reference not in ("", *known)
+        ]
+        if apart:
+            names = ", ".join(f"{s.number} ({s.name!r})" for s in apart[:_MOST_NAMED])
+            more = f" and {len(apart) - _MOST_NAMED} more" if len(apart) > _MOST_NAMED else ""
+            raise Rejected(
+                f"{shown(label.file, root)}: ROI {names}{more}: another frame of reference than series "
+                f"{one.series_instance_uid}, so nothing says where; choose others with --label, or take all by their "
+                "coordinates (--ignore-references)"
             )
 
 
@@ -228,10 +251,12 @@ def _listed_label(
     return None
 
 
-def _identifies(name: str, series: SourceSeries) -> bool:
-    """Whether a case's name, which becomes a file's name, tells the patient: holds PatientID, a part of PatientName or
-    a UID, whatever the capitals, accents and separators. What is shorter than three characters would be anywhere."""
-    ids = (series.patient_id, series.study_instance_uid, series.series_instance_uid)
+def _identifies(name: str, series: SourceSeries, labels: Sequence[LabelObject]) -> bool:
+    """Whether a case's name, which becomes a file's name, tells the patient: holds PatientID (of labels where images
+    have none), a part of PatientName or a UID, whatever the capitals, accents and separators. What is shorter than
+    three characters would be anywhere."""
+    of_labels = (label.patient_id for label in labels)
+    ids = (series.patient_id, series.study_instance_uid, series.series_instance_uid, *of_labels)
     if any(text and name.casefold() == text.casefold() for text in ids):
         return True
     parts = [part for part in re.split(r"[\W_]+", series.patient_name) if part]

@@ -1,7 +1,8 @@
 """Contours of an RTSTRUCT (PS3.3 C.8.8.6) → voxels on the grid of the images that they were drawn on.
 
 A contour belongs to the slice whose plane it lies in, whatever way the slices are turned. Within a plane contours are
-joined even-odd (`polygons`). Where they lie between slices the caller decides: an error, or the nearest slice.
+joined even-odd (`polygons`). Planes that go to one slice add up: they were drawn on other, thinner slices, and are no
+holes in each other. Where contours lie between slices the caller decides: an error, or the nearest slice.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ BetweenSlices = Literal["refuse", "nearest"]
 """What happens to a contour that lies between two slices: it is refused, or taken for the nearest one's."""
 IN_PLANE = 0.1
 """A contour this near to a slice lies in it, and its points this near to one plane are planar (slice distances)."""
-_SAME_PLANE = 0.01
+_SAME_PLANE_MM = 0.01
+_SAME_PLANE = 1e-3
+"""Contours are of one plane where rounding alone can part them: by so much, or this share of the slice distance."""
+_EXACT = 1e-6
 _SAME_AREA = 1e-3
 _MOST_POINTS = 1_000_000
 
@@ -120,15 +124,24 @@ def _paint_region(
     apart = [c for c in beyond if _is_apart(c.points, (rows, columns))]
     if apart:
         raise Rejected(f"{what}: {len(apart)} of {len(contours)} contours lie beside the images")
-    crossing = repeated = 0
+    repeated = 0
+    crossing, united = set[int](), set[int]()
     drawn: set[int] = set()
-    for plane in _planes(contours):
+    of_slice = np.zeros((rows, columns), np.bool_)
+    for plane in _planes(contours, max(_SAME_PLANE_MM / geometry.spacing_mm[0], _SAME_PLANE)):
         z = int(np.floor(plane[0].depth + 0.5))
-        drawn.add(z)
         polygons = _distinct([c.points for c in plane], (rows, columns))
         repeated += len(plane) - len(polygons)
-        crossing += _cross(polygons, (rows, columns))
-        y, x = np.nonzero(even_odd(polygons, (rows, columns)))
+        if _cross(polygons, (rows, columns)):
+            crossing.add(z)
+        mask = even_odd(polygons, (rows, columns))
+        if z not in drawn:
+            of_slice = np.zeros_like(mask)
+        elif (mask & of_slice).any():
+            united.add(z)
+        drawn.add(z)
+        of_slice |= mask
+        y, x = np.nonzero(mask)
         painter.paint(value, np.full_like(y, z), y, x)
     notes = []
     if off:
@@ -138,7 +151,9 @@ def _paint_region(
     if repeated:
         notes.append(f"{repeated} contours are there twice; one was used")
     if crossing:
-        notes.append(f"on {crossing} slices contours of one ROI cross; where two overlap is outside (even-odd)")
+        notes.append(f"on {len(crossing)} slices contours of one ROI cross; where two overlap is outside (even-odd)")
+    if united:
+        notes.append(f"on {len(united)} slices contours of several planes were united; an inner one is no hole there")
     gaps = max(drawn) - min(drawn) + 1 - len(drawn)
     if gaps:
         notes.append(f"{gaps} slices between the first and the last contour have none, and stay background")
@@ -153,23 +168,16 @@ def _is_apart(points: NDArray[np.float64], shape: tuple[int, int]) -> bool:
     return bool((high < -0.5).any() or (low >= (columns - 0.5, rows - 0.5)).any())
 
 
-def _planes(contours: Sequence[_Contour]) -> Iterator[list[_Contour]]:
-    """Contours of one plane together. All that lie in a slice are of its plane, however their coordinates were rounded:
-    an inner one is a hole. Two planes between slices that go to one slice add up, and make no holes in each other."""
-    in_slice: dict[int, list[_Contour]] = {}
+def _planes(contours: Sequence[_Contour], tolerance: float) -> Iterator[list[_Contour]]:
+    """Contours of one plane together, planes by their depth: those that `tolerance` (in slices) or less parts."""
     plane: list[_Contour] = []
     for contour in sorted(contours, key=lambda c: c.depth):
-        nearest = round(contour.depth)
-        if abs(contour.depth - nearest) <= IN_PLANE:
-            in_slice.setdefault(nearest, []).append(contour)
-            continue
-        if plane and contour.depth - plane[0].depth > _SAME_PLANE:
+        if plane and contour.depth - plane[0].depth > tolerance + _EXACT:
             yield plane
             plane = []
         plane.append(contour)
     if plane:
         yield plane
-    yield from in_slice.values()
 
 
 def _distinct(polygons: Sequence[NDArray[np.float64]], shape: tuple[int, int]) -> list[NDArray[np.float64]]:

@@ -137,7 +137,7 @@ def prepare(options: ConversionOptions, *, processes: int, progress: Progress | 
     for case in named:
         try:
             _check_patient(case, ignores=options.ignores_references, notes=notes)
-            values = chosen_values(case.draft, table, options.source)
+            values = chosen_values(case.draft, table, options.source, ignores_references=options.ignores_references)
         except Rejected as error:
             faults.append(Fault(case=case.name, file=None, cause=str(error)))
             continue
@@ -276,16 +276,22 @@ def _left_out(drafts: Drafts, table: LabelTable | None) -> list[tuple[str, str]]
 
 
 def _check_patient(case: NamedCase, *, ignores: bool, notes: list[tuple[str, str]]) -> None:
-    """Raises Rejected for labels of another patient than the images."""
-    patients = {series.patient_id for series in case.draft.series} | {
-        label.patient_id for label in case.draft.labels if label.patient_id
-    }
-    if len(patients) < 2:
-        return
-    text = "PatientID (0010,0020) of labels and images differ"
-    if not ignores:
-        raise Rejected(f"{text}; --ignore-references takes them all the same")
-    notes.append((case.name, text))
+    """Raises Rejected for labels of another patient than the images. Without PatientID (anonymization empties it) the
+    patient is unknown, which is told; NIfTI files never have one."""
+    of_images = {series.patient_id for series in case.draft.series}
+    of_labels = {label.patient_id for label in case.draft.labels if label.kind != "NIfTI"}
+    known = (of_images | of_labels) - {""}
+    if len(known) > 1:
+        text = "PatientID (0010,0020) of labels and images differ"
+        if not ignores:
+            raise Rejected(f"{text}; --ignore-references takes them all the same")
+        notes.append((case.name, text))
+    elif known and "" in of_images | of_labels:
+        without = " and ".join(what for what, ids in (("images", of_images), ("labels", of_labels)) if "" in ids)
+        text = (
+            "have no PatientID (0010,0020), though others of the case have: nothing says that they are of one patient"
+        )
+        notes.append((case.name, f"{without} {text}"))
 
 
 def _absent(label: LabelObject, draft: Draft, known: frozenset[str]) -> frozenset[str]:

@@ -35,10 +35,12 @@ Kind = Literal["SEG", "RTSTRUCT", "NIfTI"]
 
 @dataclass(frozen=True, kw_only=True)
 class Structure:
-    """`number`: SegmentNumber, ROINumber or the voxel value; `name`: SegmentLabel, ROIName or the value as text."""
+    """`number`: SegmentNumber, ROINumber or the voxel value; `name`: SegmentLabel, ROIName or the value as text.
+    `frame_of_reference`: of an ROI, where its contours lie (an RTSTRUCT may have several), "" where none is given."""
 
     number: int
     name: str
+    frame_of_reference: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +155,8 @@ def _regions(header: Dataset, where: Where) -> tuple[tuple[Structure, ...], tupl
         if kinds and not kinds & CLOSED:
             left_out.append(name)
         else:
-            regions.append(Structure(number=number, name=name))
+            frame = attributes.uid(item, "ReferencedFrameOfReferenceUID", where)
+            regions.append(Structure(number=number, name=name, frame_of_reference=frame))
     return _distinct(regions, "ROINumber", where), tuple(left_out)
 
 

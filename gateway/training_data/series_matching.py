@@ -7,7 +7,8 @@ counts, if one series alone has it (all series of an examination may share one).
 
 NIfTI labels name nothing: a Series Instance UID in the file's name counts, else the folder that the file lies in, or
 the nearest one above that holds an image series, if it holds one only. The source itself counts for files that lie in
-it.
+it. A name with the UID of other images, or with those of two series, is refused: the file was not drawn on what merely
+lies beside it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ from gateway.training_data.source_scan import Source, SourceSeries
 
 _REMEDY = "say in a --cases file which series it belongs to"
 _MOST_NAMED = 4
+_DOTTED = re.compile(r"[0-9]+(?:\.[0-9]+)+")
+_LEAST_OF_UID = 5
+_LONG_AS_UID = 20
+"""Versions and dates have fewer numbers than this, and are shorter; 2.25.UUID has three."""
 
 
 class SeriesIndex:
@@ -74,9 +79,25 @@ class SeriesIndex:
         return tuple(inside)
 
     def _around(self, file: Path) -> tuple[tuple[SourceSeries, ...], str | None]:
-        named = [s for uid, s in self._source.series.items() if _is_in(uid, file.name)]
-        if len(named) == 1:
-            return (named[0],), None
+        dotted = dict.fromkeys(_DOTTED.findall(file.name))
+        named = tuple(self._source.series[uid] for uid in dotted if uid in self._source.series)
+        if len(named) > 1:
+            raise Rejected(f"its name has the UIDs of {len(named)} series ({uids(named)}); {_REMEDY}")
+        found, note = (named, None) if named else self._in_folder(file)
+        own = {uid for s in found for uid in (s.series_instance_uid, s.study_instance_uid, *s.instances)}
+        foreign = [uid for uid in dotted if uid not in own and _is_like_uid(uid)]
+        if foreign and not self._ignores:
+            (series,) = found
+            raise Rejected(
+                f"its name has the UID {foreign[0][:64]}, which is not of series {series.series_instance_uid}, its "
+                f"study or its images; add the series that it was drawn on, {_REMEDY}, or take it all the same "
+                "(--ignore-references)"
+            )
+        if foreign:
+            note = "; ".join(filter(None, [note, "its name has a UID that is not of its series, study or images"]))
+        return found, note
+
+    def _in_folder(self, file: Path) -> tuple[tuple[SourceSeries, ...], str | None]:
         for folder in file.parents:
             is_own = folder == file.parent
             if folder == self._source.root and not is_own:
@@ -100,9 +121,9 @@ class SeriesIndex:
         )
 
 
-def _is_in(uid: str, name: str) -> bool:
-    """Whether the name holds this UID, and no longer one."""
-    return re.search(rf"(?<![0-9])(?<![0-9]\.){re.escape(uid)}(?!\.?[0-9])", name) is not None
+def _is_like_uid(dotted: str) -> bool:
+    numbers = dotted.count(".") + 1
+    return numbers >= _LEAST_OF_UID or (numbers > 2 and len(dotted) >= _LONG_AS_UID)
 
 
 def uids(series: Iterable[SourceSeries]) -> str:

@@ -173,6 +173,36 @@ def test_a_correction_of_the_same_size_and_time_is_made(tmp_path: Path, kind: st
     assert shown(convert(source, out, *words))["made"] == 0
 
 
+def _phases(folder: Path) -> tuple[PhantomSeries, PhantomSeries]:
+    """Two volumes of one series on one grid; the second is half as bright."""
+    first = write_study(folder, 0)
+    files, array = [], first.array.copy()
+    for z, file in enumerate(first.ordered_files):
+        ds = pydicom.dcmread(file)
+        stored = ds.pixel_array // 2
+        array[z] = stored * float(ds.RescaleSlope) + float(ds.RescaleIntercept)
+        ds.PixelData = stored.astype(ds.pixel_array.dtype).tobytes()
+        ds.AcquisitionNumber = 2
+        ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = UID(f"{ds.SOPInstanceUID[:60]}.2")
+        files.append(folder / f"second_{file.name}")
+        ds.save_as(files[-1])
+    second = {**vars(first), "files": tuple(files), "ordered_files": tuple(files), "array": array}
+    return first, PhantomSeries(**second)
+
+
+def test_labels_that_refer_to_another_phase_now_bring_its_image(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "raw" / NAME
+    first, second = _phases(source / "images")
+    write_segmentation(source / "seg.dcm", first)
+    assert shown(convert(source, out, "--json"))["made"] == 1
+    assert_converted(out, first)
+    corrected = np.array([0, 2, 1], np.uint8)[second.labels]
+    write_segmentation(source / "seg.dcm", second, corrected)
+    assert shown(convert(source, out, "--json"))["made"] == 1
+    assert_converted(out, second, labels=corrected)
+    assert shown(convert(source, out, "--json"))["made"] == 0
+
+
 def test_killed_anywhere_it_goes_on(tmp_path: Path, studies: list[PhantomSeries]) -> None:
     """The process ends by SIGKILL when the first case is there."""
     source, out = tmp_path / "source", tmp_path / "raw" / NAME
@@ -541,6 +571,58 @@ def test_labels_of_another_frame_of_reference_or_patient_are_refused_unless_aske
     assert "PatientID (0010,0020) of labels and images differ" in _causes(document)
     notes = [note["note"] for note in shown(convert(source, out, *words, "--ignore-references"))["notes"]]
     assert "PatientID (0010,0020) of labels and images differ" in notes
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_an_roi_of_another_frame_of_reference_is_not_drawn_on_the_images_of_the_others(
+    tmp_path: Path, listed: bool
+) -> None:
+    """An RTSTRUCT with ROIs on two scanners' images names both frames of reference."""
+    source, out = tmp_path / "source", tmp_path / "raw" / NAME
+    series = write_study(source / "images", 0)
+    ds = pydicom.dcmread(write_structure_set(source / "rs.dcm", series, regions_of(series.labels, NAMES)))
+    other = pydicom.Dataset()
+    other.FrameOfReferenceUID = "1.2.3.999"
+    ds.ReferencedFrameOfReferenceSequence.append(other)
+    ds.StructureSetROISequence[1].ReferencedFrameOfReferenceUID = "1.2.3.999"
+    ds.save_as(source / "rs.dcm")
+    (tmp_path / "cases.csv").write_text("case,series,label\none,images,rs.dcm\n")
+    words = ("--cases", str(tmp_path / "cases.csv"), "--json") if listed else ("--json",)
+    causes = _causes(shown(convert(source, out, *words), 1))
+    assert (
+        f"rs.dcm: ROI 2 ({NAMES[2]!r}): another frame of reference than series {series.series_instance_uid}" in causes
+    )
+    assert shown(convert(source, out, *words, "--label", NAMES[1]))["made"] == 1
+    assert_converted(out, series, labels=(series.labels == 1).astype(np.uint8))
+    assert shown(convert(source, out, *words, "--ignore-references"))["made"] == 1
+    assert_converted(out, series)
+    # What was made by that option is not taken for checked without it.
+    assert "another frame of reference" in _causes(shown(convert(source, out, *words), 1))
+
+
+@pytest.mark.parametrize("kind", ["SEG", "RTSTRUCT"])
+@pytest.mark.parametrize("without", ["images", "labels"])
+def test_without_patient_id_the_patient_is_unknown_and_not_another_one(tmp_path: Path, kind: str, without: str) -> None:
+    source, out = tmp_path / "source", tmp_path / "raw" / NAME
+    series = write_study(source / "images", 0)
+    file = source / "labels.dcm"
+    if kind == "SEG":
+        write_segmentation(file, series)
+    else:
+        write_structure_set(file, series, regions_of(series.labels, NAMES))
+    for path in series.files if without == "images" else [file]:
+        ds = pydicom.dcmread(path)
+        ds.PatientID = ""
+        ds.save_as(path)
+    document = shown(convert(source, out, "--json"))
+    told = f"{without} have no PatientID (0010,0020), though others of the case have"
+    assert sum(told in note["note"] for note in document["notes"]) == 1
+    assert_converted(out, series)
+    # Whichever of them says who it is, the name of a case does not.
+    (tmp_path / "cases.csv").write_text("case,series,label\nliver_secret000,images,labels.dcm\n")
+    other = tmp_path / "other" / NAME
+    causes = _causes(shown(convert(source, other, "--cases", str(tmp_path / "cases.csv"), "--json"), 1))
+    assert "its name holds the patient's identifier" in causes
 
 
 def test_labels_of_images_that_are_not_there_are_not_given_to_others_of_their_frame(tmp_path: Path) -> None:

@@ -113,3 +113,23 @@ def test_a_value_that_is_not_declared_counts_as_no_label_with_a_warning(folders:
     warning = f"a: prediction a.nii.gz: label {value} in 1 voxel; declared are 0 to 2; it counts as none of them"
     assert document == {**plain, "warnings": [warning]}
     assert f"seggate: warning: {warning}" in ran.stderr
+
+
+def test_labels_that_predictions_and_references_describe_otherwise_are_refused(folders: tuple[Path, Path]) -> None:
+    """nnU-Net puts a dataset.json beside its predictions: with the labels exchanged, each would be measured as the
+    other."""
+    predictions, references = folders
+    document = json.loads((references.parent / "dataset.json").read_text())
+    (predictions / "dataset.json").write_text(json.dumps({**document, "numTraining": 7}))
+    assert _evaluate(folders).exit_code == 0
+    exchanged = {**document, "labels": {"background": 0, "spleen": 1, "liver": 2}}
+    for folder in (predictions, predictions.parent):  # in the folder, and above it
+        (predictions / "dataset.json").unlink(missing_ok=True)
+        (folder / "dataset.json").write_text(json.dumps(exchanged))
+        ran = _evaluate(folders)
+        assert ran.exit_code == 1
+        assert "name other labels, or other values for them" in ran.stderr
+    assert _evaluate(folders, "--dataset-json", str(references.parent / "dataset.json")).exit_code == 0
+    (references.parent / "dataset.json").unlink()
+    document = json.loads(_evaluate(folders, "--json").stdout)
+    assert document["labels"]["spleen"]["HD95"] == pytest.approx(0.5)

@@ -189,6 +189,25 @@ def test_a_network_that_is_not_the_one_that_was_validated_is_named(tmp_path: Pat
     assert seggate(copy, "select", str(copy / NAME), "--configuration", "3d_fullres").exit_code == 0
 
 
+def test_patients_in_training_and_validation_are_told_wherever_figures_are(tmp_path: Path, trained: Path) -> None:
+    """They were stated after the folds were dealt."""
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    raw = copy / NAME
+    document = json.loads((raw / "dataset.json").read_text())
+    document["patients"] = {f"case_{index:02}": f"p{index // 2}" for index in range(6)}
+    (raw / "dataset.json").write_text(json.dumps(document))
+    told = "3 patient(s) are in training and validation of one fold"
+    found = shown(seggate(copy, "select", str(raw), "--configuration", "3d_fullres", "--json"))
+    assert told in found["notes"][0]
+    exported = shown(seggate(copy, "export", str(raw), "--no-calibration", "--json"))
+    assert any(told in note for note in exported["notes"])
+    assert told in exported["description"]
+    shutil.rmtree(copy / "results")
+    words = ("--configuration", "3d_fullres", "--fold", "0", "--epochs", "1", "--iterations", "1")
+    ran = seggate(copy, "train", str(raw), *words, "--precision", "float32", "--threads", "1")
+    assert (ran.exit_code, told in ran.stderr.replace("\n", " ")) == (0, True), ran.output
+
+
 def test_networks_of_plans_that_were_made_anew_since_are_named(tmp_path: Path, trained: Path) -> None:
     copy = shutil.copytree(trained, tmp_path / "copy")
     plans = copy / "preprocessed" / NAME / "nnUNetPlans.json"

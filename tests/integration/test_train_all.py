@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -154,6 +155,32 @@ def test_a_signal_outside_of_the_training_ends_it_there_and_it_goes_on(
         again = _all(tmp_path, raw, *words)
         assert again["state"] == "finished"
         assert load_bundle(Path(again["bundle"])).calibration is None
+
+
+@pytest.mark.parametrize(
+    ("where", "trained"),
+    [("gateway.commands.train_all.plan_folder", False), ("gateway.commands.export.extract_baseline", True)],
+)
+def test_train_stop_and_status_know_a_run_that_trains_no_fold_at_the_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, trained: bool
+) -> None:
+    raw, words = planned(tmp_path), ("--configuration", "2d", *SHORT)
+    if not trained:
+        shutil.rmtree(tmp_path / "preprocessed")
+    said: list[str] = []
+
+    def ask_and_wait(*_: Any, **__: Any) -> Any:
+        said.append(seggate(tmp_path, "train", "status", str(raw)).stderr)
+        assert seggate(tmp_path, "train", "stop", str(raw)).exit_code == 0
+        threading.Event().wait(60)
+        raise AssertionError("went on")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(where, ask_and_wait)
+        found = _all(tmp_path, raw, *words)
+    assert (found["state"], bool(found["folds"])) == ("stopped", trained)
+    assert "plans, selects or exports" in said[0]
+    assert seggate(tmp_path, "train", "stop", str(raw)).exit_code == 1
 
 
 @pytest.mark.requirement("ART-05")

@@ -114,6 +114,7 @@ def test_pairs_need_both_sides_and_the_same_rest() -> None:
         ("leftkidney", "rightkidney"),
         ("l_kidney", "r_kidney"),
         ("kidney-L", "kidney-R"),
+        ("lh_cortex", "rh_cortex"),
         ("lung_l_upper", "lung_r_upper"),
     ],
 )
@@ -129,7 +130,7 @@ def test_sides_are_found_in_however_they_are_written(left: str, right: str) -> N
         ["liver", "lung", "rib", "lt", "rt"],
         ["vertebrae_L5", "vertebrae_L4", "vertebrae_T5"],
         ["left_right", "l_r"],
-        ["cleft", "bright"],
+        ["cleft", "bright", "leftover", "copyright", "upright position", "lung_rib"],
         [],
     ],
 )
@@ -139,5 +140,10 @@ def test_names_without_a_side_are_neither_paired_nor_called_unpaired(names: list
 
 
 def test_a_side_without_its_other_is_named() -> None:
-    names = ["kidney_left", "kidney_right", "left_atrium", "leftventricle", "Lung R", "liver"]
-    assert anatomy.unpaired(names) == ["left_atrium", "leftventricle", "Lung R"]
+    names = ["kidney_left", "kidney_right", "left_atrium", "leftkidney", "Lung R", "liver"]
+    assert anatomy.unpaired(names) == ["left_atrium", "leftkidney", "Lung R"]
+
+
+@pytest.mark.parametrize("name", ["kidney_lt", "LtKidney", "Rt_Lung", "lhippocampus", "ctx_lh", "kidneyl", "Kidney-R"])
+def test_a_side_that_is_known_in_a_pair_is_known_alone(name: str) -> None:
+    assert anatomy.unpaired([name, "liver"]) == [name]

@@ -112,6 +112,8 @@ def test_a_preprocessed_label_that_is_not_declared_ends_the_training_with_its_ca
         np.save(path, np.full_like(np.load(path), value))
     with pytest.raises(DatasetInvalid, match=rf"case_0\d: holds label {value}; declared are 0 to 2"):
         source.batch(0, 0)
+    with pytest.raises(DatasetInvalid, match=rf"case_0\d: holds label {value}; declared are 0 to 2"):
+        source.label_patch(epoch=0, iteration=0, sample=0)
 
 
 def test_another_number_of_channels_is_refused(source: BatchSource) -> None:

@@ -180,3 +180,30 @@ def test_of_a_bound_that_too_few_patients_give_no_coverage_is_claimed() -> None:
     assert (label.found.dice_coverage, label.found.hd95_coverage) == (None, None)
     assert (label.found.dice_lower, label.found.hd95_upper_mm) == (None, None)
     assert label.found.cases > 0
+
+
+def test_a_segment_of_ignored_voxels_alone_is_neither_right_nor_wrong() -> None:
+    known = drawn(3, 40)
+    nowhere = [replace(case, patient=f"other {case.patient}", dice=None, hd95_mm=None) for case in drawn(4, 5)]
+    found, without = calibrate({"one": [*known, *nowhere]}).labels["one"], calibrate({"one": known}).labels["one"]
+    assert found == without
+    assert (found.cases, found.rightly_empty, found.missed) == (40, 0, 0)
+
+
+@pytest.mark.parametrize(("lacking", "cases", "learnt"), [(1, 39, "them"), (4, 36, "them"), (5, 40, "that")])
+def test_evidence_that_some_cases_lack_is_told_and_does_not_cost_the_label_more_than_it_must(
+    lacking: int, cases: int, learnt: str
+) -> None:
+    known = drawn(3, 40)
+    known[:lacking] = [replace(case, evidence=replace(case.evidence, mirror_dice=None)) for case in known[:lacking]]
+    found = calibrate({"one": known})
+    label = found.labels["one"]
+    assert found.notes == (f"one: {lacking} of 40 cases have no {MIRROR}: its quality is learnt without {learnt}",)
+    assert (label.cases, MIRROR in label.ranges) == (cases, learnt == "them")
+
+
+def test_cases_are_kept_where_without_them_there_were_too_few() -> None:
+    known = drawn(3, MIN_CASES)
+    known[0] = replace(known[0], evidence=replace(known[0].evidence, border_entropy=None))
+    found = calibrate({"one": known}).labels["one"]
+    assert (found.cases, ENTROPY in found.ranges) == (MIN_CASES, False)

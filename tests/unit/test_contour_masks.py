@@ -57,12 +57,30 @@ def test_a_hole_is_left_out(tmp_path: Path) -> None:
     assert np.array_equal(array > 0, ring)
 
 
-def test_a_hole_is_left_out_though_its_plane_was_rounded_otherwise(tmp_path: Path) -> None:
-    phantom = write_series(tmp_path / "s")
-    contours = [_square(5.0, 3, 12), _square(5.04, 6, 9), _square(6.03, 3, 12), _square(5.97, 6, 9)]
-    array, _ = _painted(phantom, [Region(name="ring", contours=contours)], tmp_path)
+@pytest.mark.parametrize(("thickness_mm", "apart"), [(3.0, 0.01 / 3), (30.0, 1e-3)])
+def test_a_hole_is_left_out_though_its_plane_was_rounded_otherwise(
+    tmp_path: Path, thickness_mm: float, apart: float
+) -> None:
+    """By 0.01 mm, or a thousandth of the slices' distance."""
+    phantom = write_series(tmp_path / "s", spacing_mm=(thickness_mm, 2.0, 1.5))
+    contours = [_square(5, 3, 12), _square(5 + apart, 6, 9), _square(6, 3, 12), _square(6 - apart, 6, 9)]
+    array, notes = _painted(phantom, [Region(name="ring", contours=contours)], tmp_path)
     # The line itself belongs to the region: 10 x 10 without 2 x 2.
     assert array[5].sum() == array[6].sum() == 96
+    assert notes == []
+
+
+@pytest.mark.parametrize("orientation", ["axial", "double-oblique"])
+@pytest.mark.parametrize("apart", [0.005, 0.09])
+def test_contours_of_other_planes_that_go_to_one_slice_are_no_holes_in_each_other(
+    tmp_path: Path, orientation: Orientation, apart: float
+) -> None:
+    """Drawn on thinner slices, the second a little smaller: even-odd would leave a ring."""
+    phantom = write_series(tmp_path / "s", orientation=orientation, order="reversed")
+    contours = [_square(5, 3, 12), _square(5 + apart, 4, 11), _square(6, 3, 12), _square(6 - apart, 13, 16)]
+    array, notes = _painted(phantom, [Region(name="r", contours=contours)], tmp_path)
+    assert (array[5].sum(), array[6].sum()) == (100, 116)
+    assert notes == ["ROI 1: on 1 slices contours of several planes were united; an inner one is no hole there"]
 
 
 def test_a_contour_that_is_there_twice_is_used_once_wherever_it_starts(tmp_path: Path) -> None:

@@ -64,6 +64,8 @@ def test_all_faults_of_a_dataset_are_found_in_one_pass(tmp_path: Path) -> None:
         ("channel-count", "case_06"),
         ("unreadable", "case_07"),
         ("thin-volume", "case_08"),
+        ("constant-image", "case_06"),
+        ("constant-image", "case_08"),
         ("empty-foreground", "case_09"),
         ("all-zero", "case_10"),
         ("duplicate-image", "case_12"),
@@ -119,6 +121,7 @@ def test_a_dataset_of_slices_has_one_warning_not_one_per_case(tmp_path: Path) ->
     write_dataset(folder, cases=3)
     for index in range(3):
         image = np.full((1, 10, 12), index + 1, np.float32)
+        image[0, 0, 0] = 9
         write_array(folder / "imagesTr" / f"case_{index:02}_0000.nii.gz", image)
         write_array(folder / "labelsTr" / f"case_{index:02}.nii.gz", np.ones((1, 10, 12), np.uint8))
     report = _check(folder)
@@ -244,3 +247,13 @@ def test_any_undeclared_label_is_an_unexpected_label(tmp_path: Path, value: int)
     assert [(f.kind, f.case, f.cause) for f in report.findings] == [
         ("unexpected-label", "case_01", f"label {value} in 720 voxels; declared are 0 to 2")
     ]
+
+
+def test_an_image_of_one_value_is_told(tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path / "Dataset001_A", cases=2)
+    write_array(folder / "imagesTr" / "case_01_0000.nii.gz", np.full((6, 10, 12), 7.0, dtype=np.float32))
+    report = check_dataset(folder, processes=1)
+    assert [(f.kind, f.case, f.cause) for f in report.findings] == [
+        ("constant-image", "case_01", "every voxel of the image is 7")
+    ]
+    assert report.is_usable

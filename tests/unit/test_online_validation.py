@@ -55,7 +55,7 @@ def test_figures_are_those_of_every_patch_by_itself(labels: LabelManager) -> Non
     there, found = blobs(1, SURFACE_PATCHES), blobs(2, SURFACE_PATCHES)
     if labels.ignore_label is not None:
         there[:, :2] = labels.ignore_label
-    whole = PatchValidation(labels, spacing_mm=SPACING_MM, batch_size=2)
+    whole = PatchValidation(labels, spacing_mm=SPACING_MM, batch_size=2, samples=range(2))
     for part in (slice(0, 2), slice(2, 4)):
         whole.add(logits_of(found[part], labels), torch.from_numpy(there[part]))
     regions = evaluated_regions(labels)
@@ -74,11 +74,11 @@ def test_figures_are_those_of_every_patch_by_itself(labels: LabelManager) -> Non
 def test_an_empty_side_is_the_patchs_diagonal_and_two_are_no_value() -> None:
     labels = manager(LABELS)
     there = blobs(1, 2)
-    found = PatchValidation(labels, spacing_mm=SPACING_MM, batch_size=2)
+    found = PatchValidation(labels, spacing_mm=SPACING_MM, batch_size=2, samples=range(2))
     found.add(logits_of(np.zeros_like(there), labels), torch.from_numpy(there))
     assert found.figures.hd95_mm == pytest.approx(np.hypot.reduce(np.multiply((8, 12, 14), SPACING_MM)))
     assert found.figures.dice_per_class == (0.0, 0.0)
-    nothing = PatchValidation(labels, spacing_mm=SPACING_MM, batch_size=2)
+    nothing = PatchValidation(labels, spacing_mm=SPACING_MM, batch_size=2, samples=range(2))
     nothing.add(logits_of(np.zeros_like(there), labels), torch.zeros(there.shape, dtype=torch.int16))
     assert nothing.figures.hd95_mm is None
     assert nothing.figures.dice_per_class == (None, None)
@@ -89,7 +89,7 @@ def test_2d_patches_are_measured_in_their_plane() -> None:
     there = np.zeros((1, 20, 30), dtype=np.int16)
     there[0, 5:10, 5:10] = 1
     found = np.roll(there, 4, axis=2)
-    measured = PatchValidation(labels, spacing_mm=(2.0, 0.5), batch_size=1)
+    measured = PatchValidation(labels, spacing_mm=(2.0, 0.5), batch_size=1, samples=range(1))
     measured.add(logits_of(found, labels), torch.from_numpy(there))
     assert measured.figures.hd95_mm == pytest.approx(2.0)
 
@@ -97,7 +97,9 @@ def test_2d_patches_are_measured_in_their_plane() -> None:
 def test_surfaces_are_measured_on_the_first_patches_alone() -> None:
     labels = manager(LABELS)
     there = blobs(3, SURFACE_PATCHES)
-    measured = PatchValidation(labels, spacing_mm=SPACING_MM, batch_size=SURFACE_PATCHES)
+    measured = PatchValidation(
+        labels, spacing_mm=SPACING_MM, batch_size=SURFACE_PATCHES, samples=range(SURFACE_PATCHES)
+    )
     measured.add(logits_of(there, labels), torch.from_numpy(there))
     before = measured.figures
     assert before.hd95_mm == 0.0
@@ -106,12 +108,23 @@ def test_surfaces_are_measured_on_the_first_patches_alone() -> None:
     assert measured.figures.dice_per_class != before.dice_per_class
 
 
+@pytest.mark.parametrize("size", [1, 3, 5, 34])
+def test_as_many_patches_are_measured_whatever_the_size_of_a_batch(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    labels, measured = manager(LABELS), []
+    monkeypatch.setattr(PatchValidation, "_measure", lambda _self, _logits, target: measured.append(target))
+    found = PatchValidation(labels, spacing_mm=SPACING_MM, batch_size=size, samples=range(size))
+    for _ in range(5):
+        there = blobs(3, size)
+        found.add(logits_of(there, labels), torch.from_numpy(there))
+    assert len(measured) == SURFACE_PATCHES
+
+
 def test_processes_that_share_batches_find_what_one_does() -> None:
     labels = manager(LABELS)
     there, found = blobs(1, 6), blobs(2, 6)
     logits, target = logits_of(found, labels), torch.from_numpy(there)
-    alone = PatchValidation(labels, spacing_mm=SPACING_MM, batch_size=3)
-    parts = [PatchValidation(labels, spacing_mm=SPACING_MM, batch_size=3) for _ in range(2)]
+    alone = PatchValidation(labels, spacing_mm=SPACING_MM, batch_size=3, samples=range(3))
+    parts = [PatchValidation(labels, spacing_mm=SPACING_MM, batch_size=3, samples=samples) for samples in ([0], [1, 2])]
     for start in (0, 3):
         alone.add(logits[start : start + 3], target[start : start + 3])
         parts[0].add(logits[start : start + 1], target[start : start + 1])

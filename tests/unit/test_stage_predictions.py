@@ -194,8 +194,9 @@ def test_what_is_absent_damaged_or_of_another_size_is_named(tmp_path: Path) -> N
         previous.open("case_1", (6, 8, 11))
     for path in stage.folder.glob("case_1.*"):
         path.write_bytes(b"nothing of the kind")
-    with pytest.raises(DatasetInvalid, match="case_1"):
+    with pytest.raises(DatasetInvalid, match=r"case_1: .* is not readable; remove case_1\.\w+ there and train") as told:
         previous.open("case_1", SHAPE)
+    assert str(tmp_path) not in str(told.value)
     with pytest.raises(DatasetInvalid, match=r"case_1\.json"):
         predicted_by(stage.folder, "case_1")
     (stage.folder / "case_1.json").write_text(json.dumps({"bytes": len(b"nothing of the kind")}))
