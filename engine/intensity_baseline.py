@@ -358,7 +358,8 @@ def _on_grid(array: NDArray[Any], patient: Reorientation, grid: Triplet) -> NDAr
     """Every n-th voxel (..., Z, Y, X) along superior, posterior, left, the same on both ends."""
     view = _towards(array, patient)
     parts = tuple(slice((size - 1) % step // 2, None, step) for size, step in zip(view.shape[-3:], grid, strict=True))
-    return np.ascontiguousarray(view[(..., *parts)])
+    z, y, x = parts
+    return np.ascontiguousarray(view[..., z, y, x])
 
 
 def _box(array: NDArray[np.float32]) -> tuple[slice, slice, slice]:

@@ -177,6 +177,21 @@ def alarms(
     raise typer.Exit(command.alarms(config, clear=clear, as_json=as_json))
 
 
+@app.command()
+def drift(
+    model: Annotated[str | None, typer.Argument(help="A model's name. Default: every model that has served.")] = None,
+    config: Config = DEFAULT_CONFIG,
+    raise_alarms: Annotated[
+        bool, typer.Option("--alarms", help="Raise and clear alarms too, as the scheduler does.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare each model's latest studies with its first: acquisition, intensities, results."""
+    from gateway.commands import drift as command
+
+    raise typer.Exit(command.drift(config, model, raise_alarms=raise_alarms, as_json=as_json))
+
+
 @models.command("import")
 def models_import(
     path: Annotated[Path, typer.Argument(help="nnU-Net v2 result folder, its zip, a checkpoint, or a bundle.")],

@@ -57,6 +57,9 @@ class Scheduler:
         if cron:
             trigger = CronTrigger.from_crontab(cron, timezone="UTC")
             self._scheduler.add_job(self._sweep, trigger, id="sweep", next_run_time=utc_now())
+        if self._settings.gateway.scheduler.drift_cron:
+            trigger = CronTrigger.from_crontab(self._settings.gateway.scheduler.drift_cron, timezone="UTC")
+            self._scheduler.add_job(self._drift, trigger, id="drift")
         self._enqueuer = Enqueuer(self._database)
         self._scheduler.start()
 
@@ -78,6 +81,22 @@ class Scheduler:
             _log.info("sweep found work that was left behind", count=found)
         if late:
             _log.info("results that had nowhere to go are on their way", deliveries=late)
+
+    def _drift(self) -> None:
+        from gateway.monitoring.drift_window import check_served_models
+
+        try:
+            found = check_served_models(self._database, self._settings.gateway.drift, now=utc_now())
+        except DatabaseAway as error:
+            _log.warning("drift check skipped", error=str(error))
+            return
+        for drift in found:
+            _log.info(
+                "drift checked",
+                model=f"{drift.model_name} {drift.model_version}",
+                severity=drift.report.severity,
+                too_few=drift.report.too_few,
+            )
 
 
 def sweep(database: Database, enqueuer: Enqueuer) -> int:

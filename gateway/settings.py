@@ -149,6 +149,14 @@ class SchedulerSettings(Section):
     """[scheduler]: cron lines (minute hour day month weekday); empty = never."""
 
     sweep_cron: str = "*/5 * * * *"  # outbox sweep, executor takeover, expired alarms
+    drift_cron: str = "15 3 * * *"  # [drift]: each model's latest studies against its first
+
+
+class DriftSettings(Section):
+    """[drift]: which studies are compared with which (ART-20)."""
+
+    reference_studies: int = Field(default=200, ge=60, le=10_000)  # the first of a model's version
+    window_days: int = Field(default=30, ge=1, le=3650)  # the latest: at least 30 studies, at most half the reference
 
 
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -192,6 +200,7 @@ class GatewaySettings(BaseSettings):
     worker: WorkerSettings = WorkerSettings()
     quality: QualitySettings = QualitySettings()
     scheduler: SchedulerSettings = SchedulerSettings()
+    drift: DriftSettings = DriftSettings()
     web: WebSettings = WebSettings()
 
     @classmethod

@@ -254,6 +254,20 @@ class Result(Record):
     report_id: Mapped[str | None] = mapped_column(String(128))  # DiagnosticReport id at the EMR
 
 
+class StudyFacts(Record):
+    """What is kept of the study behind a result, to notice drift: written once, with the result's measurements."""
+
+    __tablename__ = "study_facts"
+    result_id: Mapped[str] = mapped_column(ForeignKey("results.result_id"), primary_key=True)
+    model_name: Mapped[str] = mapped_column(String(128))
+    model_version: Mapped[str] = mapped_column(String(32))
+    scanner: Mapped[str] = mapped_column(String(128))  # manufacturer and model, "" where the headers do not say
+    recorded_at: Mapped[datetime]
+    acquisition: Mapped[dict[str, Any]]  # categories and numbers by stream (gateway/monitoring/acquisition.py)
+    image: Mapped[dict[str, Any] | None] = mapped_column(JSON)  # engine.intensity_baseline.StudySummary
+    __table_args__ = (Index("ix_study_facts_model", "model_name", "model_version", "recorded_at"),)
+
+
 class ResultObject(Record):
     """A DICOM object of a result, written once to the spool and sent again unchanged (QUE-27)."""
 

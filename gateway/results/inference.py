@@ -22,6 +22,7 @@ from gateway.disk_space import alarmed_when_full
 from gateway.errors import Permanent, Rejected, is_of_the_machine
 from gateway.intake.header import text_of
 from gateway.model_shelf import ModelShelf
+from gateway.monitoring.study_facts import facts_of
 from gateway.results.orders import series_files
 from gateway.results.series import SeriesPart, decode, read_series
 from storage import ledger
@@ -123,7 +124,9 @@ class Inference:
         labels_path, labels_digest = self._spool.store_result_file(
             study.study_key, result_id, f"labels-{hashlib.sha256(packed).hexdigest()[:16]}.npz", packed
         )
-        regions = {spec.name: spec.region for spec in self._shelf.bundle(model).labels}
+        bundle = self._shelf.bundle(model)
+        facts = facts_of(result, part, prediction, bundle)
+        regions = {spec.name: spec.region for spec in bundle.labels}
         measurements = [_measurement(s, regions[s.name], prediction.labels) for s in prediction.segments]
         runtime = _runtime(prediction, part, read_s)
         runtime["labels"] = {"path": labels_path, "sha256": labels_digest}
@@ -133,6 +136,7 @@ class Inference:
                 # Another run of the same step was faster; what it wrote may have left the house already.
                 return "inferred"
             row.measurements, row.runtime = measurements, runtime
+            session.merge(facts)
             ledger.append(
                 session,
                 subject=ledger.study_subject(row.study_instance_uid),

@@ -27,7 +27,7 @@ from storage.alarms import open_alarms
 from storage.database import Database
 from storage.errors import ObjectChanged, SpoolFull
 from storage.models import ModelRegistry, RegisteredModel
-from storage.records import LedgerEvent, Result, ResultState, StudyState
+from storage.records import LedgerEvent, Result, ResultState, StudyFacts, StudyState
 from storage.spool import Spool
 from tests.support.phantoms import write_series
 from tests.support.story_rows import add_result, add_study, add_version
@@ -175,6 +175,16 @@ def test_statistics_name_the_centre_of_a_segment_in_the_patient_and_the_missing_
     anterior, posterior = result.measurements
     assert anterior["centroid_lps_mm"] == pytest.approx(centre[:3], abs=1e-3)
     assert posterior["centroid_lps_mm"] is None
+    # What the study was like is kept in the same transaction.
+    with database.reading() as session:
+        facts = session.get_one(StudyFacts, "r1")
+    assert (facts.model_name, facts.model_version) == (result.model_name, result.model_version)
+    assert facts.acquisition["categories"]["modality"] == "MR"
+    assert facts.acquisition["numbers"]["slices"] == 22
+    assert facts.image is not None
+    (channel,) = facts.image["channels"]
+    assert sum(channel["whole"]) == 10_000
+    assert facts.image["volumes_ml"][0] == pytest.approx(anterior["volume_ml"], rel=1e-5)
 
 
 @pytest.mark.requirement("QUE-27")

@@ -1,0 +1,101 @@
+"""The facts of a study as streams: acquisition, intensities, and what the model made of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from engine.drift_check import StudyRow
+from storage.records import Result, StudyFacts
+
+VERDICT, CONFIDENCE = "verdict", "confidence"
+_PER_LABEL = ("volume_ml", "confidence", "border_entropy", "fold_dice", "mirror_dice", "components")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedStudy:
+    """`row` of the result `result_id`, recorded at that time, made on that scanner ("": unknown)."""
+
+    result_id: str
+    recorded_at: datetime
+    scanner: str
+    row: StudyRow
+
+
+def recorded_studies(session: Session, model_name: str, model_version: str) -> list[RecordedStudy]:
+    """Of a model's version, oldest first; those that were judged alone, since the verdict is a stream."""
+    found = session.execute(
+        select(
+            StudyFacts.result_id,
+            StudyFacts.recorded_at,
+            StudyFacts.scanner,
+            StudyFacts.acquisition,
+            StudyFacts.image,
+            Result.measurements,
+            Result.runtime,
+            Result.verdict,
+        )
+        .join(Result, Result.result_id == StudyFacts.result_id)
+        .where(
+            StudyFacts.model_name == model_name,
+            StudyFacts.model_version == model_version,
+            Result.verdict.is_not(None),
+        )
+        .order_by(StudyFacts.recorded_at, StudyFacts.result_id)
+    )
+    return [
+        RecordedStudy(
+            result_id=result_id,
+            recorded_at=recorded_at,
+            scanner=scanner,
+            row=study_row(
+                acquisition,
+                image,
+                measurements or [],
+                verdict=verdict,
+                confidence=(runtime or {}).get("mean_confidence"),
+            ),
+        )
+        for result_id, recorded_at, scanner, acquisition, image, measurements, runtime, verdict in found
+    ]
+
+
+def study_row(
+    acquisition: Mapping[str, Any],
+    image: Mapping[str, Any] | None,
+    measurements: Sequence[Mapping[str, Any]],
+    *,
+    verdict: str,
+    confidence: float | None,
+) -> StudyRow:
+    """`acquisition` and `image` as StudyFacts has them, `measurements` as Result has."""
+    categories = {**acquisition["categories"], VERDICT: verdict}
+    numbers: dict[str, float] = dict(acquisition["numbers"])
+    histograms: dict[str, Sequence[float] | None] = {}
+    _add(numbers, CONFIDENCE, confidence)
+    for segment in measurements:
+        name = segment["name"]
+        categories[f"empty {name}"] = "no" if segment["voxels"] else "yes"
+        for key in _PER_LABEL:
+            if segment["voxels"]:
+                _add(numbers, f"{key.replace('_', '-')} {name}", segment.get(key))
+    if image is not None:
+        for axis, mm, size in zip(("superior", "posterior", "left"), image["spacing_mm"], image["size"], strict=True):
+            numbers[f"spacing-{axis}-mm"], numbers[f"size-{axis}"] = float(mm), float(size)
+        _add(numbers, "foreground-share", image.get("foreground_share"))
+        for index, channel in enumerate(image["channels"]):
+            histograms[f"intensities {index}"] = channel["whole"]
+            histograms[f"foreground-intensities {index}"] = channel["foreground"]
+            _add(numbers, f"noise {index}", channel.get("noise"))
+    return StudyRow(categories=categories, numbers=numbers, histograms=histograms)
+
+
+def _add(numbers: dict[str, float], name: str, value: object) -> None:
+    if isinstance(value, int | float) and math.isfinite(value):
+        numbers[name] = float(value)
