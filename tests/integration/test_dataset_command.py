@@ -70,7 +70,7 @@ def test_every_fault_of_a_dataset_is_listed_by_one_run_without_a_traceback(tmp_p
         ),
         **dict.fromkeys(
             ("label-without-image", "unknown-patient-case", "position", "thin-volume", "empty-foreground",
-             "duplicate-image"),
+             "duplicate-image", "constant-image"),
             "warning",
         ),
     }  # fmt: skip
