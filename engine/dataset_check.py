@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
@@ -31,7 +32,7 @@ from engine.exclusions import EXCLUSIONS_JSON, Exclusion
 from engine.nifti import narrowed, read_nifti, read_whole_numbers
 from engine.parallel import Progress, map_cases
 from engine.sides import ONE_ORIENTATION, has_sides, lateral_direction, paired_labels, unpaired_labels
-from engine.splits import SPLITS_JSON, read_splits
+from engine.splits import KEEPS_PATIENTS_TOGETHER, SPLITS_JSON, Split, mixed_patients, read_splits
 from engine.volume import AS_STORED, Geometry, LabelMap
 
 _NNUNET_NAME = re.compile(r"Dataset\d{3}_.+")
@@ -59,6 +60,7 @@ KINDS: Mapping[str, tuple[Severity, str]] = MappingProxyType(
         "duplicate-image": (_WARNING, "remove one: a copy in training and validation makes the validation too good"),
         "unknown-patient-case": (_WARNING, "correct the case's name under `patients` in dataset.json"),
         "unknown-excluded-case": (_WARNING, "correct the case's name: `seggate dataset exclude CASE --undo`"),
+        "mixed-patients": (_WARNING, KEEPS_PATIENTS_TOGETHER),
         "splits": (_ERROR, "correct splits_final.json, or remove it so that a new one is made"),
         "channel-count": (_ERROR, "give every case one file per channel, CASE_0000 and on, as channel_names says"),
         "missing-image": (_ERROR, "restore the file, or correct its path in dataset.json"),
@@ -123,12 +125,15 @@ class CheckReport:
         return all(finding.severity is not Severity.ERROR for finding in self.findings)
 
 
-def check_dataset(folder: Path, *, processes: int, progress: Progress | None = None) -> CheckReport:
-    """Reads every file of the dataset. What is wrong with the dataset is in the report and is not raised; WorkerDied
-    is, when memory runs out."""
+def check_dataset(
+    folder: Path, *, processes: int, planned: Path | None = None, progress: Progress | None = None
+) -> CheckReport:
+    """Reads every file of the dataset. `planned`: <preprocessed>/<name>, whose folds were made with the patients that
+    were stated then; absent where nothing is planned yet. What is wrong with the dataset is in the report and is not
+    raised; WorkerDied is, when memory runs out."""
     try:
         dataset = open_dataset(folder)
-        findings = [*_check_names(dataset), *_check_references(dataset)]
+        findings = [*_check_names(dataset), *_check_references(dataset), *_check_patients(dataset, planned)]
     except DatasetInvalid as error:
         return CheckReport(num_cases=0, findings=(Finding(kind="dataset-json", cause=str(error)),))
     check = partial(_check_case, dataset_json=dataset.json)
@@ -195,6 +200,18 @@ def _check_references(dataset: RawDataset) -> Iterable[Finding]:
             read_splits(splits, sorted(names), excluded=dataset.excluded_names)
         except DatasetInvalid as error:
             yield Finding(kind="splits", file=SPLITS_JSON, cause=str(error))
+
+
+def _check_patients(dataset: RawDataset, planned: Path | None) -> Iterable[Finding]:
+    """The folds that are trained: those of the plans, or else the dataset's own."""
+    path = dataset.folder / SPLITS_JSON if planned is None or not planned.is_dir() else planned / SPLITS_JSON
+    splits: tuple[Split, ...] = ()
+    # Folds of cases that are gone end `plan` and `train`, with names; the dataset is no worse for them.
+    with suppress(DatasetInvalid):
+        splits = read_splits(path, [case.name for case in dataset.cases], excluded=dataset.excluded_names)
+    mixed = mixed_patients(splits, dataset.json.patients)
+    if mixed is not None:
+        yield Finding(kind="mixed-patients", file=SPLITS_JSON, cause=mixed)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ from engine.plans import Configuration, Plans, read_plans
 from engine.preprocessed import PreprocessJob, preprocess_dataset
 from engine.preprocessing_needs import fitting_processes, needed_bytes
 from engine.split_extension import uncovered
-from engine.splits import SPLITS_JSON, Split, patients_in_both, read_splits
+from engine.splits import SPLITS_JSON, Split, mixed_patients, read_splits
 
 PLANS_JSON = "plans.json"
 REQUEST, LOG, EPOCHS = "training.json", "training_log.txt", "training_log.jsonl"
@@ -36,10 +36,6 @@ FINAL = "checkpoint_final.pth"
 """Of a fold's folder (engine/fold_training.py)."""
 OWN = "seggate"
 """The key in plans.json of what nnU-Net does not know."""
-SHARED_PATIENTS = (
-    "patient(s) are in training and validation of one fold, so that figures are too good; `seggate plan --splits "
-    "stratified` keeps patients together, and what is trained then counts"
-)
 ALL = "all"
 """nnU-Net's name of the fold that is trained and validated on every case."""
 
@@ -119,11 +115,10 @@ class Experiment:
         every = [stage for name in configurations for stage in (*self.previous_stages(name), name)]
         return tuple(name for name in dict.fromkeys(every) if complete or name in configurations)
 
-    def patients_on_both_sides(self, folds: Sequence[str]) -> frozenset[str]:
-        """Patients of whom one of these folds has cases to train and cases to validate on; the fold `all`, which has
-        every case on both, is not asked."""
-        patients = self.dataset.json.patients
-        return frozenset().union(*(patients_in_both(self.split(fold), patients) for fold in folds if fold != ALL))
+    def mixed_patients(self, folds: Sequence[str]) -> str | None:
+        """A sentence on patients of whom one of these folds has cases to train and cases to validate on; the fold
+        `all`, which has every case on both, is not asked."""
+        return mixed_patients([self.split(fold) for fold in folds if fold != ALL], self.dataset.json.patients)
 
     def never_validated(self) -> tuple[str, ...]:
         """Cases that no fold of the splits validates: no network predicts them that was not trained on them."""

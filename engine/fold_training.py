@@ -45,7 +45,6 @@ from engine.experiment import (
     LOGITS,
     PROGRESS,
     REQUEST,
-    SHARED_PATIENTS,
     VALIDATION,
     Experiment,
     check_disk,
@@ -63,7 +62,7 @@ from engine.schedule import Schedule
 from engine.sibling_folds import refuse_other_mirroring
 from engine.sides import Mirroring, MirrorPolicy, SidesPolicy, plan_mirroring
 from engine.sliding_window import WindowGrid
-from engine.splits import Split, hold_out
+from engine.splits import KEEPS_PATIENTS_TOGETHER, Split, hold_out
 from engine.step_gradients import Precision
 from engine.training import Trainer, TrainingSetup
 from engine.training_checkpoint import FINAL, LATEST, init_args, weights_digest
@@ -456,9 +455,8 @@ class _Fold:
         left = () if self.request.fold == ALL else self.experiment.in_no_fold()
         if left:
             notes.append(f"{len(left)} case(s) of the dataset are in no fold ({left[0]}): see `seggate plan --splits`")
-        shared = self.experiment.patients_on_both_sides([self.request.fold])
-        if shared:
-            notes.append(f"{len(shared)} {SHARED_PATIENTS}")
+        if (mixed := self.experiment.mixed_patients([self.request.fold])) is not None:
+            notes.append(f"{mixed}: {KEEPS_PATIENTS_TOGETHER}")
         return notes
 
     def _epoch(self, trainer: Trainer, record: EpochRecord) -> None:

@@ -116,8 +116,8 @@ def complete_card(card: ModelCard, experiment: Experiment, chosen: Chosen, cases
 
 def _figures(experiment: Experiment, chosen: Chosen) -> str:
     text = figures(chosen, experiment.dataset.json.labels)
-    shared = experiment.patients_on_both_sides(chosen.folds)
-    return f"{text} {len(shared)} patient(s) are in training and validation of one fold." if shared else text
+    mixed = experiment.mixed_patients(chosen.folds)
+    return f"{text} {mixed}." if mixed is not None else text
 
 
 def figures(chosen: Chosen, labels: LabelManager) -> str:

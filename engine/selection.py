@@ -34,7 +34,7 @@ from engine.case_results import (
 from engine.dataset import DATASET_JSON, Case, DatasetJson, read_case
 from engine.errors import DatasetInvalid, InputRejected
 from engine.evaluation import Pair, Row
-from engine.experiment import LOGITS, PLANS_JSON, SHARED_PATIENTS, VALIDATION, Experiment
+from engine.experiment import LOGITS, PLANS_JSON, VALIDATION, Experiment
 from engine.json_writer import write_json
 from engine.metrics import SUMMARY, summarize, summary, write_summary_document
 from engine.parallel import Progress, map_cases
@@ -49,6 +49,7 @@ from engine.postprocessing_search import (
 )
 from engine.preprocessing import crop_to_nonzero
 from engine.sibling_folds import refuse_mixed_mirroring
+from engine.splits import KEEPS_PATIENTS_TOGETHER
 from engine.training_profile import TrainingProfile
 from engine.validated_fold import ValidatedFold, validated_fold
 
@@ -132,9 +133,8 @@ class _Selecting:
             if not set(group) & set(lacking):
                 candidates.append(self._ensemble(group))
         best = max(candidates, key=lambda c: c.rank)
-        shared = self.experiment.patients_on_both_sides(self.folds)
-        if shared:
-            notes.append(f"{len(shared)} {SHARED_PATIENTS}")
+        if (mixed := self.experiment.mixed_patients(self.folds)) is not None:
+            notes.append(f"{mixed}: {KEEPS_PATIENTS_TOGETHER}")
         if best.score is None:
             notes.append("the references have no label at all: nothing says which model is better")
         if self.profile.ensembles_everything:

@@ -93,6 +93,21 @@ def patients_in_both(split: Split, patients: Mapping[str, str]) -> set[str]:
     return train & val
 
 
+KEEPS_PATIENTS_TOGETHER = (
+    f"without the old {SPLITS_JSON}, `seggate plan --splits stratified` makes folds of whole patients, to be trained "
+    "again"
+)
+"""What to do about `mixed_patients`."""
+
+
+def mixed_patients(splits: Sequence[Split], patients: Mapping[str, str]) -> str | None:
+    """A sentence on how many patients are on both sides of a fold, without their names; None where there are none."""
+    shared = set[str]().union(*(patients_in_both(split, patients) for split in splits))
+    if not shared:
+        return None
+    return f"{len(shared)} patient(s) are in training and validation of one fold, which makes validation too good"
+
+
 def read_splits(path: Path, cases: Sequence[str], *, excluded: Collection[str] = ()) -> tuple[Split, ...]:
     """The folds without their `excluded` cases.
 

@@ -15,13 +15,19 @@ dataset = typer.Typer(help="Training datasets in nnU-Net's format.", no_args_is_
 @dataset.command("check")
 def dataset_check(
     folder: Annotated[Path, typer.Argument(help="A dataset in nnU-Net's format: DatasetNNN_Name.")],
+    dataset_name: DatasetName = None,
+    preprocessed: Preprocessed = Path("preprocessed"),
     processes: Processes = None,
     as_json: Json = False,
 ) -> None:
     """Read every image and label map and name all that is wrong, with its cause and what to do."""
     from gateway.commands import dataset as command
 
-    raise typer.Exit(command.check(folder, processes=processes, as_json=as_json))
+    raise typer.Exit(
+        command.check(
+            folder, dataset_name=dataset_name, preprocessed=preprocessed, processes=processes, as_json=as_json
+        )
+    )
 
 
 @dataset.command("convert")

@@ -19,11 +19,16 @@ from engine.splits import SPLITS_JSON, Split, read_splits
 from gateway.commands.output import console, print_json, progress_bar, say, table
 
 
-def check(folder: Path, *, processes: int | None, as_json: bool) -> int:
+def check(folder: Path, *, dataset_name: str | None, preprocessed: Path, processes: int | None, as_json: bool) -> int:
     """0 when the dataset can be trained on (warnings are allowed), 1 otherwise."""
     try:
         with progress_bar("reading cases", hidden=as_json) as advance:
-            report = check_dataset(folder, processes=processes or default_processes(), progress=advance)
+            report = check_dataset(
+                folder,
+                processes=processes or default_processes(),
+                planned=preprocessed / (dataset_name or folder.resolve().name),
+                progress=advance,
+            )
     except (EngineError, OSError) as error:
         if as_json:
             print_json({"ok": False, "error": str(error), "cases": 0, "findings": [], "excluded": []})

@@ -15,13 +15,14 @@ from engine.bundle_versions import FIRST, find_bundle, made_of, next_version, no
 from engine.calibration_cases import calibrate_bundle, describe
 from engine.calibration_file import calibration_document
 from engine.errors import EngineError
-from engine.experiment import SHARED_PATIENTS, Experiment, open_experiment
+from engine.experiment import Experiment, open_experiment
 from engine.manifest import Ensemble, Weights
 from engine.model_card import ModelCard, read_card
 from engine.model_figures import Chosen, check_choice, complete_card, learned_cases, read_choice
 from engine.parallel import default_processes
 from engine.quality_estimate import Calibration
 from engine.sanity_making import dataset_cases
+from engine.splits import KEEPS_PATIENTS_TOGETHER
 from engine.training_profile import TRAINING_PROFILES
 from gateway.commands.models import importer
 from gateway.commands.output import print_json, progress_bar, say
@@ -112,9 +113,8 @@ def export_chosen(
             f"these networks learned from {len(cases.all)} cases, and {len(cases.excluded_since)} of them are excluded "
             f"since (the first: {first}): remove the folds and train them again to be rid of it"
         )
-    shared = experiment.patients_on_both_sides(chosen.folds)
-    if shared:
-        notes.append(f"{len(shared)} {SHARED_PATIENTS}")
+    if (mixed := experiment.mixed_patients(chosen.folds)) is not None:
+        notes.append(f"{mixed}: {KEEPS_PATIENTS_TOGETHER}")
     site_cases = dataset_cases(experiment.dataset, sanity_cases)
     with progress_bar("intensities", hidden=hide_bar) as advance:
         baseline = extract_baseline(experiment, processes=processes or default_processes(), progress=advance)

@@ -22,8 +22,8 @@ from engine.splits import (
     FOLDS,
     SPLITS_JSON,
     Split,
+    mixed_patients,
     nnunet_splits,
-    patients_in_both,
     read_splits,
     stratified_splits,
     write_splits,
@@ -295,12 +295,9 @@ def _note_cases(splits: tuple[Split, ...], dataset: RawDataset, notes: list[str]
             f"{len(left)} case(s) are in no fold: {_first(left)}; nothing but the fold `all` is trained on them. "
             "--splits extend deals them to the folds, and leaves the others where they are"
         )
-    shared = set().union(*(patients_in_both(split, dataset.json.patients) for split in splits))
-    if shared:
-        notes.append(
-            f"{len(shared)} patient(s) are in training and validation of one fold, which makes validation too good; "
-            "--splits stratified keeps patients together"
-        )
+    mixed = mixed_patients(splits, dataset.json.patients)
+    if mixed is not None:
+        notes.append(f"{mixed}; --splits stratified keeps patients together")
 
 
 def _first(names: Sequence[str]) -> str:

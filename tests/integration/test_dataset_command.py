@@ -50,6 +50,30 @@ def test_a_warning_ends_with_0(tmp_path: Path) -> None:
     assert [f["kind"] for f in json.loads(ran.stdout)["findings"]] == ["dataset-name"]
 
 
+def test_patients_that_are_stated_after_planning_are_a_warning_where_folds_tear_them_apart(tmp_path: Path) -> None:
+    names = [f"case_{index:02}" for index in range(6)]
+    raw = write_dataset(tmp_path / "Dataset001_Late", patients={name: f"p{int(name[5:]) // 2}" for name in names})
+    words = (str(raw), "--processes", "1", "--json")
+    assert json.loads(_check(*words).stdout)["findings"] == []
+    planned = tmp_path / "preprocessed" / "Dataset001_Other"
+    planned.mkdir(parents=True)
+    splits = [{"train": names[1::2], "val": names[::2]}, {"train": names[2:], "val": names[:2]}]
+    (planned / "splits_final.json").write_text(json.dumps(splits))
+    where = ("--preprocessed", str(planned.parent))
+    assert json.loads(_check(*words, *where).stdout)["findings"] == []
+    ran = _check(*words, *where, "--dataset-name", planned.name)
+    assert ran.exit_code == 0
+    (finding,) = json.loads(ran.stdout)["findings"]
+    assert (finding["kind"], finding["severity"], finding["file"]) == ("mixed-patients", "warning", "splits_final.json")
+    assert finding["cause"].startswith("3 patient(s) are in training and validation of one fold")
+    assert "seggate plan --splits stratified" in finding["remedy"]
+    # Folds of its own, before anything is planned.
+    (raw / "splits_final.json").write_text(json.dumps(splits))
+    assert [f["kind"] for f in json.loads(_check(*words).stdout)["findings"]] == ["mixed-patients"]
+    (planned / "splits_final.json").write_text(json.dumps(splits[1:]))
+    assert json.loads(_check(*words, *where, "--dataset-name", planned.name).stdout)["findings"] == []
+
+
 def test_a_folder_that_is_no_dataset_is_said_without_a_traceback(tmp_path: Path) -> None:
     ran = _check(str(tmp_path))
     assert ran.exit_code == 1

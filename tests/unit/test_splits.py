@@ -13,6 +13,7 @@ from engine.fingerprint import CaseSummary
 from engine.splits import (
     Split,
     hold_out,
+    mixed_patients,
     nnunet_splits,
     patients_in_both,
     read_splits,
@@ -65,6 +66,15 @@ def test_the_file_of_the_hippocampus_set_is_nnunets(tmp_path: Path, shared_root:
     wanted = json.loads(reference.read_text())
     write_splits(nnunet_splits([*wanted[0]["train"], *wanted[0]["val"]]), tmp_path / "splits_final.json")
     assert json.loads((tmp_path / "splits_final.json").read_text()) == wanted
+
+
+def test_patients_on_both_sides_of_any_fold_are_counted_and_not_named() -> None:
+    patients = {"a": "Smith", "b": "Smith", "c": "Jones", "d": "Jones"}
+    apart, torn = Split(train=("a", "b"), val=("c", "d")), Split(train=("a", "c"), val=("b", "d", "e"))
+    assert mixed_patients([apart], patients) is None
+    assert mixed_patients([torn], {}) is None
+    found = mixed_patients([apart, torn, torn], patients)
+    assert found == "2 patient(s) are in training and validation of one fold, which makes validation too good"
 
 
 @pytest.mark.requirement("ART-10")
