@@ -81,7 +81,7 @@ class BatchSource:
         case, bounds = self._place(epoch, iteration, sample)
         patch = read_patch(case.labels_1ZYX, central_bounds(bounds, self.plan.patch_size), 0, np.int32)
         self._check_labels(case.name, patch)  # before a large value becomes a small one
-        labels = np.maximum(patch[0], 0).astype(np.int16)
+        labels: NDArray[np.int16] = np.maximum(patch[0], 0).astype(np.int16)
         return labels
 
     def _place(self, epoch: int, iteration: int, sample: int) -> tuple[PreprocessedCase, Bounds]:
