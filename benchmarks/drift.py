@@ -10,8 +10,8 @@ In each split of the cases 140 are the reference and the others are live; thresh
 null window are unchanged live studies, a changed window has the change in each study. `detection_rate` is the share of
 changed windows with any alarm; `delay_studies` the median number of changed studies in a window, the others unchanged,
 from which on there is one; `false_alarm_rate` the share of null windows with an alarm in any stream and
-`false_alarm_upper` the upper end of Wilson's 95 % interval. Facts are kept in FOLDER: started again, it goes on. The last
-line is one JSON object.
+`false_alarm_upper` the upper end of Wilson's 95 % interval. Facts are kept in FOLDER: started again, it goes on. The
+last line is one JSON object.
 """
 
 from __future__ import annotations

@@ -29,7 +29,9 @@ app = typer.Typer(
 )
 models = typer.Typer(help="Import, list, show and verify models.", no_args_is_help=True, rich_markup_mode=None)
 config = typer.Typer(help="Look at the configuration.", no_args_is_help=True, rich_markup_mode=None)
+audit = typer.Typer(help="Look at the ledger as evidence.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(models, name="models")
+app.add_typer(audit, name="audit")
 app.add_typer(config, name="config")
 
 
@@ -190,6 +192,20 @@ def drift(
     from gateway.commands import drift as command
 
     raise typer.Exit(command.drift(config, model, raise_alarms=raise_alarms, as_json=as_json))
+
+
+@audit.command("verify")
+def audit_verify(
+    subject: Annotated[
+        str | None, typer.Argument(help="study:UID, model:NAME or gateway. Default: every chain of the ledger.")
+    ] = None,
+    config: Config = DEFAULT_CONFIG,
+    as_json: Json = False,
+) -> None:
+    """Check the hash chains of the ledger: an event that was changed, removed from between, or reordered is named."""
+    from gateway.commands import audit as command
+
+    raise typer.Exit(command.verify(config, subject, as_json=as_json))
 
 
 @models.command("import")
