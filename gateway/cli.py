@@ -171,11 +171,20 @@ def complete(
 def alarms(
     config: Config = DEFAULT_CONFIG,
     clear: Annotated[int | None, typer.Option(help="Clear the alarm with this number.")] = None,
+    acknowledge: Annotated[int | None, typer.Option(help="This one is open and quiet. Needs --reason.")] = None,
+    snooze: Annotated[int | None, typer.Option(help="This one is quiet for a while. Needs --for and --reason.")] = None,
+    quiet_for: Annotated[str | None, typer.Option("--for", help="How long, with --snooze: 30m, 12h or 7d.")] = None,
+    reason: Annotated[str | None, typer.Option(help="Why; the ledger keeps it with who said it.")] = None,
     as_json: Json = False,
 ) -> None:
-    """List open alarms: what a person must look at."""
+    """List open alarms: what a person must look at; clear, acknowledge or snooze one."""
     from gateway.commands import alarms as command
 
+    chosen = [number for number in (clear, acknowledge, snooze) if number is not None]
+    if len(chosen) > 1 or (snooze is None) != (quiet_for is None):
+        raise typer.BadParameter("one of --clear, --acknowledge and --snooze at a time; --snooze and --for go together")
+    if clear is None and chosen:
+        raise typer.Exit(command.take_on_alarm(config, chosen[0], reason=reason, quiet_for=quiet_for))
     raise typer.Exit(command.alarms(config, clear=clear, as_json=as_json))
 
 

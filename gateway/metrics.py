@@ -17,10 +17,10 @@ from prometheus_client.registry import Collector
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from storage.alarms import is_quiet, open_alarms
 from storage.database import Database
 from storage.errors import DatabaseAway
 from storage.records import (
-    Alarm,
     Delivery,
     DeliveryState,
     DestinationState,
@@ -121,12 +121,13 @@ def _counts(session: Session) -> Iterable[Metric]:
         down.add_metric([name], 1 if circuit == "open" else 0)
     yield down
 
-    alarms = GaugeMetricFamily("seggate_alarms_open", "Open alarms by kind.", labels=["kind"])
-    open_alarms = session.execute(
-        select(Alarm.kind, func.count()).where(Alarm.cleared_at.is_(None)).group_by(Alarm.kind)
+    alarms = GaugeMetricFamily(
+        "seggate_alarms_open", "Open alarms by kind that nobody has acknowledged or snoozed.", labels=["kind"]
     )
-    for kind, count in open_alarms:
-        alarms.add_metric([kind], count)
+    now = utc_now()
+    kinds = [alarm.kind for alarm in open_alarms(session) if not is_quiet(alarm, now)]
+    for kind in sorted(set(kinds)):
+        alarms.add_metric([kind], kinds.count(kind))
     yield alarms
 
 

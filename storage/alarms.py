@@ -6,6 +6,7 @@ A new one is also a line in the log, with its kind and subject only: a message m
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 
 import structlog
 from sqlalchemy import select
@@ -40,6 +41,17 @@ def clear_alarms(session: Session, *, kind: str, subject: str, by: str) -> int:
     for alarm in open_ones:
         alarm.cleared_at, alarm.cleared_by = utc_now(), by
     return len(open_ones)
+
+
+def take_on(session: Session, alarm: Alarm, *, by: str, reason: str, until: datetime | None = None) -> None:
+    """Somebody has seen to an open alarm: it is quiet until it is cleared, or until then (snoozed)."""
+    alarm.seen_at, alarm.seen_by, alarm.seen_reason, alarm.quiet_until = utc_now(), by, reason, until
+    session.flush()
+
+
+def is_quiet(alarm: Alarm, now: datetime) -> bool:
+    """Whether nobody needs to be told of an open alarm again."""
+    return alarm.seen_at is not None and (alarm.quiet_until is None or alarm.quiet_until > now)
 
 
 def open_alarms(session: Session) -> Sequence[Alarm]:

@@ -361,4 +361,8 @@ class Alarm(Record):
     count: Mapped[int] = mapped_column(Integer, default=1)
     cleared_at: Mapped[datetime | None]
     cleared_by: Mapped[str | None] = mapped_column(String(128))
+    seen_at: Mapped[datetime | None]  # somebody has taken it on: it stays open, and quiet
+    seen_by: Mapped[str | None] = mapped_column(String(128))
+    seen_reason: Mapped[str | None] = mapped_column(Text)
+    quiet_until: Mapped[datetime | None]  # snoozed: quiet until then; None with seen_at: acknowledged
     __table_args__ = (Index("ix_alarms_open", "kind", "subject", "cleared_at"),)
