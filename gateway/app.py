@@ -31,7 +31,7 @@ from gateway.delivery.reporting import Reporting
 from gateway.destination_settings import FhirDestination
 from gateway.disk_space import ReserveWatch
 from gateway.due_work import enqueue_version
-from gateway.durable import INFERENCE, STUDIES, Enqueuer, delivery_queue
+from gateway.durable import INFERENCE, JOBS, STUDIES, Enqueuer, delivery_queue
 from gateway.heartbeat import Heartbeat, executor_id
 from gateway.intake.assembly import Assembly
 from gateway.intake.expected_count import ExpectedCounts
@@ -40,14 +40,21 @@ from gateway.intake.index_mark import IndexMark
 from gateway.intake.routes_file import RoutesFile
 from gateway.intake.routing_rules import RulesInvalid
 from gateway.model_shelf import ModelShelf
+from gateway.monitoring.drift_window import check_drift_of_all
 from gateway.results.encoding import Encoding
 from gateway.results.inference import Inference
 from gateway.results.orders import Orders
 from gateway.results.rehearsal import rehearse
+from gateway.scheduled_jobs import JobSteps
 from gateway.settings import Settings, SettingsInvalid, read_secret, secret
 from gateway.state import open_database, open_registry, open_spool, software_version
 from gateway.steps import ResultWork, StudyWork
-from gateway.workflows import Story, register_delivery_workflows, register_study_workflows
+from gateway.workflows import (
+    Story,
+    register_delivery_workflows,
+    register_job_workflows,
+    register_study_workflows,
+)
 from storage.database import Database
 from storage.errors import DatabaseAway, StorageError
 from storage.spool import Spool
@@ -102,6 +109,8 @@ def run_worker(settings: Settings, *, stop: threading.Event, boundary: Boundary 
     execution = durable.Execution()
     story = Story(attempts=worker.attempts, step=execution.step, wait=execution.wait, boundary=boundary)
     register_study_workflows(story, studies, results, attempts=worker.attempts)
+    jobs = JobSteps(database, {"drift": lambda: check_drift_of_all(database, settings.gateway.drift)})
+    register_job_workflows(story, jobs, attempts=worker.attempts)
     heartbeat.start()
     try:
         _log.info("models loaded", models=shelf.warm())
@@ -110,7 +119,7 @@ def run_worker(settings: Settings, *, stop: threading.Event, boundary: Boundary 
     with contextlib.suppress(RulesInvalid):  # alarmed already; without any good rules a study is parked
         routes.current()
     rehearse()
-    durable.launch(queues=[(STUDIES, 2), (INFERENCE, worker.concurrency)], poll_s=worker.poll_s)
+    durable.launch(queues=[(STUDIES, 2), (INFERENCE, worker.concurrency), (JOBS, 1)], poll_s=worker.poll_s)
     heartbeat.take_over()
     expected_counts = ExpectedCounts(calling_ae=settings.gateway.receiver.ae_title)
     assembly = Assembly(

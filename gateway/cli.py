@@ -31,7 +31,9 @@ models = typer.Typer(help="Import, list, show and verify models.", no_args_is_he
 config = typer.Typer(help="Look at the configuration.", no_args_is_help=True, rich_markup_mode=None)
 audit = typer.Typer(help="Look at the ledger as evidence.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(models, name="models")
+schedule = typer.Typer(help="Jobs that recur.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(audit, name="audit")
+app.add_typer(schedule, name="schedule")
 app.add_typer(config, name="config")
 
 
@@ -201,6 +203,26 @@ def drift(
     from gateway.commands import drift as command
 
     raise typer.Exit(command.drift(config, model, raise_alarms=raise_alarms, as_json=as_json))
+
+
+@schedule.command("list")
+def schedule_list(config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
+    """List the jobs that recur, with their cron lines and when they are due."""
+    from gateway.commands import schedule as command
+
+    raise typer.Exit(command.list_jobs(config, as_json=as_json))
+
+
+@schedule.command("run")
+def schedule_run(
+    job: Annotated[str, typer.Argument(help="A job's name, as `schedule list` has it.")],
+    config: Config = DEFAULT_CONFIG,
+    as_json: Json = False,
+) -> None:
+    """Start a run of a job now, in a worker, whatever its cron line says."""
+    from gateway.commands import schedule as command
+
+    raise typer.Exit(command.run_job(config, job, as_json=as_json))
 
 
 @audit.command("verify")

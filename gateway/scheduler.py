@@ -5,6 +5,8 @@ enqueued; those whose workflow has ended without them (it ran into its recovery 
 foresaw) are parked with the reason, so that an operator sees them and `seggate retry` puts them back. Results that were
 released while destinations.toml named nobody go to those that it names now. Enqueuing twice is once (the workflow id),
 so several schedulers may sweep at the same time. The first sweep is at the start.
+
+Other jobs (gateway/scheduled_jobs.py) are durable workflows of a worker, which the scheduler starts when they are due.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from gateway import parking
 from gateway.delivery.release import send_unsent
 from gateway.due_work import enqueue_delivery, enqueue_result, enqueue_version
 from gateway.durable import Enqueuer
+from gateway.scheduled_jobs import JOB_LIST, Job, enqueue_job, last_due
 from gateway.settings import Settings
 from storage.database import Database
 from storage.errors import DatabaseAway
@@ -57,9 +60,12 @@ class Scheduler:
         if cron:
             trigger = CronTrigger.from_crontab(cron, timezone="UTC")
             self._scheduler.add_job(self._sweep, trigger, id="sweep", next_run_time=utc_now())
-        if self._settings.gateway.scheduler.drift_cron:
-            trigger = CronTrigger.from_crontab(self._settings.gateway.scheduler.drift_cron, timezone="UTC")
-            self._scheduler.add_job(self._drift, trigger, id="drift")
+        for job in JOB_LIST.values():
+            line = job.cron(self._settings.gateway.scheduler)
+            if line:
+                trigger = CronTrigger.from_crontab(line, timezone="UTC")
+                # At the start too: a run that was missed is made up for.
+                self._scheduler.add_job(self._start_due, trigger, args=[job], id=job.name, next_run_time=utc_now())
         self._enqueuer = Enqueuer(self._database)
         self._scheduler.start()
 
@@ -82,21 +88,16 @@ class Scheduler:
         if late:
             _log.info("results that had nowhere to go are on their way", deliveries=late)
 
-    def _drift(self) -> None:
-        from gateway.monitoring.drift_window import check_served_models
-
-        try:
-            found = check_served_models(self._database, self._settings.gateway.drift, now=utc_now())
-        except DatabaseAway as error:
-            _log.warning("drift check skipped", error=str(error))
+    def _start_due(self, job: Job) -> None:
+        """The run that was due last, once, whoever finds it."""
+        due = last_due(job.cron(self._settings.gateway.scheduler), utc_now())
+        if self._enqueuer is None or due is None:
             return
-        for drift in found:
-            _log.info(
-                "drift checked",
-                model=f"{drift.model_name} {drift.model_version}",
-                severity=drift.report.severity,
-                too_few=drift.report.too_few,
-            )
+        try:
+            with self._database.session() as session:
+                enqueue_job(session, self._enqueuer, job.name, due)
+        except DatabaseAway as error:
+            _log.warning("job not started", job=job.name, error=str(error))
 
 
 def sweep(database: Database, enqueuer: Enqueuer) -> int:

@@ -26,7 +26,7 @@ from dbos import DBOS
 
 from gateway.errors import Transient, is_foreseen, is_of_the_machine, meaning
 
-PROCESS_STUDY, MAKE_RESULT, DELIVER = "process_study", "make_result", "deliver"
+PROCESS_STUDY, MAKE_RESULT, DELIVER, RUN_JOB = "process_study", "make_result", "deliver", "run_job"
 
 _log = structlog.get_logger(__name__)
 
@@ -51,6 +51,11 @@ class DeliverySteps(Protocol):
     # {"state": ..., "retry_in_s": float | None}; `turn` is the workflow that asks
     def attempt(self, delivery_id: str, turn: str) -> dict[str, Any]: ...
     def park_delivery(self, delivery_id: str, step: str, reason: str) -> str: ...
+
+
+class RecurringSteps(Protocol):
+    def run(self, job: str) -> str: ...  # what there is to say of it
+    def park_job(self, job: str, step: str, reason: str) -> str: ...
 
 
 class Parked(Exception):
@@ -105,6 +110,13 @@ class Story:
         except Parked as parked:
             return str(self._do("park", steps.park_delivery, delivery_id, parked.step, parked.reason, patient=True))
 
+    def run_job(self, steps: RecurringSteps, job: str) -> str:
+        """One run of a job that recurs (gateway/scheduled_jobs.py)."""
+        try:
+            return str(self._do("job", steps.run, job))
+        except Parked as parked:
+            return str(self._do("park", steps.park_job, job, parked.step, parked.reason, patient=True))
+
     def _do(self, name: str, function: Callable[..., Any], *args: str, patient: bool = False) -> Any:
         """One step: Transient failures are waited for and tried again, everything else parks the work.
 
@@ -148,6 +160,14 @@ def register_study_workflows(story: Story, studies: StudySteps, results: ResultS
     @DBOS.workflow(name=MAKE_RESULT, max_recovery_attempts=attempts + 20)
     def make_result(result_id: str) -> str:
         return story.make_result(results, result_id)
+
+
+def register_job_workflows(story: Story, jobs: RecurringSteps, *, attempts: int) -> None:
+    """Tell DBOS the workflow of jobs that recur, which a worker runs."""
+
+    @DBOS.workflow(name=RUN_JOB, max_recovery_attempts=attempts + 20)
+    def run_job(job: str) -> str:
+        return story.run_job(jobs, job)
 
 
 def register_delivery_workflows(story: Story, deliveries: DeliverySteps) -> None:

@@ -18,7 +18,7 @@ from gateway.monitoring.study_rows import RecordedStudy, recorded_studies
 from gateway.settings import DriftSettings
 from storage import alarms
 from storage.database import Database
-from storage.records import StudyFacts
+from storage.records import StudyFacts, utc_now
 
 KIND = "drift"
 
@@ -47,6 +47,14 @@ def check_served_models(database: Database, settings: DriftSettings, *, now: dat
                 raise_for(session, drift)
         found += drifts
     return found
+
+
+def check_drift_of_all(database: Database, settings: DriftSettings) -> str:
+    """`check_served_models` now, with a sentence for the log. Raises DatabaseAway."""
+    found = check_served_models(database, settings, now=utc_now())
+    drifted = [f"{one.model_name} {one.model_version}" for one in found if one.report.severity != "none"]
+    few = sum(one.report.too_few is not None for one in found)
+    return f"{len(found)} comparisons, {few} with too few studies; drifted: {', '.join(drifted) or 'none'}"
 
 
 def served_versions(session: Session) -> list[tuple[str, str]]:

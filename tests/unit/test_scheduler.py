@@ -11,8 +11,10 @@ from sqlalchemy import select
 
 from gateway import durable
 from gateway.destination_settings import DestinationSettings
+from gateway.scheduled_jobs import last_due, workflow_id
 from gateway.scheduler import Scheduler, sweep
 from gateway.settings import GatewaySettings, SchedulerSettings, Settings
+from gateway.workflows import RUN_JOB
 from storage.database import Database
 from storage.records import Delivery, DeliveryState, Result, ResultState, Study, StudyState, utc_now
 from tests.support.story_rows import (
@@ -144,3 +146,33 @@ def test_the_first_sweep_is_at_the_start_and_sends_what_had_nowhere_to_go(tmp_pa
 def _destinations(database: Database) -> list[str]:
     with database.reading() as session:
         return list(session.scalars(select(Delivery.destination)))
+
+
+@pytest.mark.requirement("CARD-05", open="retraining, retention and canary")
+def test_a_job_that_was_due_is_started_once_by_two_schedulers(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path / 'test.sqlite'}")
+    database.migrate()
+    durable.prepare(database)
+    settings = Settings(
+        folder=tmp_path,
+        gateway=GatewaySettings(scheduler=SchedulerSettings(sweep_cron="", drift_cron="0 0 * * *")),
+        destinations=DestinationSettings(),
+    )
+    due = last_due("0 0 * * *", utc_now())
+    assert due is not None
+    client = durable.Enqueuer(database)
+    schedulers = [Scheduler(settings, database) for _ in range(2)]
+    try:
+        for scheduler in schedulers:
+            scheduler.start()
+        wait_until(lambda: _jobs(client) == [workflow_id("drift", due)], "the run is on the queue")
+    finally:
+        for scheduler in schedulers:
+            scheduler.stop()
+    assert _jobs(client) == [workflow_id("drift", due)]
+    client.close()
+    database.close()
+
+
+def _jobs(client: durable.Enqueuer) -> list[str]:
+    return [row.workflow_id for row in client._client.list_workflows(name=RUN_JOB)]

@@ -199,3 +199,12 @@ def test_parking_is_not_given_up_while_the_trouble_may_pass() -> None:
     steps = Steps(**(RESULT | {"judge": Permanent("no"), "park_result": [*[Transient("away")] * 4, "parked"]}))
     assert engine.story.make_result(steps, "r1") == "parked"
     assert steps.names == ["infer", "judge", *["park_result"] * 5]
+
+
+def test_a_job_that_recurs_is_one_step_and_is_given_up_with_its_reason() -> None:
+    engine, steps = Engine(), Steps(run="2 comparisons", park_job="failed")
+    assert engine.story.run_job(steps, "drift") == "2 comparisons"
+    assert steps.calls == [("run", "drift")]
+    steps = Steps(run=Permanent("no such table"), park_job="failed")
+    assert engine.story.run_job(steps, "drift") == "failed"
+    assert steps.calls[-1] == ("park_job", "drift", "job", "Permanent: no such table")
