@@ -44,8 +44,8 @@ def test_a_run_is_made_up_for_if_it_was_due_within_a_day(cron: str, last: dateti
 @pytest.mark.requirement("CARD-05", open="retraining, retention and canary")
 def test_schedulers_that_find_the_same_run_due_give_it_the_same_id(database: Database) -> None:
     queue = NotedQueue()
-    for now in (NOON, NOON + timedelta(hours=3)):
-        due = last_due("15 3 * * *", now)
+    for moment in (NOON, NOON + timedelta(hours=3)):
+        due = last_due("15 3 * * *", moment)
         assert due is not None
         with database.session() as session:
             enqueue_job(session, queue, "drift", due)
