@@ -196,7 +196,12 @@ class _Fold:
         folder = self.request.folder
         if not is_finished(folder):
             return False
-        refuse_other_training(folder, self._request_json(), any_precision=self.request.any_precision)
+        refuse_other_training(
+            folder,
+            self._request_json(),
+            any_precision=self.request.any_precision,
+            excluded=self.experiment.dataset.excluded_names,
+        )
         validated = ValidatedFold(folder=folder, split=self.split, dataset=self.experiment.dataset)
         validated.check_checkpoint()
         ending = self.experiment.dataset.json.file_ending

@@ -133,6 +133,12 @@ class _Selecting:
             if not set(group) & set(lacking):
                 candidates.append(self._ensemble(group))
         best = max(candidates, key=lambda c: c.rank)
+        known = {n for c in configurations for fold in self.folds for n in self._validated(c, fold).excluded_since()}
+        if known:
+            notes.append(
+                f"these networks learned from {len(known)} case(s) that are excluded since (the first: {min(known)}): "
+                "remove the folds and train them again to be rid of it"
+            )
         if (mixed := self.experiment.mixed_patients(self.folds)) is not None:
             notes.append(f"{mixed}: {KEEPS_PATIENTS_TOGETHER}")
         if best.score is None:

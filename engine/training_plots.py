@@ -30,17 +30,21 @@ def draw_progress(records: Sequence[EpochRecord], path: Path, *, labels: Sequenc
     figure = Figure(figsize=(9, 9), layout="constrained")
     axes = figure.subplots(3, 1, sharex=True)
     loss, dice, hd95 = axes
-    loss.plot(epochs, [record.train_loss for record in records], label="training")
-    loss.plot(epochs, [record.validation_loss for record in records], label="validation")
+    # A line through one epoch is nothing to look at.
+    single: dict[str, Any] = {"marker": "o", "markersize": 3} if len(records) == 1 else {}
+    loss.plot(epochs, [record.train_loss for record in records], label="training", **single)
+    loss.plot(epochs, [record.validation_loss for record in records], label="validation", **single)
     loss.set_ylabel("loss")
     dice.plot(epochs, [record.mean_dice for record in records], color="0.7", label="patches")
-    dice.plot(epochs, [record.ema_dice for record in records], color="black", label="patches, moving average")
+    dice.plot(epochs, [record.ema_dice for record in records], color="black", label="patches, moving average", **single)
     for index, name in enumerate(labels[: len(_COLOURS)]):
         values = [np.nan if (d := record.dice_per_class[index]) is None else d for record in records]
         dice.plot(epochs, values, color=_COLOURS[index], linewidth=0.7, label=name)
     dice.set_ylabel("Dice")
     dice.set_ylim(-0.02, 1.02)
-    hd95.plot(epochs, [_number(record.patch_hd95_mm) for record in records], color="black", label="some patches")
+    hd95.plot(
+        epochs, [_number(record.patch_hd95_mm) for record in records], color="black", label="some patches", **single
+    )
     hd95.set_ylabel("HD95 (mm)")
     if judged:
         places = [epoch for epoch, _ in judged]

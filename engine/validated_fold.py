@@ -117,6 +117,14 @@ class ValidatedFold:
                 f"those of now: {configuration} was trained anew. Remove {self.folder} and train it again"
             )
 
+    def excluded_since(self) -> tuple[str, ...]:
+        """Cases that the fold was trained or validated on and that the dataset excludes now."""
+        request = self._request()
+        if request is None:
+            return ()
+        groups = (request.texts(key, lengths=(0, _MOST_CASES), default=()) for key in ("train", "hold_out", "val"))
+        return tuple(sorted({name for group in groups for name in group} & self.dataset.excluded_names))
+
     def check_split(self) -> None:
         """Raises DatasetInvalid when the fold was trained with other validation cases than its split names."""
         self._check_cases(self.split.val)

@@ -239,7 +239,10 @@ def check_models(settings: Settings, rules: RuleSet | None) -> list[Finding]:
             findings.append(report("models", f"{name}: {error}"))
     serving = {m.name for m in registered if CHAMPION in m.aliases}
     for missing in (name for name in wanted if name not in serving):
-        detail = f"routes.toml names {missing!r}, which is not here: `seggate models import PATH --name {missing}`"
+        detail = (
+            f"routes.toml names {missing!r}, which is not here: `seggate models import PATH --name {missing}`; a "
+            f"bundle gets its name when it is exported: `seggate export DATASET --name {missing}`"
+        )
         findings.append(failed("models", detail))
     if not findings:
         findings.append(warning("models", "none: no route names a model, and none is registered"))

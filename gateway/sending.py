@@ -360,7 +360,7 @@ def _where(peer: PeerAddress) -> str:
 
 
 _REJECTIONS = {
-    (1, 3): "it does not know our AE title; its administrator must add it",
+    (1, 3): "it does not know our AE title (--from); its administrator must add it",
     (1, 7): "it has another AE title than the one called",
     (3, 1): "it is busy or out of space; try again later",
     (3, 2): "it has as many associations as it takes; try again later",

@@ -66,7 +66,8 @@ class _TrainGroup(TyperGroup):
 
 train = typer.Typer(
     cls=_TrainGroup,
-    help="Train a model: `seggate train DATASET`, `seggate train status DATASET`, `seggate train stop DATASET`.",
+    help="Train a model: `seggate train DATASET`, `seggate train status DATASET`, `seggate train stop DATASET`. "
+    "The options of a training: `seggate train run --help`.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )

@@ -85,7 +85,10 @@ class ModelRegistry:
         existing = next((m for m in self.versions(name) if m.semver == semver), None)
         if existing is not None:
             if (existing.weights_digest, existing.configuration_digest) != (weights_digest, configuration_digest):
-                raise ModelChanged(f"{name} {semver} is registered with other content; choose a new version number")
+                raise ModelChanged(
+                    f"{name} {semver} is registered with other content; choose a new version number: "
+                    "`seggate export DATASET --semver V`, or another name with --name"
+                )
             if serve and CHAMPION not in existing.aliases:
                 self.promote(name, semver)
             return self.get(name, semver)

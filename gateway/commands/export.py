@@ -20,7 +20,7 @@ from engine.manifest import Ensemble, Weights
 from engine.model_card import ModelCard, read_card
 from engine.model_figures import Chosen, check_choice, complete_card, learned_cases, read_choice
 from engine.parallel import default_processes
-from engine.quality_estimate import Calibration
+from engine.quality_estimate import MIN_DICE, Calibration
 from engine.sanity_making import dataset_cases
 from engine.splits import KEEPS_PATIENTS_TOGETHER
 from engine.training_profile import TRAINING_PROFILES
@@ -106,6 +106,12 @@ def export_chosen(
     import_model = importer("exporting a model")
     chosen = read_choice(experiment, results)
     check_choice(chosen, experiment, results)
+    dice = chosen.summary["foreground_mean"]["Dice"]
+    if not dice >= MIN_DICE:
+        notes.append(
+            f"the cross-validation's mean foreground Dice is {dice:.4f}, below {MIN_DICE}: this model should not "
+            "serve. Import it with --candidate, or train it longer"
+        )
     cases = learned_cases(experiment, results, chosen)
     if cases.excluded_since:
         first = cases.excluded_since[0]

@@ -58,7 +58,10 @@ def import_(
             if (path / MANIFEST).is_file():
                 changed = weights != "float32" or not phantoms or sanity is not None
                 if changed or any((name, semver, card, configurations, folds, orientation)):
-                    say("seggate: a finished bundle is imported as it is; only --candidate applies to it")
+                    say(
+                        "seggate: a finished bundle is imported as it is; only --candidate applies to it. For another "
+                        "name or version export it again: `seggate export DATASET --name N --semver V`"
+                    )
                     return 2
                 bundle = load_bundle(path, verify=True)
             else:

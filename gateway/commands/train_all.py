@@ -63,6 +63,7 @@ def train_all(options: TrainOptions, *, as_json: bool) -> int:
     else:
         say(document["description"])
         say(f"bundle: {document['bundle']}")
+        say(f"to serve it: seggate models import {document['bundle']}, and name the model in routes.toml")
     return 0
 
 

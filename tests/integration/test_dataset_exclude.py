@@ -111,8 +111,11 @@ def test_planning_training_and_selection_go_on_without_the_case(trained: Path) -
     ]
     assert "case_02" not in experiment.split("all").train
     # A finished fold stays; what it says of the case counts no more.
+    stays = shown(seggate(trained, "train", str(raw), *BRIEF, "--json"))
+    assert [fold["state"] for fold in stays["folds"]] == ["finished"] * 2
     selected = seggate(trained, "select", str(raw), "--json")
     assert selected.exit_code == 0, selected.output
+    assert "learned from 1 case(s) that are excluded since (the first: case_02)" in shown(selected)["notes"][0]
     crossval = trained / "results" / NAME / MODEL / "crossval_results_folds_0_1" / "summary.json"
     cases = [Path(c["prediction_file"]).name for c in json.loads(crossval.read_text())["metric_per_case"]]
     assert cases == [f"case_{index:02}.nii.gz" for index in (0, 1, 3, 4, 5)]
