@@ -222,8 +222,9 @@ def pairs(names: list[str]) -> dict[str, str]:
 
 
 def unpaired(names: list[str]) -> list[str]:
-    """Names that say left or right, of which no other name is the other side: what `split_side` finds, lt, rt, lh and
-    rh anywhere, and a side that is written together with a word of anatomy (lhippocampus, leftkidney; not leftover)."""
+    """Names that say left or right, of which no other name is the other side: what `split_side` finds, lh and rh
+    anywhere, lt and rt beside a word of anatomy, and a side that is written together with one (lhippocampus,
+    leftkidney; not leftover)."""
     paired = pairs(names)
     return [name for name in names if name not in paired and _says_side(_words(name))]
 
@@ -265,7 +266,12 @@ def _readings(words: tuple[str, ...]) -> set[tuple[Laterality, tuple[str, ...]]]
 def _says_side(words: tuple[str, ...]) -> bool:
     if not words:
         return False
-    if _stated_side(words) or (len(words) > 1 and any(len(word) > 1 for word in words if word in _SHORT_SIDES)):
+    short = [word for word in words if word in _SHORT_SIDES and len(word) > 1]
+    # RT is radiotherapy too; beside a word of anatomy it is a side.
+    is_sided = any(word in ("lh", "rh") for word in short) or any(
+        _find(rest) is not None for word in short if (rest := tuple(other for other in words if other != word))
+    )
+    if _stated_side(words) or (len(words) > 1 and is_sided):
         return True
     return any(
         rest != words[position] and _find((rest,)) is not None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -70,6 +70,8 @@ def _locked(folder: Path, *, shared: bool) -> IO[str]:
         if not shared:
             folder.mkdir(parents=True, exist_ok=True)
         file = path.open("a+", encoding="utf-8")
+        with suppress(OSError):  # of another user, who did it
+            os.fchmod(file.fileno(), 0o666)  # who shares the dataset shares its lock
         if not try_lock(file, shared=shared):
             file.close()
             who = read_holder(path)

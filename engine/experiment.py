@@ -79,13 +79,15 @@ class Experiment:
             raise DatasetInvalid(f"{SPLITS_JSON}: no fold {fold[:20]!r}; there are 0 to {len(splits) - 1}, and {ALL}")
         return splits[int(fold)]
 
-    def splits(self) -> tuple[Split, ...]:
-        """The folds without the cases that were excluded since they were made. Raises DatasetInvalid."""
+    def splits(self, *, with_excluded: bool = False) -> tuple[Split, ...]:
+        """The folds without the cases that were excluded since they were made, or with them. Raises DatasetInvalid."""
         path = self.folder / SPLITS_JSON
         if not path.exists():
             raise DatasetInvalid(f"{self.name}: there is no {SPLITS_JSON}; only the fold `{ALL}` can be trained")
-        names = [case.name for case in self.dataset.cases]
-        return read_splits(path, names, excluded=self.dataset.excluded_names)
+        names, excluded = [case.name for case in self.dataset.cases], self.dataset.excluded_names
+        if with_excluded:
+            return read_splits(path, [*names, *excluded])
+        return read_splits(path, names, excluded=excluded)
 
     def job(self, configurations: Sequence[str]) -> PreprocessJob:
         """What preprocessing these configurations needs; those that share their data are made once."""

@@ -82,10 +82,11 @@ class LearnedCases:
 def learned_cases(experiment: Experiment, results: Path, chosen: Chosen) -> LearnedCases:
     """As the folds' training.json say; for a fold that nnU-Net trained, as the splits do. Raises DatasetInvalid."""
     found: set[str] = set()
+    planned = experiment.splits(with_excluded=True)
     for configuration in chosen.configurations:
         model = experiment.model_folder(results, chosen.trainer, configuration)
         for fold in chosen.folds:
-            path, split = model / f"fold_{fold}" / REQUEST, experiment.split(fold)
+            path, split = model / f"fold_{fold}" / REQUEST, planned[int(fold)]
             groups: tuple[Sequence[str], ...] = (split.train, split.val)
             if path.exists():
                 request = Reader(read_json(path, error=DatasetInvalid), where=REQUEST, error=DatasetInvalid)

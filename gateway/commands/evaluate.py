@@ -110,7 +110,8 @@ def _dataset_json(given: Path | None, predictions: Path, references: Path) -> Pa
 def _meaning(path: Path) -> tuple[object, ...]:
     """What the values of a label map stand for."""
     labels = read_dataset_json(path).labels
-    return tuple((label.name, label.region) for label in labels.foreground), labels.ignore_label
+    named = frozenset((label.name, label.region) for label in labels.foreground)
+    return named, labels.regions_class_order, labels.ignore_label
 
 
 def _plain(value: float) -> float | None:

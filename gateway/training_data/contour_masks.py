@@ -40,10 +40,12 @@ _MOST_POINTS = 1_000_000
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Contour:
-    """points: (n, 2) as (x, y) and depth: place along z, all in voxel indices."""
+    """points: (n, 2) as (x, y) and depth: place along z, all in voxel indices. scatter: how far its points lie from
+    that depth, which is how coarsely they were written down."""
 
     points: NDArray[np.float64]
     depth: float
+    scatter: float
 
 
 def paint_contours(
@@ -94,11 +96,12 @@ def _read(item: Dataset, geometry: Geometry, what: str, where: Where) -> _Contou
     points_mm = np.array(numbers).reshape(-1, 3)
     indices = (points_mm - geometry.affine_lps[:3, 3]) @ np.linalg.inv(geometry.affine_lps[:3, :3]).T
     depth = float(indices[:, 2].mean())
-    if np.abs(indices[:, 2] - depth).max() > IN_PLANE:
+    scatter = float(np.abs(indices[:, 2] - depth).max())
+    if scatter > IN_PLANE:
         raise Rejected(f"{what}: a contour does not lie in the plane of the slices; it was drawn on other images")
     if max(np.abs(indices[:, :2]).max(), abs(depth)) > 10 * max(geometry.shape):
         raise Rejected(f"{what}: a contour lies far outside the images; it was drawn on other ones")
-    return _Contour(points=indices[:, :2], depth=depth)
+    return _Contour(points=indices[:, :2], depth=depth, scatter=scatter)
 
 
 def _paint_region(
@@ -169,10 +172,11 @@ def _is_apart(points: NDArray[np.float64], shape: tuple[int, int]) -> bool:
 
 
 def _planes(contours: Sequence[_Contour], tolerance: float) -> Iterator[list[_Contour]]:
-    """Contours of one plane together, planes by their depth: those that `tolerance` (in slices) or less parts."""
+    """Contours of one plane together, planes by their depth: those that `tolerance` (in slices) or less parts, or
+    no more than each one's points are scattered: on oblique slices coordinates in tenths of a mm leave the plane."""
     plane: list[_Contour] = []
     for contour in sorted(contours, key=lambda c: c.depth):
-        if plane and contour.depth - plane[0].depth > tolerance + _EXACT:
+        if plane and contour.depth - plane[0].depth > max(tolerance, contour.scatter, plane[0].scatter) + _EXACT:
             yield plane
             plane = []
         plane.append(contour)

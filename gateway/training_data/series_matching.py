@@ -122,8 +122,14 @@ class SeriesIndex:
 
 
 def _is_like_uid(dotted: str) -> bool:
-    numbers = dotted.count(".") + 1
-    return numbers >= _LEAST_OF_UID or (numbers > 2 and len(dotted) >= _LONG_AS_UID)
+    """PS3.5 9.1: the root is 0, 1 or 2, and no number begins with 0. A date with its time is none; what stands before
+    the root (12.1.2.840...) does not count."""
+    numbers = dotted.split(".")
+    while numbers and numbers[0] not in {"0", "1", "2"}:
+        numbers = numbers[1:]
+    if any(len(number) > 1 and number[0] == "0" for number in numbers):
+        return False
+    return len(numbers) >= _LEAST_OF_UID or (len(numbers) > 2 and len(".".join(numbers)) >= _LONG_AS_UID)
 
 
 def uids(series: Iterable[SourceSeries]) -> str:

@@ -133,3 +133,10 @@ def test_labels_that_predictions_and_references_describe_otherwise_are_refused(f
     (references.parent / "dataset.json").unlink()
     document = json.loads(_evaluate(folders, "--json").stdout)
     assert document["labels"]["spleen"]["HD95"] == pytest.approx(0.5)
+
+
+def test_the_same_labels_in_another_order_are_no_contradiction(folders: tuple[Path, Path]) -> None:
+    document = json.loads((folders[1].parent / "dataset.json").read_text())
+    turned = {**document, "labels": {"spleen": 2, "liver": 1, "background": 0}}
+    (folders[0] / "dataset.json").write_text(json.dumps(turned))
+    assert _evaluate(folders).exit_code == 0

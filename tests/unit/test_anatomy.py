@@ -130,7 +130,7 @@ def test_sides_are_found_in_however_they_are_written(left: str, right: str) -> N
         ["liver", "lung", "rib", "lt", "rt"],
         ["vertebrae_L5", "vertebrae_L4", "vertebrae_T5"],
         ["left_right", "l_r"],
-        ["cleft", "bright", "leftover", "copyright", "upright position", "lung_rib"],
+        ["cleft", "bright", "leftover", "copyright", "upright position", "lung_rib", "RT_PTV", "RT plan"],
         [],
     ],
 )

@@ -70,6 +70,17 @@ def test_a_hole_is_left_out_though_its_plane_was_rounded_otherwise(
     assert notes == []
 
 
+def test_a_hole_is_left_out_though_points_written_coarsely_lie_off_their_plane(tmp_path: Path) -> None:
+    """On an oblique slice, coordinates in tenths of a millimetre scatter about it."""
+    phantom = write_series(tmp_path / "s")
+    outer, inner = _square(5.0, 3, 12).astype(float), _square(5.0, 6, 9).astype(float)
+    outer[:, 2] += np.array([0.04, -0.05, 0.03, -0.01])
+    inner[:, 2] += np.array([0.05, 0.0, 0.05, -0.01])
+    array, notes = _painted(phantom, [Region(name="ring", contours=[outer, inner, _square(6, 3, 12)])], tmp_path)
+    assert (array[5].sum(), array[6].sum()) == (96, 100)
+    assert notes == []
+
+
 @pytest.mark.parametrize("orientation", ["axial", "double-oblique"])
 @pytest.mark.parametrize("apart", [0.005, 0.09])
 def test_contours_of_other_planes_that_go_to_one_slice_are_no_holes_in_each_other(

@@ -73,6 +73,7 @@ def test_the_uid_of_another_study_beside_that_of_the_series_is_refused(tmp_path:
     [
         "seg.nii.gz",
         "2024.01.15_seg.nii.gz",
+        "seg_2023.05.06.12.30.15.nii.gz",
         "liver_v1.2.3.4.nii.gz",
         f"{_FIRST}_{_FIRST}.nii.gz",
         f"{_STUDY}_{_FIRST}.nii.gz",
