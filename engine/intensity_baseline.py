@@ -231,10 +231,18 @@ def pool(histograms: Sequence[Sequence[float]]) -> tuple[float, ...]:
 
 
 def baseline_text(baseline: IntensityBaseline) -> str:
-    """The content of baseline.json: one study a line, so that hundreds of them stay a small file."""
+    """The content of baseline.json: one study a line, so that hundreds of them stay a small file. What was read in
+    format 1 is written in it."""
+    plain = [asdict(study) for study in baseline.studies]
+    is_old = baseline.grid == _WHOLE and all(study["foreground_share"] is None for study in plain)
+    if is_old:
+        for study in plain:
+            del study["foreground_share"]
+            for channel in study["channels"]:
+                del channel["noise"]
     head = {
-        "format": FORMAT,
-        "grid": baseline.grid,
+        "format": 1 if is_old else FORMAT,
+        **({} if is_old else {"grid": baseline.grid}),
         "alpha": ALPHA,
         "shares": SHARES,
         "labels": baseline.labels,
@@ -243,7 +251,7 @@ def baseline_text(baseline: IntensityBaseline) -> str:
         "pooled": [asdict(pooled) for pooled in baseline.pooled],
     }
     lines = [f"{json.dumps(key)}: {_compact(value)}" for key, value in head.items()]
-    studies = ",\n".join(_compact(asdict(study)) for study in baseline.studies)
+    studies = ",\n".join(map(_compact, plain))
     return "{\n" + ",\n".join(lines) + ',\n"studies": [\n' + studies + "\n]\n}\n"
 
 

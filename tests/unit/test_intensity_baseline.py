@@ -175,6 +175,7 @@ def test_a_baseline_of_format_1_is_of_every_voxel_and_knows_no_noise(baseline: I
     assert found.grid == (1, 1, 1)
     assert (found.studies[0].foreground_share, found.studies[0].channels[0].noise) == (None, None)
     assert found.pooled == baseline.pooled
+    assert json.loads(baseline_text(found)) == document
 
 
 def test_the_grid_takes_a_sixteenth_of_the_voxels_and_says_the_same_of_a_large_study() -> None:
