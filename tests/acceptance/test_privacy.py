@@ -6,6 +6,7 @@ the whole way, the others into every failure that can be arranged from outside. 
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -196,7 +197,8 @@ def test_file_names_name_no_patient(aftermath: Aftermath) -> None:
     state = aftermath.gateway.settings.state_dir
     names = [str(path.relative_to(state)) for path in state.rglob("*")]
     assert len([name for name in names if name.endswith(".dcm")]) > 30
-    assert [name for name in names if found(name)] == []
+    # Our own ids are 32 random or hashed hex digits, in which four given digits turn up now and then.
+    assert [name for name in names if found(re.sub(r"(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])", "id", name))] == []
 
 
 @pytest.mark.requirement("EMR-50", open="crash dumps, notifications")
