@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -117,6 +117,7 @@ class _Selecting:
     folds: tuple[str, ...]
     processes: int
     report: Report
+    _checked: dict[tuple[str, str], ValidatedFold] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def run(self, configurations: tuple[str, ...]) -> Selection:
         candidates = [self._single(configuration) for configuration in configurations]
@@ -207,9 +208,13 @@ class _Selecting:
         return self.experiment.model_folder(self.results, self.profile.trainer, configuration)
 
     def _validated(self, configuration: str, fold: str) -> ValidatedFold:
-        return validated_fold(
-            self.experiment, self.results, trainer=self.profile.trainer, configuration=configuration, fold=fold
-        )
+        """Checked once in a run: that takes a digest of the checkpoint."""
+        key = configuration, fold
+        if key not in self._checked:
+            self._checked[key] = validated_fold(
+                self.experiment, self.results, trainer=self.profile.trainer, configuration=configuration, fold=fold
+            )
+        return self._checked[key]
 
     def _fold_of_case(self) -> dict[str, str]:
         found: dict[str, str] = {}

@@ -79,7 +79,7 @@ def enqueue_job(session: Session, enqueuer: Enqueuer, job: str, at: datetime) ->
 
 
 class JobSteps:
-    """Who does the jobs in a worker: `work` by name, each returns a sentence for the log."""
+    """Who does the jobs in a worker: `work` by name, each returns a sentence, with which the workflow ends."""
 
     def __init__(self, database: Database, work: Mapping[str, Callable[[], str]]) -> None:
         self._database = database

@@ -68,7 +68,7 @@ class Acquisition:
 
     @property
     def scanner(self) -> str:
-        """Manufacturer, model and software in one text: whose studies belong together. "" where nothing is said."""
+        """Manufacturer and model in one text: whose studies belong together. "" where nothing is said."""
         parts = (self.categories.get(key, "") for key in ("manufacturer", "manufacturer-model"))
         return " ".join(part for part in parts if part)[:128]
 

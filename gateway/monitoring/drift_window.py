@@ -50,7 +50,7 @@ def check_served_models(database: Database, settings: DriftSettings, *, now: dat
 
 
 def check_drift_of_all(database: Database, settings: DriftSettings) -> str:
-    """`check_served_models` now, with a sentence for the log. Raises DatabaseAway."""
+    """`check_served_models` now, and a sentence on what was found. Raises DatabaseAway."""
     found = check_served_models(database, settings, now=utc_now())
     drifted = [f"{one.model_name} {one.model_version}" for one in found if one.report.severity != "none"]
     few = sum(one.report.too_few is not None for one in found)
