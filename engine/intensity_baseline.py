@@ -24,6 +24,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.drift_streams import kl_divergence as divergence
 from engine.json_reader import Reader
 from engine.plans import NormalizationScheme
 from engine.volume import LabelMap, Reorientation, Volume, reorientation
@@ -221,8 +222,7 @@ def kl_divergence(current: Sequence[float], reference: Sequence[float]) -> float
     ALPHA a bin; finite, at least 0. ValueError for different numbers of bins."""
     if len(current) != len(reference):
         raise ValueError(f"histograms of {len(current)} and {len(reference)} bins cannot be compared")
-    p, q = _smoothed(current), _smoothed(reference)
-    return max(0.0, float(np.sum(p * np.log(p / q))))
+    return float(divergence(_smoothed(current), _smoothed(reference)))
 
 
 def pool(histograms: Sequence[Sequence[float]]) -> tuple[float, ...]:

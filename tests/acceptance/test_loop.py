@@ -9,29 +9,17 @@ import pytest
 from sqlalchemy import select
 
 from storage.records import Instance, InstanceState
-from tests.support.pacs import ScriptedPacs, free_port, scripted
+from tests.support.pacs import free_port
 from tests.support.waiting import wait_until
-from tests.support.whole_gateway import SentStudy, WholeGateway, whole_gateway
+from tests.support.whole_gateway import SentStudy, WholeGateway, gateway_to_an_archive, whole_gateway
 
 
 @pytest.fixture(scope="module")
 def sender(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WholeGateway]:
     """The gateway that makes the result. Its PACS is our archive; there is no EMR."""
     folder = tmp_path_factory.mktemp("loop")
-    with scripted(ScriptedPacs(folder / "pacs")) as archive:
-        destinations = (
-            f'[[dimse]]\nname = "pacs"\nae_title = "{archive.ae_title}"\nhost = "127.0.0.1"\nport = {archive.port}\n'
-        )
-        with whole_gateway(
-            folder / "gateway",
-            pacs_address=(archive.ae_title, archive.port),
-            emr_url="",
-            destinations=destinations,
-        ) as gateway:
-            gateway.start_receiver()
-            gateway.start("worker")
-            gateway.start("services")
-            yield gateway
+    with gateway_to_an_archive(folder) as gateway:
+        yield gateway
 
 
 @pytest.fixture(scope="module")

@@ -10,38 +10,25 @@ from typer.testing import CliRunner
 
 from gateway.cli import app
 from storage.records import StudyFacts
-from tests.support.pacs import ScriptedPacs, scripted
 from tests.support.waiting import wait_until
-from tests.support.whole_gateway import WholeGateway, whole_gateway
+from tests.support.whole_gateway import WholeGateway, gateway_to_an_archive
 
 
 @pytest.mark.requirement("CARD-05", open="retraining, retention and canary")
 @pytest.mark.requirement("ART-20", open="what an alarm starts")
 def test_facts_are_kept_as_a_study_passes_and_the_drift_job_runs_in_a_worker(tmp_path: Path) -> None:
-    with scripted(ScriptedPacs(tmp_path / "pacs")) as archive:
-        destinations = (
-            f'[[dimse]]\nname = "pacs"\nae_title = "{archive.ae_title}"\nhost = "127.0.0.1"\nport = {archive.port}\n'
-        )
-        with whole_gateway(
-            tmp_path / "gateway",
-            pacs_address=(archive.ae_title, archive.port),
-            emr_url="",
-            destinations=destinations,
-        ) as gateway:
-            gateway.start_receiver()
-            gateway.start("worker")
-            gateway.start("services")
-            study = gateway.write_study("facts")
-            gateway.send(study.files)
-            gateway.wait_for_state(study.uid, "verified")
-            (result,) = gateway.results(study.uid)
-            with gateway.database.reading() as session:
-                facts = session.get_one(StudyFacts, result.result_id)
-            assert facts.image is not None
-            assert facts.acquisition["categories"]["modality"] == "MR"
-            ran = CliRunner().invoke(app, ["schedule", "run", "drift", "--config", str(gateway.config)])
-            assert (ran.exit_code, "on the queue of the workers" in ran.output) == (0, True), ran.output
-            wait_until(lambda: _runs(gateway) == ["SUCCESS"], "the run has ended")
+    with gateway_to_an_archive(tmp_path) as gateway:
+        study = gateway.write_study("facts")
+        gateway.send(study.files)
+        gateway.wait_for_state(study.uid, "verified")
+        (result,) = gateway.results(study.uid)
+        with gateway.database.reading() as session:
+            facts = session.get_one(StudyFacts, result.result_id)
+        assert facts.image is not None
+        assert facts.acquisition["categories"]["modality"] == "MR"
+        ran = CliRunner().invoke(app, ["schedule", "run", "drift", "--config", str(gateway.config)])
+        assert (ran.exit_code, "on the queue of the workers" in ran.output) == (0, True), ran.output
+        wait_until(lambda: _runs(gateway) == ["SUCCESS"], "the run has ended")
 
 
 def _runs(gateway: WholeGateway) -> list[str]:

@@ -38,7 +38,7 @@ from gateway.state import open_spool, prepare_state
 from storage import ledger
 from storage.database import Database
 from storage.records import Alarm, Delivery, Executor, LedgerEvent, Result, ResultObject, Study, StudyVersion
-from tests.support.pacs import free_port
+from tests.support.pacs import ScriptedPacs, free_port, scripted
 from tests.support.peers import ROOT
 from tests.support.waiting import PATIENCE_S, wait_until
 
@@ -427,3 +427,22 @@ def _find(association: Any, level: str, keys: dict[str, str]) -> list[Dataset]:
         setattr(query, keyword, value)
     answers = association.send_c_find(query, StudyRootFind)
     return [data for status, data in answers if status.get("Status") in (0xFF00, 0xFF01) and data is not None]
+
+
+@contextmanager
+def gateway_to_an_archive(folder: Path) -> Iterator[WholeGateway]:
+    """A gateway at work, with our archive as its PACS and without an EMR."""
+    with scripted(ScriptedPacs(folder / "pacs")) as archive:
+        destinations = (
+            f'[[dimse]]\nname = "pacs"\nae_title = "{archive.ae_title}"\nhost = "127.0.0.1"\nport = {archive.port}\n'
+        )
+        with whole_gateway(
+            folder / "gateway",
+            pacs_address=(archive.ae_title, archive.port),
+            emr_url="",
+            destinations=destinations,
+        ) as gateway:
+            gateway.start_receiver()
+            gateway.start("worker")
+            gateway.start("services")
+            yield gateway
