@@ -12,7 +12,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -385,14 +385,14 @@ def test_associations_over_the_limit_are_refused_for_now(tmp_path: Path) -> None
 
 
 def test_connections_that_say_nothing_do_not_pile_up(tmp_path: Path) -> None:
-    with receiving(tmp_path, max_associations=1, acse_timeout_s=1) as receiver:
-        silent = [ScriptedPeer(receiver.port) for _ in range(80)]
+    with ExitStack() as open_peers:
+        receiver = open_peers.enter_context(receiving(tmp_path, max_associations=1, acse_timeout_s=5))
+        for _ in range(80):
+            open_peers.callback(ScriptedPeer(receiver.port).socket.close)
         wait_for(lambda: receiver._server is not None and len(receiver._server.active_associations) >= 60)
         assert receiver._server is not None
         assert len(receiver._server.active_associations) <= 65
-        wait_for(lambda: receiver._server is not None and not receiver._server.active_associations, 20)
-        for peer in silent:
-            peer.socket.close()
+        wait_for(lambda: receiver._server is not None and not receiver._server.active_associations, 30)
         with ScriptedPeer(receiver.port) as peer:
             peer.associate()
             peer.release()
