@@ -14,7 +14,7 @@ import typer
 from gateway.dataset_cli import dataset
 from gateway.training_cli import Phantoms, Weights, evaluate, export, plan, select, train
 
-CONFIG_HELP = "Folder with gateway.toml, routes.toml, destinations.toml, logging.toml."
+CONFIG_HELP = "Folder with gateway.toml, routes.toml, destinations.toml, learning.toml, logging.toml."
 Config = Annotated[Path, typer.Option("--config", envvar="SEGGATE_CONFIG", help=CONFIG_HELP, show_default=True)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table, for scripts.")]
 DEFAULT_CONFIG = Path("config")

@@ -16,10 +16,11 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from gateway.destination_settings import DestinationSettings
+from gateway.learning_settings import LearningSettings
 from gateway.setting_faults import DELIMITER, PREFIX, faults, unknown_variables, unreadable_variable
 from gateway.setting_types import AeTitle, PeerAddress, Port, Seconds, Section
 
-FILES = ("gateway.toml", "destinations.toml", "routes.toml", "logging.toml")
+FILES = ("gateway.toml", "destinations.toml", "routes.toml", "learning.toml", "logging.toml")
 T = TypeVar("T", bound=BaseModel)
 
 
@@ -150,6 +151,9 @@ class SchedulerSettings(Section):
 
     sweep_cron: str = "*/5 * * * *"  # outbox sweep, executor takeover, expired alarms
     drift_cron: str = "15 3 * * *"  # [drift]: each model's latest studies against its first
+    learning_cron: str = "45 3 * * *"  # learning.toml: whether enough labelled cases wait for a fine-tuning
+    retraining_cron: str = ""  # a full training of each model with its old and its labelled cases
+    canary_cron: str = ""  # [canary]: a synthetic study through the real path
 
 
 class DriftSettings(Section):
@@ -157,6 +161,16 @@ class DriftSettings(Section):
 
     reference_studies: int = Field(default=200, ge=60, le=10_000)  # the first of a model's version
     window_days: int = Field(default=30, ge=1, le=3650)  # the latest: at least 30 studies, at most half the reference
+
+
+class CanarySettings(Section):
+    """[canary]: synthetic studies of each model, sent to our own receiver (OPS-59). Their results leave the gateway to
+    nobody."""
+
+    ae_title: AeTitle = "SEGGATE_CANARY"  # calling; must not be one of [[senders]]
+    result_within_s: Annotated[float, Field(gt=0)] = 900  # later is too slow
+    min_dice: Annotated[float, Field(ge=0, le=1)] = 0.95  # of each label, against what the bundle says
+    keep_days: int = Field(default=2, ge=0)  # then the synthetic studies are deleted
 
 
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -201,6 +215,7 @@ class GatewaySettings(BaseSettings):
     quality: QualitySettings = QualitySettings()
     scheduler: SchedulerSettings = SchedulerSettings()
     drift: DriftSettings = DriftSettings()
+    canary: CanarySettings = CanarySettings()
     web: WebSettings = WebSettings()
 
     @classmethod
@@ -222,6 +237,7 @@ class Settings(Section):
     folder: Path
     gateway: GatewaySettings
     destinations: DestinationSettings
+    learning: LearningSettings = LearningSettings()
     logging: LoggingSettings = LoggingSettings()
 
     @property
@@ -285,7 +301,7 @@ def secret(*, file: Path | None, env: str, key: str) -> str:
 
 
 def load_settings(folder: Path) -> Settings:
-    """Read gateway.toml, destinations.toml and logging.toml from `folder`.
+    """Read gateway.toml, destinations.toml, learning.toml and logging.toml from `folder`.
 
     Raises SettingsInvalid naming file and key, or environment variable, of every fault in all of them, a line each.
     """
@@ -304,13 +320,14 @@ def load_settings(folder: Path) -> Settings:
 
     gateway = part(GatewaySettings, "gateway.toml")
     destinations = part(DestinationSettings, "destinations.toml")
+    learning = part(LearningSettings, "learning.toml")
     logging = part(LoggingSettings, "logging.toml")
-    if gateway is None or destinations is None or logging is None:
+    if gateway is None or destinations is None or learning is None or logging is None:
         raise SettingsInvalid("\n".join(found))
     secrets = {gateway.web.token_env, *(getattr(d, "token_env", "") for d in destinations.all)}
     if unknown := unknown_variables(GatewaySettings, variables(), secrets):
         raise SettingsInvalid("\n".join(unknown))
-    return Settings(folder=folder, gateway=gateway, destinations=destinations, logging=logging)
+    return Settings(folder=folder, gateway=gateway, destinations=destinations, learning=learning, logging=logging)
 
 
 def _validated(kind: type[T], path: Path) -> T:

@@ -25,6 +25,7 @@ def show(config: Path, *, as_json: bool) -> int:
         "routes_file": str(settings.routes_file),
         "gateway": _hidden(settings.gateway.model_dump(mode="json")),
         "destinations": _hidden(settings.destinations.model_dump(mode="json")),
+        "learning": settings.learning.model_dump(mode="json"),
         "logging": settings.logging.model_dump(mode="json"),
     }
     if as_json:

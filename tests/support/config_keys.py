@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel
 
 # `# key = value`, `# [table]`, `# [[table]]`: what a reader would uncomment. Prose has no such shape.
-_COMMENTED_OUT = re.compile(r"^# (?=\[?\[[a-z.]+\]\]?(?:\s|$)|[a-z_]+ = )", re.MULTILINE)
+_COMMENTED_OUT = re.compile(r"^# (?=\[?\[[a-z_.]+\]\]?(?:\s|$)|[a-z_]+ = )", re.MULTILINE)
 
 
 def uncommented(path: Path) -> dict[str, Any]:

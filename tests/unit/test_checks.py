@@ -68,7 +68,7 @@ def test_valid_files_are_one_line_and_absent_optional_ones_are_named(tmp_path: P
     findings, settings, rules = checks.check_configuration(config)
     assert [f.status for f in findings] == [Status.OK]
     assert "1 routes" in findings[0].detail
-    assert "defaults for logging.toml" in findings[0].detail
+    assert "defaults for learning.toml, logging.toml" in findings[0].detail
     assert settings is not None
     assert rules is not None
 

@@ -10,6 +10,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from gateway.destination_settings import DestinationSettings, FhirDestination
+from gateway.learning_settings import LearningSettings
 from gateway.settings import (
     GatewaySettings,
     LoggingSettings,
@@ -29,6 +30,7 @@ CONFIG = ROOT / "config"
 FILES: list[tuple[str, type[BaseModel]]] = [
     ("gateway.toml", GatewaySettings),
     ("destinations.toml", DestinationSettings),
+    ("learning.toml", LearningSettings),
     ("logging.toml", LoggingSettings),
 ]
 # Described once for all that have them: where a destination waits, and the completeness of one sender.
