@@ -21,7 +21,7 @@ from storage.database import Database
 APPLICATION_VERSION = "seggate-1"
 APPLICATION_NAME = "seggate"
 
-STUDIES, INFERENCE, JOBS = "studies", "inference", "jobs"
+STUDIES, INFERENCE, JOBS, TRAINING = "studies", "inference", "jobs", "training"
 URGENT, ROUTINE = 1, 100
 _ENDED = ("SUCCESS", "ERROR", "CANCELLED", "MAX_RECOVERY_ATTEMPTS_EXCEEDED")
 _STATUSES_AT_ONCE = 500

@@ -33,10 +33,20 @@ class FineTuningSettings(Section):
     """[models.fine_tuning] (ART-21): the learning rate is 1e-4, the encoder's half of that."""
 
     epochs: int = Field(default=10, ge=1, le=10)
+    iterations: int = Field(default=250, ge=1)  # steps of an epoch
     rehearsal: Annotated[float, Field(ge=0.25, le=0.5)] = 0.33  # the share of old cases in every batch
     folds: tuple[Annotated[str, Field(pattern=r"^([0-9]|all)$")], ...] = ()  # empty = those that the model has
-    budget_s: float = Field(default=0, ge=0)  # of each fold; 0 = the epochs decide
+    budget_s: int = Field(default=0, ge=0)  # of each fold; 0 = the epochs decide
     threads: int = Field(default=0, ge=0)  # of the training; 0 = half the cores
+
+
+class RetrainingSettings(Section):
+    """[models.retraining]: a training from the beginning, with the old and all labelled cases."""
+
+    profile: Literal["nnunet", "article"] = "nnunet"
+    epochs: int = Field(default=1000, ge=1)
+    iterations: int = Field(default=250, ge=1)
+    budget_s: int = Field(default=0, ge=0)  # of each fold; 0 = the epochs decide
 
 
 class ChangePlan(Section):
@@ -72,6 +82,7 @@ class ModelLearning(Section):
     locked: Path | None = None  # cases that no training sees, a dataset in nnUNet_raw's layout
     selection: SelectionSettings = SelectionSettings()
     fine_tuning: FineTuningSettings = FineTuningSettings()
+    retraining: RetrainingSettings = RetrainingSettings()
     change_plan: ChangePlan = ChangePlan()
 
     @model_validator(mode="after")

@@ -92,6 +92,7 @@ class WorkerSettings(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = Field(default=0, ge=0)  # 0 = all cores
     concurrency: int = Field(default=1, ge=1)  # inferences at a time in one worker
+    trainings: int = Field(default=1, ge=0)  # folds at a time in one worker; 0 = this one does not train
     memory_budget_mb: int = Field(default=0, ge=0)  # 0 = what is free
     inference_deadline_s: Seconds = 3600  # a call that takes longer is ended and tried again
     attempts: int = Field(default=3, ge=1)  # then the result is parked

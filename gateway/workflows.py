@@ -9,6 +9,14 @@
                             deliver: attempt, wait, attempt … until verified, stored or parked
                                      (a long wait gives the place in the queue up and comes back as a new turn)
 
+    training asked for ─▶ prepare_run: write cases ▸ plan
+                                  │ one workflow per fold, on whichever machine is free
+                                  ▼
+                          train_fold: train ▸ count
+                                  │ after the last
+                                  ▼
+                          finish_run: export ▸ register ▸ examine ▸ offer (shadow, or promotion)
+
 Every arrow is an enqueue in the transaction that made it due. A step may run twice (its process can die after the
 work and before DBOS's note of it), so every step first looks at its row and does nothing when it is already done.
 Arguments and results of steps are identifiers and states, never arrays or patient data.
@@ -27,6 +35,7 @@ from dbos import DBOS
 from gateway.errors import Transient, is_foreseen, is_of_the_machine, meaning
 
 PROCESS_STUDY, MAKE_RESULT, DELIVER, RUN_JOB = "process_study", "make_result", "deliver", "run_job"
+PREPARE_RUN, TRAIN_FOLD, FINISH_RUN = "prepare_run", "train_fold", "finish_run"
 
 _log = structlog.get_logger(__name__)
 
@@ -56,6 +65,20 @@ class DeliverySteps(Protocol):
 class RecurringSteps(Protocol):
     def run(self, job: str) -> str: ...  # what there is to say of it
     def park_job(self, job: str, step: str, reason: str) -> str: ...
+
+
+class TrainingSteps(Protocol):
+    """`fold_key` is RUN_ID/FOLD."""
+
+    def write_cases(self, run_id: str) -> str: ...  # "written" | "ended"
+    def plan(self, run_id: str) -> str: ...  # "planned" | "ended"; the folds are on their queue
+    def train(self, fold_key: str) -> str: ...  # "trained" | "ended"
+    def count(self, fold_key: str) -> str: ...  # "last" | "not the last"
+    def export(self, run_id: str) -> str: ...  # "exported" | "ended"
+    def register(self, run_id: str) -> str: ...  # the version
+    def examine(self, run_id: str) -> str: ...  # "ACCEPTED" | "REJECTED" | "OUTSIDE_PLAN"
+    def offer(self, run_id: str) -> str: ...  # "shadow" | "waits" | "promoted"
+    def fail_run(self, run_id: str, step: str, reason: str) -> str: ...
 
 
 class Parked(Exception):
@@ -117,6 +140,35 @@ class Story:
         except Parked as parked:
             return str(self._do("park", steps.park_job, job, parked.step, parked.reason, patient=True))
 
+    def prepare_run(self, steps: TrainingSteps, run_id: str) -> str:
+        try:
+            if self._do("write cases", steps.write_cases, run_id) == "ended":
+                return "ended"
+            return str(self._do("plan", steps.plan, run_id))
+        except Parked as parked:
+            return str(self._do("park", steps.fail_run, run_id, parked.step, parked.reason, patient=True))
+
+    def train_fold(self, steps: TrainingSteps, fold_key: str) -> str:
+        try:
+            if self._do("train", steps.train, fold_key) == "ended":
+                return "ended"
+            return str(self._do("count", steps.count, fold_key))
+        except Parked as parked:
+            run_id = fold_key.partition("/")[0]
+            return str(self._do("park", steps.fail_run, run_id, parked.step, parked.reason, patient=True))
+
+    def finish_run(self, steps: TrainingSteps, run_id: str) -> str:
+        try:
+            if self._do("export", steps.export, run_id) == "ended":
+                return "ended"
+            self._do("register", steps.register, run_id)
+            verdict = self._do("examine", steps.examine, run_id)
+            if verdict != "ACCEPTED":
+                return str(verdict)
+            return str(self._do("offer", steps.offer, run_id))
+        except Parked as parked:
+            return str(self._do("park", steps.fail_run, run_id, parked.step, parked.reason, patient=True))
+
     def _do(self, name: str, function: Callable[..., Any], *args: str, patient: bool = False) -> Any:
         """One step: Transient failures are waited for and tried again, everything else parks the work.
 
@@ -168,6 +220,22 @@ def register_job_workflows(story: Story, jobs: RecurringSteps, *, attempts: int)
     @DBOS.workflow(name=RUN_JOB, max_recovery_attempts=attempts + 20)
     def run_job(job: str) -> str:
         return story.run_job(jobs, job)
+
+
+def register_training_workflows(story: Story, trainings: TrainingSteps, *, attempts: int) -> None:
+    """Tell DBOS the workflows of a training, which a worker runs. A fold may take days, and many restarts."""
+
+    @DBOS.workflow(name=PREPARE_RUN, max_recovery_attempts=attempts + 20)
+    def prepare_run(run_id: str) -> str:
+        return story.prepare_run(trainings, run_id)
+
+    @DBOS.workflow(name=TRAIN_FOLD, max_recovery_attempts=None)
+    def train_fold(fold_key: str) -> str:
+        return story.train_fold(trainings, fold_key)
+
+    @DBOS.workflow(name=FINISH_RUN, max_recovery_attempts=attempts + 20)
+    def finish_run(run_id: str) -> str:
+        return story.finish_run(trainings, run_id)
 
 
 def register_delivery_workflows(story: Story, deliveries: DeliverySteps) -> None:

@@ -1,0 +1,133 @@
+"""What a drift leads to, what the nightly look at waiting cases does, and when a model is trained from the beginning.
+
+    drift ─▶ a fine-tuning is asked for ─▶ enough labelled cases: queued; too few: it waits, and readers are asked
+    each night ─▶ what waits is looked at again
+    retraining_cron ─▶ a full training of every model that has new labelled cases
+
+None of them changes what serves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sqlalchemy.orm import Session
+
+from gateway.durable import Enqueuer
+from gateway.learning import runs
+from gateway.learning.case_choice import CaseChoice, choose_cases
+from gateway.learning_settings import LearningSettings, ModelLearning
+from gateway.monitoring.drift_window import ModelDrift
+from gateway.monitoring.review_tasks import close_task_of, open_task
+from storage.database import Database
+from storage.errors import ModelMissing
+from storage.learning_records import LearningRun, RunState
+from storage.models import ModelRegistry
+from storage.records import utc_now
+
+POLICY = "policy"
+LABEL = "label"
+
+
+class LearningPolicy:
+    """`registry` says which version serves; it is asked outside of transactions."""
+
+    def __init__(
+        self, *, database: Database, enqueuer: Enqueuer, registry: ModelRegistry, settings: LearningSettings
+    ) -> None:
+        self._database = database
+        self._enqueuer = enqueuer
+        self._registry = registry
+        self._settings = settings
+
+    def after_drift(self, found: Sequence[ModelDrift]) -> str:
+        """For each model that has drifted and whose policy says so a fine-tuning; a sentence on what was asked for."""
+        asked = []
+        for name in sorted({drift.model_name for drift in found if drift.report.severity != "none"}):
+            learning = self._settings.of(name)
+            if learning.on_drift != "fine-tune" or not learning.can_learn:
+                continue
+            streams = sorted({f.name for d in found if d.model_name == name for f in d.report.drifted})
+            run = self.ask_for(learning, "fine-tuning", requested_by=POLICY, reason=f"drift of {', '.join(streams)}")
+            if run is not None:
+                asked.append(f"{name}: fine-tuning {run.state}")
+        return "; ".join(asked)
+
+    def ask_for(self, learning: ModelLearning, kind: runs.Kind, *, requested_by: str, reason: str) -> LearningRun | None:
+        """None where a run is under way, or a candidate waits for its decision."""
+        try:
+            champion = self._registry.champion(learning.name)
+        except ModelMissing:
+            return None
+        with self._database.session() as session:
+            if runs.run_under_way(session, learning.name) or runs.runs_of(
+                session, learning.name, [RunState.CANDIDATE]
+            ):
+                return None
+            choice = choose_cases(session, learning, now=utc_now())
+            run = runs.request_run(
+                session,
+                self._enqueuer,
+                choice,
+                kind=kind,
+                base_version=champion.semver,
+                requested_by=requested_by,
+                reason=reason,
+            )
+            if run.state == RunState.WAITING:
+                self._ask_readers(session, run, choice)
+            return run
+
+    def look_at_waiting(self) -> str:
+        """Runs that wait for labels are queued once there are enough. The job `learning`."""
+        with self._database.reading() as session:
+            waiting = [run.run_id for run in runs.runs_of(session, None, [RunState.WAITING])]
+        said = [self._look_at(run_id) for run_id in waiting]
+        return "; ".join(said) or "nothing waits for labels"
+
+    def retrain_all(self) -> str:
+        """A full training of every model that has labelled cases which no training has seen. The job `retraining`."""
+        said = []
+        for learning in self._settings.models:
+            if not learning.can_learn:
+                continue
+            with self._database.reading() as session:
+                choice = choose_cases(session, learning, now=utc_now())
+            if not choice.to_train_on:
+                said.append(f"{learning.name}: no new labelled case")
+                continue
+            run = self.ask_for(learning, "retraining", requested_by=POLICY, reason="retraining_cron")
+            said.append(f"{learning.name}: {'one is under way' if run is None else run.state}")
+        return "; ".join(said) or "no model is set up for training (learning.toml)"
+
+    def _look_at(self, run_id: str) -> str:
+        with self._database.session() as session:
+            run = runs.get_run(session, run_id, lock=True)
+            if run.state != RunState.WAITING:
+                return f"{run.model_name}: {run.state}"
+            choice = choose_cases(session, self._settings.of(run.model_name), now=utc_now())
+            if choice.ready:
+                runs.queue_run(session, self._enqueuer, run, choice)
+                close_task_of(session, kind=LABEL, subject=_subject(run), by=POLICY, outcome=choice.sentence)
+            else:
+                runs.move(session, run, RunState.WAITING, choice.sentence)
+                self._ask_readers(session, run, choice)
+            return f"{run.model_name}: {run.state}, {choice.sentence}"
+
+    @staticmethod
+    def _ask_readers(session: Session, run: LearningRun, choice: CaseChoice) -> None:
+        open_task(
+            session,
+            kind=LABEL,
+            model_name=run.model_name,
+            model_version=run.base_version,
+            subject=_subject(run),
+            summary=f"{choice.sentence}; `seggate corrections export FOLDER --model {run.model_name}` writes what is to "
+            "be read",
+            result_ids=[case.result_id for case in choice.waiting],
+            picture=None,
+        )
+
+
+def _subject(run: LearningRun) -> str:
+    return f"model:{run.model_name} training"
