@@ -174,13 +174,14 @@ def running_gateway(
     patients: Sequence[str] = (),
     gateway_toml: str = "",
     destinations_toml: str = "",
+    learning_toml: str | None = None,
     logging_toml: str | None = None,
     pacs: Pacs | None = None,
 ) -> Iterator[RunningGateway]:
     """Start everything below `folder`, end it at the end, each process by its id.
 
     `gateway_toml` and `destinations_toml` are appended to the stage's files (tables that those do not have yet);
-    `logging_toml` replaces the stage's.
+    `logging_toml` replaces the stage's; `learning_toml` is one that the stage does not have.
     """
     stage = Stage(folder / "stage", pacs)
     with pytest.MonkeyPatch.context() as environment:
@@ -195,6 +196,8 @@ def running_gateway(
             stage.write_config(routes_file)
             _append(stage.config / "gateway.toml", gateway_toml)
             _append(stage.config / "destinations.toml", destinations_toml)
+            if learning_toml is not None:
+                (stage.config / "learning.toml").write_text(learning_toml, encoding="utf-8")
             if logging_toml is not None:
                 (stage.config / "logging.toml").write_text(logging_toml, encoding="utf-8")
             settings = load_settings(stage.config)
