@@ -157,5 +157,5 @@ def write_exchanged(good: Bundle, folder: Path, *, semver: str) -> Path:
             for c in good.configurations
         ),
     )
-    write_bundle(folder, named, **documents, postprocessing=good.postprocessing)
+    write_bundle(folder, named, **documents)
     return folder
