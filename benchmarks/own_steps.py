@@ -22,7 +22,8 @@ from engine.dataset import open_dataset
 from engine.plans import read_plans
 from engine.preprocessed import PreprocessJob, preprocess_dataset
 from engine.schedule import Schedule
-from engine.training import Trainer, TrainingSetup, default_loader_threads
+from engine.training import Trainer
+from engine.training_setup import TrainingSetup, default_loader_threads
 
 
 def main() -> None:

@@ -124,7 +124,7 @@ def _device_name() -> str:
 def _precision_name() -> str:
     import torch
 
-    from engine.training import default_precision
+    from engine.training_setup import default_precision
 
     found = default_precision(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return "bf16" if found == "float32" else found

@@ -17,7 +17,7 @@ _CASES = {"train": "training cases", "hold_out": "held-out cases", "val": "valid
 _PLAIN = ("profile", "seed", "deterministic", "mirror_axes", "inference_mirror_axes")
 # Of the identity, what nothing else says.
 _OF_CASES = "previous stage"
-_DIGESTS = ("plans", "labels", "augmentation", _OF_CASES, "optimiser")
+_DIGESTS = ("plans", "labels", "augmentation", _OF_CASES, "optimiser", "start", "rehearsal")
 
 
 def refuse_other_training(

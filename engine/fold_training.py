@@ -23,19 +23,15 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import datetime
 from functools import cached_property
-from pathlib import Path
 
-import torch
 from torch import nn
 
 from engine.augmentation_profile import AugmentationPlan
-from engine.cascade_stage import StageFold
 from engine.case_pictures import draw_best_and_worst
 from engine.case_results import has_logits
-from engine.compilation import Compile
 from engine.data_digest import data_digest
 from engine.errors import DatasetInvalid
 from engine.experiment import (
@@ -46,31 +42,29 @@ from engine.experiment import (
     PROGRESS,
     REQUEST,
     VALIDATION,
-    Experiment,
     check_disk,
     is_finished,
 )
 from engine.finished_fold import DATA, IDENTITY, refuse_other_training
+from engine.fold_request import FoldReport, FoldRequest
 from engine.json_writer import write_json
 from engine.memory_probe import StepMemory, check_step, measure_step
 from engine.metrics import CompositeScore, composite_score
-from engine.parallel import Progress
 from engine.prediction_record import claim_predictions, forget_predictions
 from engine.preprocessed import open_case
 from engine.provenance import this_software
-from engine.schedule import Schedule
 from engine.sibling_folds import refuse_other_mirroring
-from engine.sides import Mirroring, MirrorPolicy, SidesPolicy, plan_mirroring
+from engine.sides import Mirroring, plan_mirroring
 from engine.sliding_window import WindowGrid
 from engine.splits import KEEPS_PATIENTS_TOGETHER, Split, hold_out
-from engine.step_gradients import Precision
-from engine.training import Trainer, TrainingSetup
+from engine.training import Trainer
 from engine.training_checkpoint import FINAL, LATEST, init_args, weights_digest
 from engine.training_lock import is_asked_to_stop, training_lock
 from engine.training_log import EpochRecord, write_epochs
+from engine.training_pause import TrainingPause
 from engine.training_plots import draw_progress
 from engine.training_processes import TrainingProcesses
-from engine.training_profile import TrainingProfile
+from engine.training_setup import TrainingSetup
 from engine.validated_fold import CHECKPOINT, ValidatedFold, checkpoint_digest
 from engine.validation import STEP_SIZE, ModelInTraining, TorchBackend, cases_named, measure_on, validate
 
@@ -79,60 +73,6 @@ _REDRAW_EVERY_S = 30.0
 _CHECKPOINTS = 3
 # Bytes a parameter: itself and its momentum, float32.
 _BYTES = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class FoldRequest:
-    """What is to be trained. The fold's own seed is `seed` plus its number, so that the members of an ensemble start
-    differently. `keeps_logits`: for ensembles of configurations (engine/selection.py). `any_precision`: a fold that is
-    finished may have been trained in another one. `probes`: a step's memory is measured before the first
-    (engine/memory_probe.py)."""
-
-    experiment: Experiment
-    results: Path
-    configuration: str
-    fold: str
-    profile: TrainingProfile
-    schedule: Schedule
-    seed: int
-    device: torch.device
-    precision: Precision
-    deterministic: bool
-    sides: SidesPolicy = "keep"
-    mirror: MirrorPolicy = "all"
-    keeps_logits: bool = True
-    loader_threads: int = 1
-    any_precision: bool = False
-    compile: Compile = "auto"
-    probes: bool = True
-
-    @property
-    def model_folder(self) -> Path:
-        return self.experiment.model_folder(self.results, self.profile.trainer, self.configuration)
-
-    @property
-    def folder(self) -> Path:
-        return self.stage.folder
-
-    @property
-    def stage(self) -> StageFold:
-        return StageFold(
-            experiment=self.experiment,
-            results=self.results,
-            trainer=self.profile.trainer,
-            configuration=self.configuration,
-            fold=self.fold,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class FoldReport:
-    """Where somebody wants to know how it goes: `line` gets what also goes into the log, `epoch` the record and the
-    epochs of the schedule, `case` validated cases and how many there are."""
-
-    line: Callable[[str], None] = lambda _text: None
-    epoch: Callable[[EpochRecord, int], None] = lambda _record, _epochs: None
-    case: Progress = lambda _done, _total: None
 
 
 def train_fold(
@@ -187,6 +127,7 @@ class _Fold:
             self.experiment.dataset, self.experiment.plans, self.configuration, request.sides, request.mirror
         )
         refuse_other_mirroring(request.folder, self.mirroring.axes, self.mirror_axes)
+        self.pause = TrainingPause(request.folder, note=self.log)
         self._drawn = 0.0
         self._memory: StepMemory | None = None
 
@@ -212,7 +153,7 @@ class _Fold:
     def run(self) -> bool:
         request, setup = self.request, self._setup()
         self.processes.on_first(lambda: self._check_memory(setup))
-        trainer = Trainer(setup, request.folder, processes=self.processes, note=self.log)
+        trainer = Trainer(setup, request.folder, processes=self.processes, note=self.log, pause=self.pause)
         if self.processes.is_first:
             self._check_disk(trainer.network)
             self._begin(trainer)
@@ -240,7 +181,7 @@ class _Fold:
             request.folder / VALIDATION,
             logits_folder=request.folder / LOGITS if request.keeps_logits else None,
             next_stages=self.next_stages,
-            stop=self.stop,
+            stop=self._waiting_stop,
             progress=self.report.case,
             processes=self.processes,
         )
@@ -259,6 +200,11 @@ class _Fold:
             }
             write_json(document, request.folder / REQUEST)
         return True
+
+    def _waiting_stop(self) -> bool:
+        """Between two cases: waits while a pause is asked for."""
+        self.pause.wait(self.stop)
+        return self.stop()
 
     @property
     def mirror_axes(self) -> tuple[int, ...]:
@@ -324,6 +270,8 @@ class _Fold:
             loader_threads=request.loader_threads,
             previous=self.previous,
             compile=request.compile,
+            start=request.start,
+            rehearsal=request.rehearsal,
         )
 
     def _model(self, network: nn.Module, mirror_axes: tuple[int, ...]) -> ModelInTraining:
@@ -341,7 +289,9 @@ class _Fold:
         if epoch % self.request.profile.hold_out_every:
             return None
         model = self._model(network, ())
-        measured = measure_on(model, self.experiment.dataset, self.held_out, stop=self.stop, processes=self.processes)
+        measured = measure_on(
+            model, self.experiment.dataset, self.held_out, stop=self._waiting_stop, processes=self.processes
+        )
         return composite_score(measured)
 
     def _check_memory(self, setup: TrainingSetup) -> None:

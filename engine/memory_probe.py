@@ -32,7 +32,8 @@ from engine.planners import PLANNERS, Planner
 from engine.planning import REFERENCE_BATCH
 from engine.plans import Configuration
 from engine.topology import Topology, feature_map_voxels
-from engine.training import Trainer, TrainingSetup
+from engine.training import Trainer
+from engine.training_setup import TrainingSetup
 
 _STEPS = 3  # the optimiser's momentum is there from the second on
 _MIB = 2**20
@@ -150,7 +151,7 @@ def _planner(name: str | None, network: str) -> Planner:
 
 def run_steps(setup: TrainingSetup, folder: Path) -> None:
     """Some training steps on made-up batches; `folder` stays empty."""
-    trainer = Trainer(replace(setup, compile="off"), folder)
+    trainer = Trainer(replace(setup, compile="off", start=None), folder)
     inputs = int(next(trainer.network.parameters()).shape[1])
     batches = _batches_ahead(setup, inputs)
     for _ in range(_STEPS):

@@ -23,7 +23,7 @@ from engine.plans import Configuration, read_plans
 from engine.schedule import Schedule
 from engine.step_gradients import Precision
 from engine.topology import Topology
-from engine.training import TrainingSetup, default_loader_threads
+from engine.training_setup import TrainingSetup, default_loader_threads
 
 
 class PlanProbe:

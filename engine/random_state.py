@@ -20,6 +20,7 @@ class Purpose(IntEnum):
     VALIDATION_CASE = 4
     VALIDATION_PATCH = 5
     WEIGHTS = 6
+    REHEARSAL = 7
 
 
 def random_generator(

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from engine.random_state import Purpose, random_generator
+from engine.rehearsal import RehearsalDraw
 
 ClassKey = int | tuple[int, ...]
 ClassLocations = Mapping[ClassKey, NDArray[np.integer[Any]] | Sequence[Any]]
@@ -46,6 +47,7 @@ class PatchSampler:
 
     `patch_size` is what the network gets, `initial_patch_size` what is read around it for rotation and scaling
     (engine/augmentation_profile.py); both have 2 entries for a 2D network. `batch_size` is that of all processes.
+    `rehearsal`: which samples of a fine-tuning are of old cases.
     """
 
     seed: int
@@ -56,6 +58,7 @@ class PatchSampler:
     initial_patch_size: tuple[int, ...]
     has_ignore_label: bool = False
     foreground_share: float = 0.33
+    rehearsal: RehearsalDraw | None = None
 
     def __post_init__(self) -> None:
         if len(self.patch_size) != len(self.initial_patch_size) or len(self.patch_size) not in (2, 3):
@@ -64,10 +67,15 @@ class PatchSampler:
             raise ValueError(f"{self.cases} cases, batch of {self.batch_size}: at least one of each is needed")
 
     def case(self, *, epoch: int, iteration: int, sample: int) -> int:
-        """Index of the case: uniform, with replacement."""
+        """Index of the case: uniform, with replacement; in a fine-tuning among the old cases, or among the new ones."""
         purpose = _PURPOSES[self.stage][0]
         rng = random_generator(self.seed, purpose, epoch=epoch, iteration=iteration, sample=sample)
-        return int(rng.integers(self.cases))
+        if self.rehearsal is None:
+            return int(rng.integers(self.cases))
+        pool = self.rehearsal.pool(
+            seed=self.seed, batch_size=self.batch_size, epoch=epoch, iteration=iteration, sample=sample
+        )
+        return pool[int(rng.integers(len(pool)))]
 
     def is_foreground_forced(self, sample: int) -> bool:
         """True for the last third of the batch: 1 of 2, 3 of 9, 4 of 12."""

@@ -14,7 +14,8 @@ class Schedule:
     """`epochs` of `iterations` steps and `validation_iterations` validation batches each; the rate falls from
     `learning_rate` to 0 by the power `decay_exponent`; SGD's momentum and weight decay; gradients are clipped to
     `gradient_norm`. `budget_s`: the training ends after so many seconds, unless the epochs end before; `patience`:
-    after so many epochs without a better score on the hold-out (ART-10).
+    after so many epochs without a better score on the hold-out (ART-10). `encoder_factor`: the encoder's part of the
+    learning rate, at every step; the decoder has all of it (engine/parameter_groups.py).
     """
 
     epochs: int = 1000
@@ -27,6 +28,7 @@ class Schedule:
     gradient_norm: float = 12.0
     budget_s: float | None = None
     patience: int | None = None
+    encoder_factor: float = 1.0
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.iterations < 1 or self.validation_iterations < 1:
@@ -38,6 +40,9 @@ class Schedule:
             raise ValueError(f"budget of {self.budget_s} s: more than 0 is needed")
         if self.patience is not None and self.patience < 1:
             raise ValueError(f"patience of {self.patience} epochs: at least 1 is needed")
+
+        if not 0 < self.encoder_factor <= 1:
+            raise ValueError(f"encoder factor {self.encoder_factor}: more than 0 and at most 1 is needed")
 
     def progress(self, epoch: int, spent_s: float, reserved_s: float = 0.0) -> float:
         """The part of the training that is over, 0 to 1, after `epoch` epochs and `spent_s` seconds of training.

@@ -8,11 +8,9 @@ not been: a checkpoint says at which iteration of which epoch.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -21,28 +19,26 @@ import torch
 from torch import nn
 
 from engine.allocator import freed_memory_kept
-from engine.augmentation_profile import AugmentationPlan
 from engine.batches import Batch, BatchSource, BatchStream
-from engine.compilation import Compile, FastestGradients, resolved
-from engine.data_digest import data_digest
+from engine.compilation import FastestGradients, resolved
 from engine.determinism import determinism
 from engine.errors import TrainingDiverged, TrainingRefused
 from engine.head_start import start_heads
-from engine.labels import LabelManager
 from engine.loss import BatchShare, SegmentationLoss, deep_supervision_weights
 from engine.metrics import CompositeScore
 from engine.network import build_network, initialize
 from engine.online_validation import PatchFigures, PatchValidation
-from engine.plans import Configuration
+from engine.parameter_groups import follow_schedule, parameter_groups
 from engine.random_state import Purpose, random_generator
+from engine.rehearsal import RehearsalDraw
 from engine.sampling import PatchSampler
-from engine.schedule import Schedule
-from engine.stage_predictions import PreviousStage
-from engine.step_gradients import Precision, StepGradients
+from engine.step_gradients import StepGradients
 from engine.training_checkpoint import BEST, FINAL, LATEST, TrainingState, read_state, write_state
 from engine.training_identity import difference
 from engine.training_log import EpochRecord, averages, best_judged, epochs_without_gain, nnunet_logging
+from engine.training_pause import TrainingPause
 from engine.training_processes import TrainingProcesses
+from engine.training_setup import TrainingSetup
 
 Judge = Callable[[nn.Module, int], CompositeScore | None]
 """Validates a network on whole cases after an epoch; None where it is not that epoch's turn. It may return early, with
@@ -51,87 +47,13 @@ anything, when the training was told to stop."""
 _MOST_TIME_FOR_SAVING = 0.05
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainingSetup:
-    """One fold of one configuration.
-
-    `folder` has the preprocessed cases, ours or nnU-Net's (engine/preprocessed.py). `deterministic`: bit-identical on
-    the same kind of processor with the same number of threads and processes. `init_args` go into the checkpoints, for
-    nnU-Net (`training_checkpoint.init_args`). `loader_threads`: see BatchStream; `compile`: engine/compilation.py.
-    `channels` are the image's own; a cascade reads the label maps of `previous`, whose labels are the augmentation's
-    `previous_labels`.
-    """
-
-    configuration: Configuration
-    batch_dice: bool
-    labels: LabelManager
-    channels: int
-    folder: Path
-    training_cases: tuple[str, ...]
-    validation_cases: tuple[str, ...]
-    augmentation: AugmentationPlan
-    schedule: Schedule
-    seed: int
-    device: torch.device
-    precision: Precision
-    deterministic: bool
-    init_args: dict[str, Any] = field(default_factory=dict)
-    loader_threads: int = 0
-    compile: Compile = "auto"
-    previous: PreviousStage | None = None
-
-    @property
-    def input_channels(self) -> int:
-        """What the network takes: the image's channels and, in a cascade, one for each label of the stage before."""
-        return self.channels + len(self.augmentation.previous_labels)
-
-    def identity(self) -> dict[str, Any]:
-        """What must be the same for a training to go on, its cases' arrays among it; plain values. Time budget and
-        device may change. Raises DatasetInvalid when a case is not there."""
-        schedule = self.schedule
-        return {
-            "configuration": self.configuration.name,
-            "plans": _digest(self.configuration, self.batch_dice, self.channels),
-            "labels": _digest(self.labels),
-            "augmentation": _digest(self.augmentation),
-            "training cases": _digest(self.training_cases),
-            "validation cases": _digest(self.validation_cases),
-            "training data": data_digest(self.folder, (*self.training_cases, *self.validation_cases)),
-            "previous stage": None if self.previous is None else self.previous.digest,
-            "seed": self.seed,
-            "epochs": schedule.epochs,
-            "iterations": schedule.iterations,
-            "validation iterations": schedule.validation_iterations,
-            "learning rate": schedule.learning_rate,
-            "optimiser": [
-                schedule.decay_exponent,
-                schedule.momentum,
-                schedule.weight_decay,
-                schedule.gradient_norm,
-            ],
-            "precision": self.precision,
-            "deterministic": self.deterministic,
-        }
-
-
-def default_precision(device: torch.device) -> Precision:
-    """fp16 on a GPU, as nnU-Net; bf16 on a processor that has it in hardware; else float32."""
-    if device.type == "cuda":
-        return "fp16"
-    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
-
-
-def default_loader_threads(device: torch.device) -> int:
-    """None on a processor: the network has all its cores, and a batch costs a twentieth of a step."""
-    return 2 if device.type == "cuda" else 0
-
-
 class Trainer:
     """Trains one fold in `folder`; goes on from the checkpoint that it finds there, the final one before the latest.
 
     A checkpoint is written at least every `save_every_s` seconds of training (but never for more than a twentieth of
     the time), within epochs too. Of several `processes` each trains its share of every batch and the first writes.
-    `note` gets a line for the log.
+    `note` gets a line for the log. While a `pause` is asked for (by default in `folder`), `run` waits between two
+    steps, with a checkpoint; that counts as no time.
 
     Raises TrainingRefused when the batch is too small for the processes, or when the checkpoint belongs to another
     training or, in deterministic mode, to another number of threads or processes; ImportRefused when it is damaged.
@@ -145,6 +67,7 @@ class Trainer:
         save_every_s: float = 60.0,
         processes: TrainingProcesses | None = None,
         note: Callable[[str], None] = lambda _text: None,
+        pause: TrainingPause | None = None,
     ) -> None:
         self.setup = setup
         self.folder = folder
@@ -156,7 +79,8 @@ class Trainer:
         self._losses: list[float] = []
         self._best_ema: float | None = None
         self._spent_s = 0.0  # in this epoch, before `_since`
-        self._since = time.monotonic()
+        self.pause = pause or TrainingPause(folder, note=note)
+        self._since = self.pause.now()
         self._validation_s: float | None = None
         self._judge_s: float | None = None
         self._judge_batches = 0
@@ -165,13 +89,16 @@ class Trainer:
         network = build_network(
             architecture, channels=setup.input_channels, heads=setup.labels.num_heads, deep_supervision=True
         )
-        initialize(network, random_generator(setup.seed, Purpose.WEIGHTS, epoch=0, iteration=0))
+        if setup.start is None:
+            initialize(network, random_generator(setup.seed, Purpose.WEIGHTS, epoch=0, iteration=0))
+        else:
+            setup.start.load_into(network)
         self._heads = network.decoder.seg_layers
         self.network: nn.Module = network.to(setup.device)
         memory_format = torch.channels_last if setup.configuration.is_2d else torch.channels_last_3d
         self.network.to(memory_format=memory_format)  # type: ignore[call-overload]
         self.optimizer = torch.optim.SGD(
-            self.network.parameters(),
+            parameter_groups(self.network, schedule),
             schedule.learning_rate,
             momentum=schedule.momentum,
             weight_decay=schedule.weight_decay,
@@ -237,9 +164,9 @@ class Trainer:
             # It is of a training that was here before, and this one may never have a score.
             (self.folder / BEST).unlink(missing_ok=True)
         _ = self.identity  # of the data that is opened now
-        stop = self.processes.agreed(stop)
-        self._since = self._last_saved = time.monotonic()
-        if not self.records and not self.iteration:
+        stop = self._waiting(self.processes.agreed(stop))
+        self._since = self._last_saved = self.pause.now()
+        if self.setup.start is None and not self.records and not self.iteration:
             start_heads(self._heads, self.source("training"), self.setup.labels)
         with (
             freed_memory_kept(),
@@ -317,6 +244,20 @@ class Trainer:
         self._gradients.after_step(time.perf_counter() - started)
         return value
 
+    def _waiting(self, stop: Callable[[], bool]) -> Callable[[], bool]:
+        """`stop`, which waits first for as long as a pause is asked for; asked by all processes together."""
+        paused = self.processes.agreed(self.pause.is_asked)
+
+        def asked() -> bool:
+            if paused():
+                self._save(LATEST)
+                if self.setup.device.type == "cuda":
+                    torch.cuda.empty_cache()  # for whoever it waits for
+                self.pause.wait(stop, paused)
+            return stop()
+
+        return asked
+
     def _train_epoch(self, batches: BatchStream, stop: Callable[[], bool]) -> bool:
         """The steps that the epoch still lacks, or as many as the budget has time for; False when stopped."""
         for batch in batches.epoch(self.epoch, self.setup.schedule.iterations, first=self.iteration):
@@ -325,18 +266,17 @@ class Trainer:
             progress = self._agreed_progress()
             if progress >= 1 and self._losses:
                 break
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.setup.schedule.rate(progress)
+            follow_schedule(self.optimizer, self.setup.schedule.rate(progress))
             self._losses.append(self.step(batch))
             self.iteration += 1
             wait_s = max(self._save_every_s, self._saving_s / _MOST_TIME_FOR_SAVING)
-            if time.monotonic() - self._last_saved >= wait_s:
+            if self.pause.now() - self._last_saved >= wait_s:
                 self._save(LATEST)
         return True
 
     def _validate(self, batches: BatchStream, stop: Callable[[], bool]) -> tuple[float, PatchFigures] | None:
         """Mean loss, and what was measured on the patches; None when stopped."""
-        started, losses = time.monotonic(), []
+        started, losses = self.pause.now(), []
         configuration = self.setup.configuration
         found = PatchValidation(
             self.setup.labels,
@@ -352,17 +292,17 @@ class Trainer:
                 outputs = self._step.logits(images)
                 losses.append(float(self.loss(outputs, target)))
                 found.add(outputs[0], target)
-        self._validation_s = time.monotonic() - started
+        self._validation_s = self.pause.now() - started
         total = torch.tensor([math.fsum(losses)], dtype=torch.float64)
         self.processes.add_up(total)
         found.join(self.processes.add_up)
         return float(total) / len(losses), found.figures
 
     def _judged(self, judge: Judge) -> CompositeScore | None:
-        started = time.monotonic()
+        started = self.pause.now()
         whole = judge(self.network, self.epoch)
         if whole is not None:
-            self._judge_s = time.monotonic() - started
+            self._judge_s = self.pause.now() - started
         return whole
 
     def _best(self) -> TrainingState:
@@ -382,7 +322,7 @@ class Trainer:
         mean, ema = averages(patches.dice_per_class, self.records)
         record = EpochRecord(
             epoch=self.epoch,
-            learning_rate=self.optimizer.param_groups[0]["lr"],
+            learning_rate=self.optimizer.param_groups[-1]["lr"],  # the decoder's
             train_loss=math.fsum(self._losses) / len(self._losses),
             validation_loss=validation_loss,
             dice_per_class=patches.dice_per_class,
@@ -394,7 +334,7 @@ class Trainer:
         )
         self.records.append(record)
         self.epoch, self.iteration, self._losses = self.epoch + 1, 0, []
-        self._spent_s, self._since = 0.0, time.monotonic()
+        self._spent_s, self._since = 0.0, self.pause.now()
         is_best = best_judged(self.records) is record if judged else self._best_ema is None or ema > self._best_ema
         self._best_ema = ema if self._best_ema is None else max(ema, self._best_ema)
         if is_best:
@@ -402,7 +342,7 @@ class Trainer:
         return record
 
     def _epoch_s(self) -> float:
-        return self._spent_s + time.monotonic() - self._since
+        return self._spent_s + self.pause.now() - self._since
 
     def source(self, stage: Literal["training", "validation"]) -> BatchSource:
         setup, configuration = self.setup, self.setup.configuration
@@ -420,6 +360,7 @@ class Trainer:
                 patch_size=configuration.patch_size,
                 initial_patch_size=initial,
                 has_ignore_label=setup.labels.ignore_label is not None,
+                rehearsal=RehearsalDraw.of(setup.rehearsal, names) if stage == "training" else None,
             ),
             plan=setup.augmentation,
             channels=setup.channels,
@@ -431,7 +372,7 @@ class Trainer:
     def _save(self, name: str) -> None:
         if not self.processes.is_first:
             return
-        started = time.monotonic()
+        started = self.pause.now()
         state = TrainingState(
             weights=self.network.state_dict(),
             optimizer=self.optimizer.state_dict(),
@@ -453,7 +394,7 @@ class Trainer:
             },
         )
         write_state(state, self.folder / name)
-        self._last_saved = time.monotonic()
+        self._last_saved = self.pause.now()
         self._saving_s = self._last_saved - started
 
     def _resume(self, name: str) -> None:
@@ -479,8 +420,3 @@ class Trainer:
         self._best_ema, self._losses, self._spent_s = state.best_ema, list(own["losses"]), own["spent_s"]
         self._judge_s = own.get("judge_s")
         self.records = [EpochRecord.from_plain(record) for record in own["records"]]
-
-
-def _digest(*parts: object) -> str:
-    """Of data classes and tuples, whose text has all that is in them."""
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Literal
 
 from engine.augmentation_profile import ARTICLE, NNUNET, AugmentationProfile
 from engine.planners import ProfileName
@@ -22,7 +23,7 @@ class TrainingProfile:
     one or pair. `most_components`: post-processing tries to keep the 1 to k largest components of a label.
     """
 
-    name: ProfileName
+    name: ProfileName | Literal["fine-tune"]
     trainer: str
     augmentation: AugmentationProfile
     hold_out_share: float | None

@@ -54,7 +54,7 @@ def chosen_device(name: DeviceName) -> torch.device:
 
 def chosen_precision(name: PrecisionName, device: torch.device) -> Precision:
     """Raises TrainingRefused where the device cannot train in it."""
-    from engine.training import default_precision
+    from engine.training_setup import default_precision
 
     if name == "fp16" and device.type != "cuda":
         raise TrainingRefused("--precision fp16 needs a GPU; a processor trains in bf16 or float32")

@@ -38,7 +38,7 @@ from gateway.training_launcher import is_launched, is_orphaned, launch, own_comm
 
 if TYPE_CHECKING:
     from engine.compilation import Compile
-    from engine.fold_training import FoldReport, FoldRequest
+    from engine.fold_request import FoldReport, FoldRequest
     from engine.training_processes import TrainingProcesses
 
 ALL_FOLDS = "all-folds"
@@ -213,9 +213,9 @@ def fold_requests(options: TrainOptions, experiment: Experiment, budget_s: float
     """Each fold of each configuration, the first stage of a cascade before the cascade. Raises DatasetInvalid for one
     that is not there, TrainingRefused for a device that is not there or a package that is missing."""
     with training_packages():
-        from engine.fold_training import FoldRequest
+        from engine.fold_request import FoldRequest
         from engine.schedule import Schedule
-        from engine.training import default_loader_threads
+        from engine.training_setup import default_loader_threads
     device = chosen_device(options.device)
     set_threads(options.threads, device)
     profile = TRAINING_PROFILES[options.profile]
@@ -423,7 +423,7 @@ def _figure(value: float | None) -> str:
 @contextmanager
 def _reporting(request: FoldRequest, *, hidden: bool) -> Iterator[FoldReport]:
     """A bar for the epochs and then for the cases; lines of the log above it, all on standard error."""
-    from engine.fold_training import FoldReport
+    from engine.fold_request import FoldReport
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"))
     with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), disable=hidden) as bar:

@@ -96,7 +96,7 @@ def make(
     from gateway.stop_signal import stop_requests
 
     preprocessed, results = work / "preprocessed", work / "results"
-    _plan(dataset, preprocessed)
+    plan_demo(dataset, preprocessed)
     experiment = open_experiment(dataset, preprocessed, plans_name=PLANS)
     options = TrainOptions(
         folder=dataset,
@@ -154,7 +154,7 @@ def make(
     return bundle
 
 
-def _plan(dataset: Path, preprocessed: Path) -> None:
+def plan_demo(dataset: Path, preprocessed: Path) -> None:
     """nnU-Net's plans with the demo's widths and batch; kept when they are there."""
     from gateway.commands.plan import PlanOptions, plan_folder
 

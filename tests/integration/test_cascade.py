@@ -22,7 +22,8 @@ import torch
 from engine.dataset import open_dataset, read_case
 from engine.experiment import open_experiment
 from engine.export import import_model
-from engine.fold_training import FoldReport, FoldRequest, train_fold
+from engine.fold_request import FoldReport, FoldRequest
+from engine.fold_training import train_fold
 from engine.nifti import read_label_map
 from engine.predictor import Predictor
 from engine.schedule import Schedule

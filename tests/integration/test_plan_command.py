@@ -89,7 +89,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Steps of 600 bytes a voxel on a machine with 1 GB, instead of real ones; names of what was measured."""
     require_peer("torch")
     from engine.memory_probe import StepMemory
-    from engine.training import TrainingSetup
+    from engine.training_setup import TrainingSetup
 
     names: list[str] = []
 

@@ -20,8 +20,9 @@ import torch
 from engine.batches import Batch
 from engine.errors import EngineError
 from engine.schedule import Schedule
-from engine.training import Trainer, TrainingSetup
+from engine.training import Trainer
 from engine.training_processes import TrainingProcesses, joined_processes
+from engine.training_setup import TrainingSetup
 from tests.support.nnunet_results import TrainedModel
 from tests.support.tiny_training import TINY, tiny_setup
 

@@ -22,8 +22,9 @@ from engine.dataset import open_dataset
 from engine.plans import read_plans
 from engine.preprocessed import PreprocessJob, preprocess_dataset
 from engine.schedule import Schedule
-from engine.training import Trainer, TrainingSetup
+from engine.training import Trainer
 from engine.training_checkpoint import init_args
+from engine.training_setup import TrainingSetup
 from tests.support.nnunet_results import TrainedModel, dataset_json, plans_json
 from tests.support.raw_datasets import write_array, write_dataset
 

@@ -22,7 +22,8 @@ from engine.augmentation import draw_batch
 from engine.batches import Batch, BatchSource, BatchStream
 from engine.errors import DatasetInvalid, TrainingRefused
 from engine.stage_predictions import PreviousStage
-from engine.training import Trainer, TrainingSetup
+from engine.training import Trainer
+from engine.training_setup import TrainingSetup
 from tests.support.tiny_training import CASES, TINY, same_weights, tiny_setup, weights
 
 

@@ -21,9 +21,10 @@ from engine.batches import Batch
 from engine.errors import TrainingRefused
 from engine.metrics import CompositeScore
 from engine.schedule import Schedule
-from engine.training import Trainer, TrainingSetup
+from engine.training import Trainer
 from engine.training_checkpoint import BEST, FINAL, LATEST, read_state
 from engine.training_log import EpochRecord, best_judged, epochs_without_gain
+from engine.training_setup import TrainingSetup
 from tests.support.tiny_training import same_weights, tiny_setup, weights
 
 

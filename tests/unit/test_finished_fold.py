@@ -32,6 +32,8 @@ def _request() -> dict[str, Any]:
             "augmentation": "x",
             "previous stage": None,
             "optimiser": [0.9],
+            "start": None,
+            "rehearsal": None,
             "seed": 4,
         },
     }

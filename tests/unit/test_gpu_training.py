@@ -21,7 +21,8 @@ from engine.compilation import FastestGradients
 from engine.errors import MemoryExceeded
 from engine.memory_probe import check_step, measure_step
 from engine.schedule import Schedule
-from engine.training import Trainer, TrainingSetup
+from engine.training import Trainer
+from engine.training_setup import TrainingSetup
 from tests.support.tiny_training import same_weights, tiny_setup, weights
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")

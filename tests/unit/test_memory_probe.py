@@ -17,7 +17,7 @@ import torch
 from engine.errors import MemoryExceeded
 from engine.memory_probe import StepMemory, check_step, measure_step, nnunet_estimate_bytes, run_steps
 from engine.plans import read_plans
-from engine.training import TrainingSetup
+from engine.training_setup import TrainingSetup
 from tests.support.nnunet_results import plans_json
 from tests.support.tiny_training import TINY, tiny_setup
 

@@ -23,7 +23,7 @@ from engine.plan_probe import PlanProbe
 from engine.planners import ProfileName
 from engine.planning import PlanRequest, plan_experiment
 from engine.plans import read_plans
-from engine.training import TrainingSetup
+from engine.training_setup import TrainingSetup
 
 TOTAL = 24 * 10**9
 CASES = 131

@@ -27,9 +27,10 @@ import torch
 from engine.batches import Batch
 from engine.errors import TrainingDiverged, TrainingRefused
 from engine.schedule import Schedule
-from engine.training import Trainer, TrainingSetup, default_precision
+from engine.training import Trainer
 from engine.training_checkpoint import BEST, FINAL, LATEST, read_state
 from engine.training_log import EpochRecord
+from engine.training_setup import TrainingSetup, default_precision
 from tests.support.nnunet_results import TrainedModel
 from tests.support.raw_datasets import write_array
 from tests.support.tiny_training import CASES, SCHEDULE, TINY, same_weights, tiny_setup, weights
