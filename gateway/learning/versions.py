@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 from engine.bundle import Bundle
+from engine.manifest import semver_numbers
 from gateway.errors import Rejected
 
 Change = Literal["major", "minor", "patch"]
@@ -43,15 +44,9 @@ def kind_of_change(before: Bundle, after: Bundle) -> Change:
     return "minor" if before.weights_digest != after.weights_digest else "patch"
 
 
-def numbers(semver: str) -> tuple[int, int, int]:
-    """By which versions are ordered: "1.10.0" is higher than "1.9.0"."""
-    major, minor, patch = map(int, semver.split("."))
-    return major, minor, patch
-
-
 def step(semver: str, change: Change) -> str:
     """The version after `semver` for a change of that kind."""
-    major, minor, patch = numbers(semver)
+    major, minor, patch = semver_numbers(semver)
     if change == "major":
         return f"{major + 1}.0.0"
     return f"{major}.{minor + 1}.0" if change == "minor" else f"{major}.{minor}.{patch + 1}"
@@ -59,7 +54,7 @@ def step(semver: str, change: Change) -> str:
 
 def next_semver(champion: Bundle, candidate: Bundle, *, taken: Iterable[str] = ()) -> str:
     """The version of a candidate that is to follow a champion; `taken` are all that were ever registered."""
-    return step(max((champion.semver, *taken), key=numbers), kind_of_change(champion, candidate))
+    return step(max((champion.semver, *taken), key=semver_numbers), kind_of_change(champion, candidate))
 
 
 def check_step(newest: Bundle | None, candidate: Bundle, *, taken: Iterable[str]) -> None:
@@ -69,18 +64,20 @@ def check_step(newest: Bundle | None, candidate: Bundle, *, taken: Iterable[str]
     Compared with the newest alone: each step was as large as its change, so the sum of them is, too. `newest` is None
     where the files of no earlier version can be read; then only the order counts.
     """
-    highest = max(taken, key=numbers, default=None)
+    highest = max(taken, key=semver_numbers, default=None)
     if highest is None:
         return
     if newest is None:
-        if numbers(candidate.semver) <= numbers(highest):
-            raise _refused(candidate, f"{highest} is registered already, and versions only go up", step(highest, "minor"))
+        if semver_numbers(candidate.semver) <= semver_numbers(highest):
+            raise _refused(
+                candidate, f"{highest} is registered already, and versions only go up", step(highest, "minor")
+            )
         return
     change = kind_of_change(newest, candidate)
     instead = step(highest, change)
-    if numbers(candidate.semver) <= numbers(highest):
+    if semver_numbers(candidate.semver) <= semver_numbers(highest):
         raise _refused(candidate, f"{highest} is registered already, and versions only go up", instead)
-    if numbers(candidate.semver) < numbers(step(newest.semver, change)):
+    if semver_numbers(candidate.semver) < semver_numbers(step(newest.semver, change)):
         raise _refused(
             candidate, f"compared with {newest.semver} it {_WHY[change]}, which is a {_SIZES[change]} step", instead
         )
