@@ -21,7 +21,7 @@ from engine.errors import BundleInvalid, DatasetInvalid
 from engine.experiment import REQUEST, Experiment
 from engine.json_reader import Reader, read_json
 from engine.json_writer import write_json
-from engine.manifest import MANIFEST
+from engine.manifest import MANIFEST, semver_numbers
 from engine.model_figures import Chosen
 from engine.result_folder import open_result
 
@@ -61,7 +61,7 @@ def find_bundle(folder: Path, wanted: MadeOf, *, calibrates: bool = False) -> Bu
     tried. None where there is none. Raises BundleInvalid."""
     untried = _uncalibrated(folder) if calibrates else frozenset()
     found = [version for version, there in _noted(folder).items() if there == wanted and version not in untried]
-    return load_bundle(folder / max(found, key=_numbers)) if found else None
+    return load_bundle(folder / max(found, key=semver_numbers)) if found else None
 
 
 def next_version(folder: Path, wanted: MadeOf) -> tuple[str, str]:
@@ -69,8 +69,8 @@ def next_version(folder: Path, wanted: MadeOf) -> tuple[str, str]:
     there = _versions(folder)
     if not there:
         return FIRST, ""
-    last = max(there, key=_numbers)
-    major, minor, patch = _numbers(last)
+    last = max(there, key=semver_numbers)
+    major, minor, patch = semver_numbers(last)
     known = _noted(folder).get(last)
     if known is not None and known.interface != wanted.interface:
         return f"{major + 1}.0.0", f"{last} has other labels or channels"
@@ -131,11 +131,6 @@ def _versions(folder: Path) -> list[str]:
 def _is_version(name: str) -> bool:
     parts = name.split(".")
     return len(parts) == 3 and all(part.isascii() and part.isdecimal() for part in parts)
-
-
-def _numbers(version: str) -> tuple[int, int, int]:
-    major, minor, patch = map(int, version.split("."))
-    return major, minor, patch
 
 
 def _weights(checkpoint: Path) -> str:

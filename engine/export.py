@@ -31,6 +31,7 @@ from engine.predictor import Predictor
 from engine.provenance import (
     FoldTraining,
     Provenance,
+    Validation,
     data_origin,
     describe_fold,
     public_dataset_json,
@@ -66,6 +67,8 @@ def import_model(
     site_cases: Sequence[SiteCase] = (),
     site_folder: Path | None = None,
     calibrate: Callable[[Bundle], tuple[Calibration, str]] | None = None,
+    validation: Validation | None = None,
+    excluded: Collection[str] | None = None,
     progress: Progress | None = None,
     notice: Notice | None = None,
 ) -> Bundle:
@@ -74,6 +77,7 @@ def import_model(
     `name` and `semver` go before the card's; without either the dataset's name and 1.0.0 are taken. `phantoms`,
     `site_cases` and those in `site_folder` become the sanity cases: ONNX Runtime must give torch's labels on each.
     `calibrate` gets the bundle before it is in its place, and gives its calibration and a text for its description.
+    `validation` and the cases that the dataset left out (`excluded`, None where unknown) go into the provenance.
     `progress` gets the share that is done and a text; `notice` gets what was chosen and what a person should look at.
     The same input gives the same bytes but for the times in backends.json. `out_dir` appears complete or not at all.
 
@@ -124,7 +128,7 @@ def import_model(
             staging.chmod(0o755)
             evidence = Evidence(
                 baseline=baseline,
-                provenance=_provenance(result, card, exported.training),
+                provenance=_provenance(result, card, exported.training, validation, excluded),
                 backends=BackendFigures(machine=this_machine(), figures=exported.figures),
             )
             bundle = _write(staging, manifest, result, evidence)
@@ -280,13 +284,20 @@ def _export_fold(
 
 
 def _provenance(
-    result: ResultFolder, card: ModelCard, training: Sequence[tuple[FoldTraining, frozenset[str]]]
+    result: ResultFolder,
+    card: ModelCard,
+    training: Sequence[tuple[FoldTraining, frozenset[str]]],
+    validation: Validation | None,
+    excluded: Collection[str] | None,
 ) -> Provenance:
     names = frozenset[str]().union(*(cases for _, cases in training))
     return Provenance(
-        data=data_origin(result.dataset_json, card.data, names, dataset_name=result.plans.dataset_name),
+        data=data_origin(
+            result.dataset_json, card.data, names, dataset_name=result.plans.dataset_name, excluded=excluded
+        ),
         training=tuple(fold for fold, _ in training),
         exported_by=this_software(),
+        validation=validation,
     )
 
 

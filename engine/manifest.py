@@ -257,6 +257,12 @@ def check_semver(semver: str, *, error: type[Exception]) -> None:
         )
 
 
+def semver_numbers(semver: str) -> tuple[int, int, int]:
+    """By which versions are ordered: "1.10.0" is higher than "1.9.0"."""
+    major, minor, patch = map(int, semver.split("."))
+    return major, minor, patch
+
+
 def check_pairs(labels: Sequence[LabelSpec], *, where: str, error: type[Exception]) -> None:
     """Two labels of a pair name each other, and one is left and the other right; anything else raises `error`."""
     by_name = {label.name: label for label in labels}

@@ -12,11 +12,12 @@ from engine.dataset import RawDataset
 from engine.errors import DatasetInvalid
 from engine.experiment import REQUEST, Experiment
 from engine.json_reader import Reader, read_json
-from engine.labels import LabelManager
+from engine.labels import Label, LabelManager
 from engine.metrics import SUMMARY, read_summary
 from engine.model_card import ModelCard
 from engine.nifti import read_orientation
 from engine.postprocessing_search import POSTPROCESSED
+from engine.provenance import LabelValidation, Validation
 from engine.selection import INFORMATION_JSON, PREDICTED_BY
 from engine.validated_fold import validated_fold
 from engine.volume import AS_STORED
@@ -121,12 +122,38 @@ def _figures(experiment: Experiment, chosen: Chosen) -> str:
     return f"{text} {mixed}." if mixed is not None else text
 
 
+def validation_of(chosen: Chosen, labels: LabelManager) -> Validation:
+    """The cross-validation, for a bundle's provenance."""
+
+    def finite(value: float) -> float | None:
+        return round(float(value), 6) if math.isfinite(value) else None
+
+    mean = chosen.summary["mean"]
+    return Validation(
+        cases=len(chosen.summary["metric_per_case"]),
+        dice=finite(chosen.summary["foreground_mean"]["Dice"]),
+        labels={
+            label.name: LabelValidation(
+                dice=finite(mean[_key(label)]["Dice"]),
+                hd95_mm=finite(mean[_key(label)]["HD95"]),
+                surface_dice=finite(mean[_key(label)]["SurfaceDice"]),
+            )
+            for label in labels.foreground
+        },
+    )
+
+
+def _key(label: Label) -> str:
+    """Of a label in summary.json."""
+    return str(label.region[0]) if len(label.region) == 1 else str(label.region)
+
+
 def figures(chosen: Chosen, labels: LabelManager) -> str:
     """The cross-validation in a sentence for each label."""
     mean, cases = chosen.summary["mean"], len(chosen.summary["metric_per_case"])
     parts = []
     for label in labels.foreground:
-        key = str(label.region[0]) if len(label.region) == 1 else str(label.region)
+        key = _key(label)
         if not math.isnan(mean[key]["Dice"]):
             parts.append(
                 f"{label.name}: Dice {mean[key]['Dice']:.4f}, HD95 {mean[key]['HD95']:.2f} mm, "

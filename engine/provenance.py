@@ -33,7 +33,8 @@ _GROUPS = ("train", "hold_out", "val")
 @dataclass(frozen=True, kw_only=True)
 class DataOrigin:
     """What the networks learned from. Texts are "" where nobody said. `cases` of all folds together; None and no digest
-    where only nnU-Net's files are known, which name no cases."""
+    where only nnU-Net's files are known, which name no cases. `excluded` cases of the dataset were left out, as its
+    exclusions said when the bundle was exported; None is unknown."""
 
     name: str
     licence: str
@@ -41,12 +42,15 @@ class DataOrigin:
     release: str
     cases: int | None
     cases_digest: str | None
+    excluded: int | None = None
+    exclusions_digest: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class FoldTraining:
     """How one network was trained; None is unknown. `checkpoint`: final, best, or given alone. `epochs` were trained of
-    `planned_epochs`. `training_cases` and their digest leave out a hold-out."""
+    `planned_epochs`. `training_cases` and their digest leave out a hold-out. `data_digest` is of the content of all the
+    fold's cases, images and labels (engine/data_digest.py): it changes with a corrected label."""
 
     configuration: str
     fold: str
@@ -62,15 +66,36 @@ class FoldTraining:
     training_cases: int | None
     validation_cases: int | None
     training_cases_digest: str | None
+    data_digest: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelValidation:
+    """Means over the cases; None where no case says anything."""
+
+    dice: float | None
+    hd95_mm: float | None
+    surface_dice: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """The cross-validation of the networks: `dice` is the mean of the foreground, `labels` by name."""
+
+    cases: int
+    dice: float | None
+    labels: Mapping[str, LabelValidation]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """`exported_by`: name and version of the software that wrote the bundle."""
+    """`exported_by`: name and version of the software that wrote the bundle. `validation` is None where there was
+    none."""
 
     data: DataOrigin
     training: tuple[FoldTraining, ...]
     exported_by: str
+    validation: Validation | None = None
 
 
 def this_software() -> str:
@@ -97,13 +122,19 @@ def public_fingerprint_json(document: Mapping[str, Any] | None) -> dict[str, Any
 
 
 def data_origin(
-    dataset_json: Mapping[str, Any], stated: Mapping[str, str], names: Iterable[str], *, dataset_name: str
+    dataset_json: Mapping[str, Any],
+    stated: Mapping[str, str],
+    names: Iterable[str],
+    *,
+    dataset_name: str,
+    excluded: Iterable[str] | None = None,
 ) -> DataOrigin:
     """From dataset.json's `name`, `licence` (or `license`), `reference` and `release`; what is `stated` (a card's
-    [data]) goes first. `names`: all cases that are known, may be none."""
+    [data]) goes first. `names`: all cases that are known, may be none. `excluded`: those that the dataset leaves out,
+    None where nobody knows."""
     found = {key: stated.get(key) or _text(dataset_json.get(key)) for key in DATA_KEYS}
     found["licence"] = found["licence"] or _text(dataset_json.get("license"))
-    listed = sorted(set(names))
+    listed, left_out = sorted(set(names)), None if excluded is None else set(excluded)
     counted = dataset_json.get("numTraining")
     is_count = isinstance(counted, int) and not isinstance(counted, bool) and 0 < counted <= _MAX_CASES
     return DataOrigin(
@@ -113,6 +144,8 @@ def data_origin(
         release=found["release"],
         cases=len(listed) or (counted if is_count else None),
         cases_digest=cases_digest(listed) if listed else None,
+        excluded=None if left_out is None else len(left_out),
+        exclusions_digest=cases_digest(left_out) if left_out else None,
     )
 
 
@@ -170,6 +203,7 @@ def describe_fold(
             training_cases=len(groups["train"]),
             validation_cases=len(groups["val"]),
             training_cases_digest=cases_digest(groups["train"]),
+            data_digest=request.text_or_none("data"),
         ),
         frozenset[str]().union(*groups.values()),
     )
@@ -191,6 +225,8 @@ def read_provenance(document: Mapping[str, Any], *, error: type[Exception]) -> P
             **{key: data.text(key, empty=True) for key in DATA_KEYS},
             cases=_integer(data, "cases"),
             cases_digest=_digest(data, "cases_digest"),
+            excluded=_integer(data, "excluded"),
+            exclusions_digest=_digest(data, "exclusions_digest"),
         ),
         training=tuple(
             FoldTraining(
@@ -208,11 +244,33 @@ def read_provenance(document: Mapping[str, Any], *, error: type[Exception]) -> P
                 training_cases=_integer(entry, "training_cases"),
                 validation_cases=_integer(entry, "validation_cases"),
                 training_cases_digest=_digest(entry, "training_cases_digest"),
+                data_digest=entry.text_or_none("data_digest"),
             )
             for entry in reader.children("training", lengths=(0, _MAX_FOLDS))
         ),
         exported_by=reader.text("exported_by"),
+        validation=None if reader.raw("validation", None) is None else _validation(reader.child("validation")),
     )
+
+
+def _validation(reader: Reader) -> Validation:
+    labels = reader.child("labels")
+    return Validation(
+        cases=reader.integer("cases", 0, _MAX_CASES),
+        dice=_figure(reader, "dice", 1.0),
+        labels={
+            name: LabelValidation(
+                dice=_figure(labels.child(name), "dice", 1.0),
+                hd95_mm=_figure(labels.child(name), "hd95_mm", 1e6),
+                surface_dice=_figure(labels.child(name), "surface_dice", 1.0),
+            )
+            for name in labels.keys()  # noqa: SIM118 - Reader is no mapping; keys() checks each key
+        },
+    )
+
+
+def _figure(entry: Reader, key: str, most: float) -> float | None:
+    return None if entry.raw(key, None) is None else entry.number(key, 0.0, most)
 
 
 def _trained_epochs(log: Path) -> int:

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from gateway import promotion_cli
 from gateway.dataset_cli import dataset
 from gateway.training_cli import Phantoms, Weights, evaluate, export, plan, select, train
 
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     rich_markup_mode=None,
 )
-models = typer.Typer(help="Import, list, show and verify models.", no_args_is_help=True, rich_markup_mode=None)
+models = typer.Typer(help="Models: import, verify, promote, roll back.", no_args_is_help=True, rich_markup_mode=None)
 config = typer.Typer(help="Look at the configuration.", no_args_is_help=True, rich_markup_mode=None)
 audit = typer.Typer(help="Look at the ledger as evidence.", no_args_is_help=True, rich_markup_mode=None)
 schedule = typer.Typer(help="Jobs that recur.", no_args_is_help=True, rich_markup_mode=None)
@@ -268,8 +269,8 @@ def models_import(
     config: Config = DEFAULT_CONFIG,
     as_json: Json = False,
 ) -> None:
-    """Import a model: load it safely, export it to ONNX, check parity, make sanity cases, register it. Needs the extra
-    `train`."""
+    """Import a model: load it safely, export it to ONNX, check parity, make sanity cases, register it. The first version
+    serves, later ones wait until they are promoted. Needs the extra `train` unless it is a bundle."""
     from gateway.commands import models as command
 
     raise typer.Exit(
@@ -338,6 +339,8 @@ app.add_typer(dataset, name="dataset")
 app.add_typer(train, name="train")
 for command in (plan, evaluate, select, export):
     app.command()(command)
+for command in (promotion_cli.promote, promotion_cli.rollback, promotion_cli.compare, promotion_cli.history):
+    models.command()(command)
 
 
 def main() -> None:

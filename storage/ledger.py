@@ -29,6 +29,13 @@ def model_subject(name: str) -> str:
     return f"model:{name}"
 
 
+def hold(session: Session, subject: str) -> None:
+    """Two writers to one chain queue up, from here to the end of the transaction; whoever decides by what the chain
+    says holds it before reading."""
+    if session.get_bind().dialect.name == "postgresql":  # SQLite's BEGIN IMMEDIATE does it already
+        session.execute(text("SELECT pg_advisory_xact_lock(hashtext(:subject))"), {"subject": subject})
+
+
 def append(
     session: Session,
     *,
@@ -39,9 +46,7 @@ def append(
     at: datetime | None = None,
 ) -> LedgerEvent:
     """Add one event to the end of the subject's chain, inside the caller's transaction."""
-    if session.get_bind().dialect.name == "postgresql":
-        # Two writers to one chain queue up; SQLite's BEGIN IMMEDIATE already does that.
-        session.execute(text("SELECT pg_advisory_xact_lock(hashtext(:subject))"), {"subject": subject})
+    hold(session, subject)
     last = session.scalars(
         select(LedgerEvent).where(LedgerEvent.subject == subject).order_by(LedgerEvent.sequence.desc()).limit(1)
     ).first()

@@ -3,6 +3,10 @@
 `champion` is what serves, `candidate` and `shadow` do not, `previous` is what served before. The semantic version is a
 tag, because MLflow takes no dots in an alias. Tags can be changed by anyone with a client, so each registration and
 promotion is also a ledger event (written by the caller), and weights are checked against it before they are used.
+
+An alias is moved in one transaction of MLflow's database: from one version to the next, it is never nowhere. Several
+aliases are not, so whoever moves them writes down first what they shall be (gateway/learning/promotion.py), and every
+method that moves them may be repeated.
 """
 
 from __future__ import annotations
@@ -14,9 +18,9 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +32,10 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 CHAMPION, CANDIDATE, SHADOW, PREVIOUS = "champion", "candidate", "shadow", "previous"
+_SETTLED = "settled_period"
+"""Of a model: the serving period that its aliases were last brought in line with."""
+_PROVENANCE = "provenance."
+"""How the tags of a version begin that say where it comes from."""
 _SEMVER = re.compile(r"(0|[1-9][0-9]{0,5})(\.(0|[1-9][0-9]{0,5})){2}")
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
@@ -46,6 +54,7 @@ class RegisteredModel:
     description: str
     aliases: tuple[str, ...]
     registered_at_ms: int
+    provenance: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def state(self) -> str:
@@ -72,8 +81,10 @@ class ModelRegistry:
         licence: str,
         description: str,
         serve: bool,
+        provenance: Mapping[str, str] | None = None,
     ) -> RegisteredModel:
-        """Copy a verified bundle under the models folder and register it; `serve` makes it the champion at once.
+        """Copy a verified bundle under the models folder and register it, as candidate; `serve` makes it the champion
+        at once. `provenance` becomes tags: digests, counts and figures, nothing that names a patient.
 
         Registering the same name, version and digests again is free. Raises ModelChanged when the version exists
         with other weights or configuration (a version never changes), ValueError on a malformed name or version.
@@ -82,48 +93,99 @@ class ModelRegistry:
             raise ValueError(f"model name {name!r}: use a-z, 0-9 and '-', at most 63 characters")
         if not _SEMVER.fullmatch(semver):
             raise ValueError(f"version {semver!r}: use MAJOR.MINOR.PATCH, for example 1.0.0")
-        existing = next((m for m in self.versions(name) if m.semver == semver), None)
+        existing = self.find(name, semver)
         if existing is not None:
             if (existing.weights_digest, existing.configuration_digest) != (weights_digest, configuration_digest):
                 raise ModelChanged(
                     f"{name} {semver} is registered with other content; choose a new version number: "
                     "`seggate export DATASET --semver V`, or another name with --name"
                 )
-            if serve and CHAMPION not in existing.aliases:
-                self.promote(name, semver)
-            return self.get(name, semver)
-        target = self._copy(bundle, name, semver)
-        client = self._mlflow()
-        if name not in {m.name for m in client.search_registered_models()}:
-            client.create_registered_model(name)
-        version = client.create_model_version(
-            name,
-            source=target.as_uri(),
-            description=description,
-            tags={
-                "semver": semver,
-                "weights_digest": weights_digest,
-                "configuration_digest": configuration_digest,
-                "licence": licence,
-                "folder": str(target.relative_to(self.folder)),
-            },
-        )
-        if serve:
-            self.promote(name, semver)
         else:
-            client.set_registered_model_alias(name, CANDIDATE, version.version)
+            target = self._copy(bundle, name, semver)
+            with self._answers() as client:
+                if name not in {m.name for m in client.search_registered_models(f"name='{name}'")}:
+                    client.create_registered_model(name)
+                client.create_model_version(
+                    name,
+                    source=target.as_uri(),
+                    description=description,
+                    tags={
+                        **{f"{_PROVENANCE}{key}": value for key, value in (provenance or {}).items()},
+                        "semver": semver,
+                        "weights_digest": weights_digest,
+                        "configuration_digest": configuration_digest,
+                        "licence": licence,
+                        "folder": str(target.relative_to(self.folder)),
+                    },
+                )
+        if serve:
+            return self.promote(name, semver)
+        model = self.get(name, semver)
+        # Also the one whose registration died before it had its alias. An older one without any stays retired.
+        if not model.aliases and model.registry_version == max(m.registry_version for m in self.versions(name)):
+            self._point(name, CANDIDATE, model)
         return self.get(name, semver)
 
     def promote(self, name: str, semver: str) -> RegisteredModel:
-        """Make a version the champion; the former champion becomes `previous`. At no moment is there no champion."""
-        client, model = self._mlflow(), self.get(name, semver)
-        champion = next((m for m in self.versions(name) if CHAMPION in m.aliases), None)
-        if champion is not None and champion.registry_version != model.registry_version:
-            client.set_registered_model_alias(name, PREVIOUS, str(champion.registry_version))
-        client.set_registered_model_alias(name, CHAMPION, str(model.registry_version))
-        if CANDIDATE in model.aliases:
-            client.delete_registered_model_alias(name, CANDIDATE)
+        """Make a version the champion; the former champion becomes `previous`. At no moment is there no champion.
+
+        May be repeated. Raises ModelMissing, DatabaseAway.
+        """
+        model = self.get(name, semver)
+        before = next((m for m in self.versions(name) if CHAMPION in m.aliases), None)
+        if before is None or before.registry_version == model.registry_version:
+            before = next((m for m in self.versions(name) if PREVIOUS in m.aliases), None)
+        return self.serve(name, semver, previous=before.semver if before is not None else None)
+
+    def serve(self, name: str, semver: str, *, previous: str | None) -> RegisteredModel:
+        """The aliases as they are to be: `champion` first, `previous` (none: nowhere), and the champion is neither
+        candidate nor shadow any more. A `previous` that is not registered is nowhere.
+
+        May be repeated; what is right already is left alone. Raises ModelMissing, DatabaseAway.
+        """
+        model = self.get(name, semver)
+        former = self.find(name, previous) if previous is not None else None
+        self._point(name, CHAMPION, model)
+        self._point(name, PREVIOUS, former)
+        for alias in (CANDIDATE, SHADOW):
+            if alias in model.aliases:
+                self._point(name, alias, None)
         return self.get(name, semver)
+
+    def set_candidate(self, name: str, semver: str) -> RegisteredModel:
+        """The version that waits to be tested; of several the last. Raises ModelMissing, DatabaseAway."""
+        self._point(name, CANDIDATE, self.get(name, semver))
+        return self.get(name, semver)
+
+    def set_shadow(self, name: str, semver: str) -> RegisteredModel:
+        """The version that runs beside the champion; takes the alias from another one. Raises ModelMissing, ValueError
+        for the champion itself, DatabaseAway."""
+        model = self.get(name, semver)
+        if CHAMPION in model.aliases:
+            raise ValueError(f"{name} {semver} serves: it cannot run in its own shadow")
+        self._point(name, SHADOW, model)
+        return self.get(name, semver)
+
+    def clear_shadow(self, name: str) -> None:
+        """No version of the model runs in shadow any more. Raises DatabaseAway."""
+        if self.shadow(name) is not None:
+            self._point(name, SHADOW, None)
+
+    def shadow(self, name: str) -> RegisteredModel | None:
+        """The version that runs beside the champion; None where there is none. Raises DatabaseAway."""
+        return next((m for m in self.versions(name) if SHADOW in m.aliases), None)
+
+    def settled_period(self, name: str) -> int | None:
+        """The serving period that the aliases were last brought in line with; None where there was none."""
+        with self._answers() as client:
+            known = next(iter(client.search_registered_models(f"name='{name}'")), None)
+            value = known.tags.get(_SETTLED, "") if known is not None else ""
+        return int(value) if value.isdecimal() else None
+
+    def note_settled(self, name: str, period_id: int) -> None:
+        """Written after the last alias was moved: until then, a promotion is unfinished."""
+        with self._answers() as client:
+            client.set_registered_model_tag(name, _SETTLED, str(period_id))
 
     def champion(self, name: str) -> RegisteredModel:
         """The version that serves; raises ModelMissing when there is none."""
@@ -133,10 +195,14 @@ class ModelRegistry:
         raise ModelMissing(f"no model {name!r} serves here; import one with `seggate models import`")
 
     def get(self, name: str, semver: str) -> RegisteredModel:
-        for model in self.versions(name):
-            if model.semver == semver:
-                return model
-        raise ModelMissing(f"no version {semver} of model {name!r} is registered")
+        """Raises ModelMissing, DatabaseAway."""
+        found = self.find(name, semver)
+        if found is None:
+            raise ModelMissing(f"no version {semver} of model {name!r} is registered")
+        return found
+
+    def find(self, name: str, semver: str) -> RegisteredModel | None:
+        return next((m for m in self.versions(name) if m.semver == semver), None)
 
     def versions(self, name: str) -> Sequence[RegisteredModel]:
         """All versions of one model, oldest first; none for a name that is not registered. Raises DatabaseAway."""
@@ -156,6 +222,16 @@ class ModelRegistry:
             names = sorted(m.name for m in client.search_registered_models())
         return [model for name in names for model in self.versions(name)]
 
+    def _point(self, name: str, alias: str, model: RegisteredModel | None) -> None:
+        """The alias at that version, or nowhere; nothing is written where it is so already."""
+        with self._answers() as client:
+            known = dict(client.get_registered_model(name).aliases)
+            if model is None:
+                if alias in known:
+                    client.delete_registered_model_alias(name, alias)
+            elif int(known.get(alias, 0)) != model.registry_version:
+                client.set_registered_model_alias(name, alias, str(model.registry_version))
+
     def _model(self, version: Any, aliases: dict[str, Any]) -> RegisteredModel:
         tags = version.tags
         return RegisteredModel(
@@ -169,6 +245,9 @@ class ModelRegistry:
             description=version.description or "",
             aliases=tuple(sorted(a for a, v in aliases.items() if int(v) == int(version.version))),
             registered_at_ms=int(version.creation_timestamp or 0),
+            provenance={
+                key.removeprefix(_PROVENANCE): value for key, value in tags.items() if key.startswith(_PROVENANCE)
+            },
         )
 
     def _copy(self, bundle: Path, name: str, semver: str) -> Path:

@@ -18,7 +18,7 @@ from engine.errors import EngineError
 from engine.experiment import Experiment, open_experiment
 from engine.manifest import Ensemble, Weights
 from engine.model_card import ModelCard, read_card
-from engine.model_figures import Chosen, check_choice, complete_card, learned_cases, read_choice
+from engine.model_figures import Chosen, check_choice, complete_card, learned_cases, read_choice, validation_of
 from engine.parallel import default_processes
 from engine.quality_estimate import MIN_DICE, Calibration
 from engine.sanity_making import dataset_cases
@@ -153,6 +153,8 @@ def export_chosen(
             phantoms=phantoms,
             site_cases=site_cases,
             calibrate=calibrate if calibrates else None,
+            validation=validation_of(chosen, experiment.dataset.json.labels),
+            excluded=experiment.dataset.excluded_names,
             progress=lambda share, what: bar.update(task, completed=share, description=what),
             notice=notes.append,
         )

@@ -55,6 +55,7 @@ def present_evidence(bundle: Bundle) -> None:
             out.print(f"  {key:22} {printable(getattr(data, key)) or 'not stated'}", markup=False, soft_wrap=True)
         out.print(f"  {'cases':22} {'unknown' if data.cases is None else data.cases}", markup=False)
         out.print(f"  {'digest of the cases':22} {data.cases_digest or 'unknown'}", markup=False, soft_wrap=True)
+        out.print(f"  {'excluded cases':22} {'unknown' if data.excluded is None else data.excluded}", markup=False)
         table(
             f"\nTraining (exported by {printable(evidence.provenance.exported_by)})",
             ("configuration", "fold", "trainer", "by", "epochs", "iterations", "precision", "seed", "cases"),

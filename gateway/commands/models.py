@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import getpass
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -14,12 +13,13 @@ from typing import Any
 from gateway.commands.model_evidence import evidence_document, present_evidence
 from gateway.commands.model_verification import SanityRun, present_sanity, run_sanity
 from gateway.commands.output import console, print_json, printable, say, table
-from gateway.settings import Settings, load_settings
-from gateway.state import existing_database, open_registry, prepare_state, registry_exists
-from storage import ledger
-from storage.database import Database
+from gateway.learning.registration import register
+from gateway.learning.serving import registered_bundle, registrations
+from gateway.learning.versions import VersionRefused
+from gateway.settings import load_settings
+from gateway.state import existing_database, open_registry, registry_exists
 from storage.errors import ModelChanged
-from storage.models import RegisteredModel
+from storage.models import CHAMPION, RegisteredModel
 
 
 def import_(
@@ -40,7 +40,8 @@ def import_(
 ) -> int:
     """A finished bundle is verified and registered as it is; anything else is converted to one first.
 
-    A model whose voxel order nobody stated is registered as a candidate: a guess could turn left into right.
+    The first version of a model serves; a later one waits until it is promoted. A model whose voxel order nobody stated
+    never serves: a guess could turn left into right.
     """
     from engine.bundle import Bundle, load_bundle
     from engine.errors import EngineError
@@ -79,9 +80,14 @@ def import_(
                     sanity=sanity,
                     notes=notes,
                 )
-            serve = stated and not candidate
-            model = register(settings, bundle, candidate=not serve, actor=f"user:{getpass.getuser()}")
-        except (EngineError, ModelChanged, ValueError) as error:
+            model = register(
+                settings,
+                bundle,
+                candidate=candidate or not stated,
+                actor=f"user:{getpass.getuser()}",
+                orientation_stated=stated,
+            )
+        except (EngineError, ModelChanged, VersionRefused, ValueError) as error:
             say(f"seggate: not imported: {error}")
             return 1
         if as_json:
@@ -89,76 +95,17 @@ def import_(
             return 0
         for note in notes:
             say(f"note: {note}")
-        state = "serves from now on" if model.state == "champion" else f"is registered as {model.state}"
+        serves = model.state == CHAMPION
+        state = "serves" if serves else f"is registered as {model.state}"
         say(f"{model.name} {model.semver} {state} (weights {model.weights_digest[:12]})")
         if not stated:
             say("to serve it, import it again with --orientation and the next --semver")
+        elif not serves:
+            say(
+                f"to serve it: `seggate models test {model.name} {model.semver}`, then "
+                f"`seggate models promote {model.name} {model.semver}`"
+            )
     return 0
-
-
-def register(settings: Settings, bundle: Any, *, candidate: bool, actor: str) -> RegisteredModel:
-    """Register a verified bundle, one process at a time, with its ledger events; raises ModelChanged, ValueError.
-
-    The event of the import is written when the ledger lacks it, so that a crash between registry and ledger heals at
-    the next import; a change of what serves is an event of its own.
-    """
-    database = prepare_state(settings)
-    registry = open_registry(settings)
-    try:
-        with (settings.models_dir / "register.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            before = next((m.semver for m in registry.versions(bundle.name) if m.state == "champion"), None)
-            model = registry.register(
-                bundle.root,
-                name=bundle.name,
-                semver=bundle.semver,
-                weights_digest=bundle.weights_digest,
-                configuration_digest=bundle.configuration_digest,
-                licence=bundle.licence,
-                description=bundle.description,
-                serve=not candidate,
-            )
-            _record(settings, database, model, bundle.evidence_digest, before=before, actor=actor)
-        return model
-    finally:
-        database.close()
-
-
-def _record(
-    settings: Settings,
-    database: Database,
-    model: RegisteredModel,
-    evidence_digest: str,
-    *,
-    before: str | None,
-    actor: str,
-) -> None:
-    known = _recorded(settings).get((model.name, model.semver))
-    with database.session() as session:
-        if known is None or known["weights_digest"] != model.weights_digest:
-            ledger.append(
-                session,
-                subject=ledger.model_subject(model.name),
-                kind="model-imported",
-                actor=actor,
-                detail={
-                    "semver": model.semver,
-                    "registry_version": model.registry_version,
-                    "weights_digest": model.weights_digest,
-                    "configuration_digest": model.configuration_digest,
-                    "evidence_digest": evidence_digest,
-                    "licence": model.licence,
-                    "state": model.state,
-                },
-            )
-        if model.state == "champion" and before != model.semver:
-            ledger.append(
-                session,
-                subject=ledger.model_subject(model.name),
-                kind="model-promoted",
-                actor=actor,
-                detail={"semver": model.semver, "weights_digest": model.weights_digest, "previous": before},
-            )
 
 
 def list_(config: Path, *, as_json: bool) -> int:
@@ -240,11 +187,14 @@ def verify(config: Path, name: str | None, *, files_only: bool, as_json: bool) -
     if name is not None and not found:
         say(f"seggate: no model {name!r} is registered")
         return 1
-    recorded = _recorded(settings)
+    database = existing_database(settings)
+    with database.reading() as session:
+        recorded = {model: registrations(session, model) for model in {m.name for m in found}}
+    database.close()
     rows: list[dict[str, Any]] = []
     runs: list[tuple[str, str, SanityRun]] = []
     for model in found:
-        verdict, run = _verdict(model, recorded.get((model.name, model.semver)), run=not files_only, hide_bar=as_json)
+        verdict, run = _verdict(model, recorded[model.name].get(model.semver), run=not files_only, hide_bar=as_json)
         rows.append({**_row(model), "verdict": verdict, "sanity": None if run is None else run.document()})
         if run is not None:
             runs.append((model.name, model.semver, run))
@@ -319,42 +269,17 @@ def _convert(
     return bundle, orientation_is_stated(bundle.plans, described)
 
 
-def _recorded(settings: Settings) -> dict[tuple[str, str], Mapping[str, Any]]:
-    """(name, version) → the registration as the ledger has it."""
-    from sqlalchemy import select
-
-    from storage.records import LedgerEvent
-
-    database = existing_database(settings)
-    try:
-        with database.reading() as session:
-            events = session.scalars(select(LedgerEvent).where(LedgerEvent.kind == "model-imported")).all()
-            return {(e.subject.removeprefix("model:"), e.detail["semver"]): e.detail for e in events}
-    finally:
-        database.close()
-
-
 def _verdict(
     model: RegisteredModel, recorded: Mapping[str, Any] | None, *, run: bool, hide_bar: bool
 ) -> tuple[str, SanityRun | None]:
     """ "ok" or what is wrong, and the sanity cases where they were computed: not of files that are not the registered
     ones."""
-    from engine.bundle import load_bundle
     from engine.errors import BundleInvalid
 
     try:
-        bundle = load_bundle(model.folder, verify=True)
-    except BundleInvalid as error:
+        bundle = registered_bundle(model, recorded)
+    except (BundleInvalid, ModelChanged) as error:
         return str(error), None
-    if bundle.weights_digest != model.weights_digest:
-        return "the weights are not those that were registered", None
-    if bundle.configuration_digest != model.configuration_digest:
-        return "the configuration is not the one that was registered", None
-    if recorded is None or recorded["weights_digest"] != model.weights_digest:
-        return "the registration differs from the ledger: someone changed the registry by hand", None
-    # Events from before there was such a digest lack it.
-    if recorded.get("evidence_digest", bundle.evidence_digest) != bundle.evidence_digest:
-        return "the sanity cases, provenance or figures of backends are not those that were registered", None
     sanity = run_sanity(bundle, hide_bar=hide_bar) if run else None
     return (sanity.fault if sanity is not None and sanity.fault else "ok"), sanity
 
@@ -364,6 +289,7 @@ def _row(model: RegisteredModel) -> dict[str, Any]:
         "name": model.name,
         "semver": model.semver,
         "state": model.state,
+        "aliases": list(model.aliases),
         "registry_version": model.registry_version,
         "weights_digest": model.weights_digest,
         "configuration_digest": model.configuration_digest,
@@ -376,6 +302,7 @@ def _row(model: RegisteredModel) -> dict[str, Any]:
 def _document(model: RegisteredModel, bundle: Any) -> dict[str, Any]:
     return {
         **_row(model),
+        "registry_provenance": dict(model.provenance),
         "description": bundle.description,
         "origin": bundle.origin,
         "labels": [asdict(s) for s in bundle.labels],

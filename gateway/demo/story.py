@@ -20,10 +20,10 @@ from pynetdicom.sop_class import StudyRootQueryRetrieveInformationModelFind
 
 from emr.codes import IDENTIFIER_SYSTEM
 from engine.bundle import load_bundle
-from gateway.commands.models import register
 from gateway.commands.studies import study_document
 from gateway.demo.stage import GATEWAY_AE, PACS_AE, SCANNER_AE, Stage, StageFailed
 from gateway.demo.synthetic_study import write_synthetic_study
+from gateway.learning.registration import register
 from gateway.model_shelf import ModelShelf
 from gateway.results.encoding import Encoding
 from gateway.sending import PeerRefused, send_files

@@ -19,6 +19,7 @@ from gateway.due_work import enqueue_result
 from gateway.durable import ROUTINE, URGENT, Enqueuer
 from gateway.errors import Rejected, meaning
 from gateway.intake.routing import Verdict
+from gateway.learning.serving import open_period
 from gateway.model_shelf import ModelShelf
 from gateway.results.contract import ContractFinding, judge
 from gateway.results.series import read_series
@@ -39,6 +40,8 @@ from storage.records import (
     utc_now,
 )
 from storage.spool import Spool
+
+_Planned = tuple[Result, bool, Sequence[ContractFinding]]  # whether it is urgent, what the contract says against it
 
 
 class Orders:
@@ -61,21 +64,33 @@ class Orders:
             wanted = [(d, urgent) for d, urgent in _wanted(session, version_id) if _work(d) not in known]
             files = {d.series_instance_uid: series_files(session, self._spool, version, d) for d, _ in wanted}
             content = content_key(session, version)
-        planned = [
-            (result, urgent, refusals)
-            for decision, urgent in wanted
-            for result, refusals in self._plan(version, content, decision, files[decision.series_instance_uid])
-        ]
-        with self._database.session() as session:
-            # Another run of the same step may have been faster.
-            known = _ordered(session, version_id)
-            added = [(r, u) for r, u, _ in planned if _work(r) not in known]
-            refused = {r.result_id: refusals for r, _, refusals in planned if refusals}
-            self._write(session, version, added, refused)
-            superseding.no_longer_wanted(session, version)
-            study = session.get_one(Study, version.study_instance_uid)
-            if study.version == version.number and study.state == StudyState.PROCESSING:
-                study_state.refresh(session, study.study_instance_uid)
+            serving = _serving(session, wanted)
+        while True:
+            planned = [
+                (result, urgent, refusals)
+                for decision, urgent in wanted
+                for result, refusals in self._plan(
+                    version, content, decision, files[decision.series_instance_uid], serving[str(decision.model)]
+                )
+            ]
+            with self._database.session() as session:
+                # Another version may have been promoted, or this one rolled back, since it was planned with.
+                if serving == _serving(session, wanted, held=True):
+                    return self._order(session, version, planned)
+            with self._database.reading() as session:
+                serving = _serving(session, wanted)
+
+    def _order(self, session: Session, version: StudyVersion, planned: Sequence[_Planned]) -> str:
+        # Another run of the same step may have been faster.
+        known = _ordered(session, version.version_id)
+        added = [(r, u) for r, u, _ in planned if _work(r) not in known]
+        refused = {r.result_id: refusals for r, _, refusals in planned if refusals}
+        self._write(session, version, added, refused)
+        superseding.no_longer_wanted(session, version)
+        study = session.get_one(Study, version.study_instance_uid)
+        if study.version == version.number and study.state == StudyState.PROCESSING:
+            study_state.refresh(session, study.study_instance_uid)
+
         return "ordered" if known or any(r.state == ResultState.PENDING for r, _ in added) else "nothing-to-run"
 
     def _write(
@@ -130,11 +145,19 @@ class Orders:
         )
 
     def _plan(
-        self, version: StudyVersion, content: str, decision: RoutingDecision, files: Sequence[Path]
+        self,
+        version: StudyVersion,
+        content: str,
+        decision: RoutingDecision,
+        files: Sequence[Path],
+        semver: str | None,
     ) -> list[tuple[Result, list[ContractFinding]]]:
-        """Per part of the series the row, and what the contract says against it."""
+        """Per part of the series the row, and what the contract says against it. `semver` is the version that is to
+        serve, None where only the registry says so."""
         try:
             model = self._shelf.champion(str(decision.model))
+            if semver not in (None, model.semver):  # the shelf looks every two seconds, and an alias follows
+                model = self._shelf.version(model.name, str(semver))
             bundle = self._shelf.bundle(model)
         except (ModelMissing, ModelChanged, BundleInvalid) as error:
             reason = f"order: {meaning(error).__name__}: {error}"
@@ -218,6 +241,15 @@ def _wanted(session: Session, version_id: str) -> list[tuple[RoutingDecision, bo
         if decision.matched:
             first.setdefault(_work(decision), decision)
     return [(decision, work in urgent) for work, decision in first.items()]
+
+
+def _serving(
+    session: Session, wanted: Sequence[tuple[RoutingDecision, bool]], *, held: bool = False
+) -> dict[str, str | None]:
+    """Model → the version that is to serve; None before its first period. `held`: it does to the end of the
+    transaction."""
+    periods = {name: open_period(session, name, held=held) for name in {str(d.model) for d, _ in wanted}}
+    return {name: None if period is None else period.model_version for name, period in periods.items()}
 
 
 def _alarm_failed(session: Session, result: Result) -> None:

@@ -24,7 +24,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from engine.bundle import Bundle
-from gateway.commands.models import register
+from gateway.learning.registration import register
 from gateway.commands.studies import study_document
 from gateway.demo.stage import GATEWAY_AE, PATIENT_SYSTEM, SCANNER_AE, Pacs, Stage
 from gateway.demo.story import ask_pacs

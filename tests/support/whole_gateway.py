@@ -28,7 +28,7 @@ from sqlalchemy import select
 
 from emr.codes import IDENTIFIER_SYSTEM
 from engine.bundle import load_bundle
-from gateway.commands.models import register
+from gateway.learning.registration import register
 from gateway.demo.story import model_folder
 from gateway.demo.synthetic_study import PATIENT_ID, write_synthetic_study
 from gateway.sending import send_files
