@@ -195,6 +195,7 @@ def _measurement(segment: SegmentStatistics, region: tuple[int, ...], labels: La
         "fold_dice": segment.fold_dice,
         "mirror_dice": segment.mirror_dice,
         "border_entropy": segment.border_entropy,
+        "dilated_entropy": segment.dilated_entropy,
         "centroid_lps_mm": _centroid(segment, region, labels),
     }
 
