@@ -23,7 +23,7 @@ from engine.postprocessing import apply_postprocessing, read_postprocessing
 from engine.preprocessing import CroppedImage, crop_to_nonzero, network_shape, network_spacing_mm, preprocess
 from engine.segment_statistics import SegmentStatistics, mean_probabilities, measure_segments
 from engine.sliding_window import WindowGrid, mirror_combinations, predict_logits
-from engine.uncertainty import Agreement, MirrorAgreement, border_entropies, fold_agreements
+from engine.uncertainty import Agreement, MirrorAgreement, border_entropies, dilated_entropies, fold_agreements
 from engine.volume import Geometry, LabelMap, Volume
 
 FloatArray = NDArray[np.float32]
@@ -208,6 +208,7 @@ class Predictor:
                 fold_tables=certainty.folds,
                 mirror_tables=certainty.mirrors,
                 border_entropies=certainty.borders,
+                dilated_entropies=certainty.dilations,
             )
         report.finish()
         first = self._backends[tasks[0].run.name, tasks[0].folds[0]]
@@ -275,6 +276,7 @@ class Predictor:
             )
             winners = winning_labels(logits, labels)
             seen.borders.append(border_entropies(logits, winners, labels))
+            seen.dilations.append(dilated_entropies(logits, winners, labels))
             if len(task.folds) > 1:
                 fold_labels.append(winners)
             del winners
@@ -322,16 +324,19 @@ class _Task:
 
 @dataclass(frozen=True)
 class _Certainty:
-    """Tables of agreement between folds and with the mirrored passes, and each network's entropies at the borders."""
+    """Tables of agreement between folds and with the mirrored passes, and each network's entropies at the borders
+    (`borders`) and in and around the segments (`dilations`)."""
 
     folds: list[Agreement] = field(default_factory=list)
     mirrors: list[Agreement] = field(default_factory=list)
     borders: list[Mapping[int, float]] = field(default_factory=list)
+    dilations: list[Mapping[int, float]] = field(default_factory=list)
 
     def extend(self, other: _Certainty) -> None:
         self.folds.extend(other.folds)
         self.mirrors.extend(other.mirrors)
         self.borders.extend(other.borders)
+        self.dilations.extend(other.dilations)
 
 
 class _Report:

@@ -28,7 +28,8 @@ class SegmentStatistics:
     of one voxel has none. `fold_dice`: lowest Dice between two folds; `mirror_dice`: lowest Dice between the plain
     and the mirrored passes; None without several folds or mirroring, or when the segment is in none of them.
     `border_entropy`: how unsure a network is at the segment's border, in bits, in the mean over the networks
-    (engine.uncertainty.border_entropies); None when none of them has the segment.
+    (engine.uncertainty.border_entropies); `dilated_entropy`: the same in and around the whole segment
+    (`dilated_entropies`); None when none of them has the segment.
     """
 
     value: int
@@ -42,6 +43,7 @@ class SegmentStatistics:
     fold_dice: float | None
     mirror_dice: float | None
     border_entropy: float | None
+    dilated_entropy: float | None
 
 
 def measure_segments(
@@ -53,10 +55,11 @@ def measure_segments(
     fold_tables: Sequence[Agreement] = (),
     mirror_tables: Sequence[Agreement] = (),
     border_entropies: Sequence[Mapping[int, float]] = (),
+    dilated_entropies: Sequence[Mapping[int, float]] = (),
 ) -> tuple[SegmentStatistics, ...]:
     """One entry per label of the bundle, in its order, measured on the source grid.
 
-    `confidences` and each network's `border_entropies` are by segment value. `volume` and `labels` share one grid.
+    `confidences` and each network's entropies are by segment value. `volume` and `labels` share one grid.
     """
     array = labels.array
     size = max([int(array.max()), *(value for spec in specs for value in (spec.value, *spec.region))]) + 1
@@ -92,6 +95,7 @@ def measure_segments(
                 fold_dice=lowest_dice(fold_tables, values),
                 mirror_dice=lowest_dice(mirror_tables, values),
                 border_entropy=mean_entropy(border_entropies, spec.value),
+                dilated_entropy=mean_entropy(dilated_entropies, spec.value),
             )
         )
     return tuple(result)

@@ -1,4 +1,5 @@
-"""How sure the networks are: how far folds and mirrored passes agree, and how sharp the borders of segments are.
+"""How sure the networks are: how far folds and mirrored passes agree, how sharp the borders of segments are, and how
+unsure the networks are in and around them.
 
 Counted on the network's grid while the logits are there, so that it costs an argmax and not another export.
 """
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from engine.labels import LabelManager
 from engine.logits_to_labels import winning_labels
@@ -19,6 +21,9 @@ FloatArray = NDArray[np.float32]
 
 # Logits of all heads that are looked at together on a border.
 _BORDER_VALUES = 2**20
+# Places of the box around a segment that are looked at, at most, and how far around it counts, in voxels.
+_DILATED_PLACES = 2**15
+_REACH = 2
 
 
 class Agreement:
@@ -117,10 +122,61 @@ def border_entropies(logits: FloatArray, winners: NDArray[Any], labels: LabelMan
     return {value: float(sums[value] / counts[value]) for value in present}
 
 
+def dilated_entropies(logits: FloatArray, winners: NDArray[Any], labels: LabelManager) -> dict[int, float]:
+    """How unsure one network is in and around each segment, by segment value; a segment without voxels is absent.
+
+    The mean, over the segment dilated by 2 voxels along each axis, of the entropy in bits of "in the segment or not":
+    0 is certain. It is a mean, so that a large segment counts like a small one, and what lies around it counts, so that
+    a border which a network nearly went beyond is seen. In a large box every n-th voxel is taken. `logits` (K, Z, Y, X)
+    and `winners` (Z, Y, X) as for `border_entropies`.
+    """
+    boxes = ndimage.find_objects(winners, max_label=table_size(labels) - 1)
+    found: dict[int, float] = {}
+    for index, label in enumerate(labels.foreground):
+        present = [box for value in set(label.region) if value and (box := boxes[value - 1]) is not None]
+        if not present:
+            continue
+        z, y, x = _in_and_around(winners, label.region, present)
+        if labels.has_regions:
+            logit = np.abs(logits[index, z, y, x].astype(np.float64))
+            probability = 1.0 / (1.0 + np.exp(-logit))
+        else:
+            values = logits[:, z, y, x].astype(np.float64)
+            values = np.exp(values - values.max(axis=0))
+            probability = values[label.value] / values.sum(axis=0)
+        found[label.value] = float(_bits(np.maximum(probability, 1.0 - probability)).mean())
+    return found
+
+
 def mean_entropy(networks: Iterable[Mapping[int, float]], value: int) -> float | None:
     """The mean over the networks that have the segment; None when none has."""
     found = [entropies[value] for entropies in networks if value in entropies]
     return sum(found) / len(found) if found else None
+
+
+def _in_and_around(
+    winners: NDArray[Any], region: Sequence[int], boxes: Sequence[tuple[slice, ...]]
+) -> tuple[NDArray[np.intp], ...]:
+    """Places (z, y, x) of the dilated region, on a lattice over its boxes that is so coarse that it has few places."""
+    first = [max(0, min(box[axis].start for box in boxes) - _REACH) for axis in range(3)]
+    last = [min(winners.shape[axis], max(box[axis].stop for box in boxes) + _REACH) for axis in range(3)]
+    sizes, steps = np.subtract(last, first), np.ones(3, dtype=np.int64)
+    while np.prod(-(-sizes // steps)) > _DILATED_PLACES:
+        steps[np.argmax(sizes / steps)] += 1
+    axes = [np.arange(*ends) for ends in zip(first, last, steps, strict=True)]
+    inside: NDArray[np.bool_] = np.zeros(tuple(len(axis) for axis in axes), dtype=np.bool_)
+    moves = [(0, 0), *((axis, step) for axis in range(3) for step in range(-_REACH, _REACH + 1) if step)]
+    for axis, step in moves:
+        moved = list(axes)
+        moved[axis] = np.clip(axes[axis] + step, 0, winners.shape[axis] - 1)
+        near = winners[np.ix_(*moved)]
+        for value in set(region):
+            inside |= near == value
+    if inside.any():
+        return tuple(axis[places] for axis, places in zip(axes, np.nonzero(inside), strict=True))
+    found = np.nonzero(np.isin(winners, region))  # specks that lie between the places of the lattice
+    step = -(-found[0].size // _DILATED_PLACES)
+    return tuple(axis[::step] for axis in found)
 
 
 def _changes(values: NDArray[Any]) -> NDArray[np.bool_]:

@@ -12,7 +12,9 @@ from typing import Annotated, Literal
 import typer
 
 from gateway import promotion_cli
+from gateway.corrections_cli import corrections
 from gateway.dataset_cli import dataset
+from gateway.learning_cli import learn
 from gateway.training_cli import Phantoms, Weights, evaluate, export, plan, select, train
 
 CONFIG_HELP = "Folder with gateway.toml, routes.toml, destinations.toml, learning.toml, logging.toml."
@@ -337,6 +339,8 @@ def config_show(config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
 
 app.add_typer(dataset, name="dataset")
 app.add_typer(train, name="train")
+app.add_typer(corrections, name="corrections")
+app.add_typer(learn, name="learn")
 for command in (plan, evaluate, select, export):
     app.command()(command)
 for command in (promotion_cli.promote, promotion_cli.rollback, promotion_cli.compare, promotion_cli.history):

@@ -120,7 +120,7 @@ class Inference:
         read_s = headers_s + time.monotonic() - began
         prediction = self._shelf.predict(model, part.volume, budget_bytes=self._memory_budget_bytes)
         # Named by content: a run repeated after a crash may differ in the last bit and must not clash.
-        packed = _packed(prediction.labels)
+        packed = packed_labels(prediction.labels)
         labels_path, labels_digest = self._spool.store_result_file(
             study.study_key, result_id, f"labels-{hashlib.sha256(packed).hexdigest()[:16]}.npz", packed
         )
@@ -170,12 +170,18 @@ def load_labels(spool: Spool, result: Result) -> NDArray[np.uint8] | NDArray[np.
     if result.runtime is None:
         raise ObjectMissing(f"result {result.result_id} has no labels yet")
     file = result.runtime["labels"]
-    with np.load(spool.unchanged(file["path"], file["sha256"]), allow_pickle=False) as archive:
+    return read_labels(spool, file["path"], file["sha256"])
+
+
+def read_labels(spool: Spool, path: str, digest: str) -> NDArray[np.uint8] | NDArray[np.uint16]:
+    """The labels of a file in the spool, by its path there and its SHA-256. Raises as `load_labels` does."""
+    with np.load(spool.unchanged(path, digest), allow_pickle=False) as archive:
         labels: NDArray[np.uint8] | NDArray[np.uint16] = archive["labels"]
     return labels
 
 
-def _packed(labels: LabelMap) -> bytes:
+def packed_labels(labels: LabelMap) -> bytes:
+    """The bytes of a file of labels, which `read_labels` reads."""
     buffer = io.BytesIO()
     np.savez_compressed(buffer, labels=labels.array, affine_lps=labels.geometry.affine_lps)
     return buffer.getvalue()
@@ -195,6 +201,7 @@ def _measurement(segment: SegmentStatistics, region: tuple[int, ...], labels: La
         "fold_dice": segment.fold_dice,
         "mirror_dice": segment.mirror_dice,
         "border_entropy": segment.border_entropy,
+        "dilated_entropy": segment.dilated_entropy,
         "centroid_lps_mm": _centroid(segment, region, labels),
     }
 

@@ -26,7 +26,7 @@ from engine.errors import InputRejected
 from engine.json_reader import read_json
 from engine.json_writer import write_json
 from engine.nifti import read_label_map, write_image
-from engine.volume import Geometry, reorientation
+from engine.volume import Geometry, LabelMap, reorientation
 from gateway.errors import Rejected
 from gateway.results.series import SeriesPart, decode, read_series
 from gateway.results.slice_findings import FindingKind
@@ -57,7 +57,7 @@ _TOLD: frozenset[FindingKind] = frozenset(
     {"single-slice", "irregular-spacing", "not-collinear", "gantry-tilt", "partial-extent", "repeated-instances",
      "unplaced-images", "lossy-compression"}
 )  # fmt: skip
-_DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
+DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,7 @@ def convert_case(job: CaseJob, rules: ConversionRules) -> CaseResult:
             warnings.simplefilter("ignore")  # pydicom's name values of the files
             return conversion.run()
     except FAULT_ERRORS as error:
-        if isinstance(error, OSError) and error.errno in _DISK_FULL:
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise
         cause = str(error) or type(error).__name__
         fault = Fault(case=job.name, file=conversion.at, cause=cause)
@@ -211,7 +211,7 @@ class _Conversion:
             refused = [finding.detail for finding in part.findings if finding.kind in _REFUSED]
             if refused:
                 raise Rejected("; ".join(refused))
-            own = _grid(part)
+            own = series_grid(part)
             if grid is None:
                 grid = own
             else:
@@ -253,7 +253,7 @@ class _Conversion:
                         label.file, values, grid, painter, between=rules.between, absent=absent
                     )
                 else:
-                    _paint_nifti(label.file, values, grid, painter)
+                    paint_label_map(read_label_map(label.file), values, grid, painter, label.file.name)
             except (Rejected, InputRejected) as error:
                 self.faults.append(Fault(case=job.name, file=self.at, cause=str(error)))
         for (low, high), voxels in sorted(painter.overlaps.items()):
@@ -269,16 +269,11 @@ class _Conversion:
         return painter
 
     def _voxels(self, part: SeriesPart, channel: int) -> NDArray[Any]:
-        """(Z, Y, X), int16 where that holds every value."""
         self.at = f"series {part.series_instance_uid}"
         volume = decode(part).volume
         if volume is None:
             raise Rejected(f"channel {channel:04}: has no voxels")
-        array: NDArray[Any] = volume.array[0]
-        if not np.isfinite(array).all():
-            raise Rejected("RescaleSlope and RescaleIntercept give values that are not finite")
-        whole = np.abs(array).max() < 2**15 and np.array_equal(array, np.rint(array))
-        return array.astype(np.int16) if whole else array
+        return written_values(volume.array[0])
 
     def _write(self, array: NDArray[Any], grid: Geometry, path: Path) -> None:
         self.at = path.name
@@ -286,14 +281,24 @@ class _Conversion:
         write_image(array, grid, path)
 
 
-def _grid(part: SeriesPart) -> Geometry:
+def series_grid(part: SeriesPart) -> Geometry:
+    """The even grid with orthogonal axes on which a volume is written as NIfTI. Raises Rejected where there is none."""
     positions_mm = np.array([frame.position_mm for frame in part.frames])
     return even_grid(part.geometry.affine_lps, positions_mm, part.geometry.shape)
 
 
+def written_values(array: NDArray[np.float32]) -> NDArray[Any]:
+    """An image (Z, Y, X) as it is written: int16 where that holds every value. Raises Rejected for what is not
+    finite."""
+    if not np.isfinite(array).all():
+        raise Rejected("RescaleSlope and RescaleIntercept give values that are not finite")
+    whole = np.abs(array).max() < 2**15 and np.array_equal(array, np.rint(array))
+    return array.astype(np.int16) if whole else array
+
+
 def _fits(part: SeriesPart, grid: Geometry) -> bool:
     try:
-        return _grid(part).same_grid(grid, tolerance_mm=EVENNESS * min(grid.spacing_mm))
+        return series_grid(part).same_grid(grid, tolerance_mm=EVENNESS * min(grid.spacing_mm))
     except Rejected:
         return False
 
@@ -313,8 +318,11 @@ def _check_shared(first: SeriesPart, part: SeriesPart, grid: Geometry, own: Geom
     raise Rejected(f"lies on another grid than the first channel ({what}); resample the series onto one grid first")
 
 
-def _paint_nifti(file: Path, values: Mapping[int, int], grid: Geometry, painter: LabelPainter) -> None:
-    labels = read_label_map(file)
+def paint_label_map(
+    labels: LabelMap, values: Mapping[int, int], grid: Geometry, painter: LabelPainter, what: str
+) -> None:
+    """Paint a label map in any voxel order. values: its value → label value. Raises Rejected, naming `what` it is, when
+    it does not lie on the grid."""
     geometry = labels.geometry
     # The thickness of a single slice says nothing of where its voxels are.
     axes = 3 if len(labels.array) > 1 else 2
@@ -323,14 +331,14 @@ def _paint_nifti(file: Path, values: Mapping[int, int], grid: Geometry, painter:
         steps_mm=geometry.affine_lps[:3, :axes],
         sizes=geometry.shape[::-1][:axes],
         target=grid,
-        what=file.name,
+        what=what,
     )
     # Slice by slice: indices of a whole structure can take many times the memory of the label map.
     for z, plane in enumerate(labels.array):
         present = np.flatnonzero(np.bincount(plane.ravel()))
         for number in (int(n) for n in present if int(n) in values):
             y, x = np.nonzero(plane == number)
-            painter.paint(values[number], *placement.apply((x, y, np.full_like(y, z))[:axes], grid, file.name))
+            painter.paint(values[number], *placement.apply((x, y, np.full_like(y, z))[:axes], grid, what))
 
 
 def _volumes(parts: Sequence[SeriesPart]) -> str:

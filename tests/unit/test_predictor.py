@@ -147,6 +147,11 @@ def test_the_entropy_at_the_border_is_each_network_s_own_and_their_mean(tmp_path
     both = predict(bundle, volume).segments
     assert both[0].border_entropy == pytest.approx((entropy(10) + entropy(14)) / 2, rel=1e-3)
     assert both[1].border_entropy is None
+    # In and around the segment, also each network's own: of 4 planes inside and 2 beside them.
+    unsure = [predict(bundle, volume, folds=[fold]).segments[0].dilated_entropy for fold in ("0", "1")]
+    assert None not in unsure
+    assert both[0].dilated_entropy == pytest.approx(sum(value or 0.0 for value in unsure) / 2, rel=1e-6)
+    assert both[1].dilated_entropy is None
 
 
 @pytest.mark.requirement("ART-11")

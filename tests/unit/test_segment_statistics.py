@@ -110,6 +110,9 @@ def test_the_entropy_at_the_border_is_the_mean_of_the_networks() -> None:
     one, two = measure_segments(volume, labels, specs, confidences={}, border_entropies=[{1: 0.1}, {1: 0.3}])
     assert one.border_entropy == pytest.approx(0.2)
     assert two.border_entropy is None
+    one, two = measure_segments(volume, labels, specs, confidences={}, dilated_entropies=[{1: 0.2}, {1: 0.4}, {}])
+    assert one.dilated_entropy == pytest.approx(0.3)
+    assert (one.border_entropy, two.dilated_entropy) == (None, None)
 
 
 def test_mean_probability_of_labels_and_of_regions() -> None:

@@ -9,6 +9,7 @@ from engine.uncertainty import (
     Agreement,
     MirrorAgreement,
     border_entropies,
+    dilated_entropies,
     fold_agreements,
     lowest_dice,
     mean_entropy,
@@ -151,3 +152,71 @@ def test_the_networks_that_have_a_segment_are_averaged() -> None:
     assert mean_entropy([{1: 0.2, 2: 0.5}, {1: 0.4}], 2) == 0.5
     assert mean_entropy([{1: 0.2}], 3) is None
     assert mean_entropy([], 1) is None
+
+
+def dilated_in(logits: NDArray[np.float32], labels: LabelManager) -> dict[int, float]:
+    return dilated_entropies(logits, labels.logits_to_labels(logits), labels)
+
+
+def line(*of_label: float) -> NDArray[np.float32]:
+    """Logits (2, 1, 1, X) of label 1 along a line; background has 0."""
+    logits = np.zeros((2, 1, 1, len(of_label)), dtype=np.float32)
+    logits[1, 0, 0] = of_label
+    return logits
+
+
+@pytest.mark.requirement("ART-21")
+def test_the_dilated_entropy_is_the_mean_over_the_segment_and_two_voxels_around_it() -> None:
+    """What lies farther away does not count, and a network that nearly went on beyond the border is seen."""
+    far, doubt = (-0.01,) * 3, 1 / (1 + np.exp(-0.5))
+    sharp = line(*far, -50.0, -50.0, 50.0, 50.0, -50.0, -50.0, *far)
+    assert dilated_in(sharp, ONE)[1] == pytest.approx(0.0, abs=1e-6)
+    nearly = line(*far, -50.0, -0.5, 50.0, 50.0, -0.5, -50.0, *far)
+    assert dilated_in(nearly, ONE) == {1: pytest.approx(2 * entropy(doubt) / 6)}
+    assert found_in(nearly, ONE)[1] == pytest.approx(0.0, abs=1e-6)  # which the border's own voxels do not show
+
+
+def test_a_large_segment_counts_no_more_than_a_small_one() -> None:
+    """Means, not sums: equal doubt everywhere gives equal figures whatever the size."""
+    logits = np.full((3, 12, 24, 24), -0.7, dtype=np.float32)
+    logits[0] = 0.0
+    logits[1, 2:10, 2:20, 2:20] = logits[2, 6:7, 22:23, 22:23] = 0.7
+    found = dilated_in(logits, LABELS)
+    assert found.keys() == {1, 2}
+    assert abs(found[1] - found[2]) < 0.1
+
+
+def test_regions_have_their_own_doubt() -> None:
+    regions = LabelManager.from_dataset_json(
+        {"labels": {"background": 0, "whole": [1, 2], "core": [2]}, "regions_class_order": [1, 2]}
+    )
+    logits = np.full((2, 1, 1, 8), -50.0, dtype=np.float32)
+    logits[0, ..., 2:6] = 50.0
+    logits[1, ..., 3:5] = 1.0
+    assert dilated_in(logits, regions) == {
+        1: pytest.approx(0.0, abs=1e-6),
+        2: pytest.approx(2 * entropy(1 / (1 + np.exp(-1.0))) / 6),
+    }
+
+
+def test_a_segment_that_is_not_there_has_no_dilated_entropy() -> None:
+    assert dilated_in(np.stack([np.ones((2, 2, 2)), *np.zeros((2, 2, 2, 2))]).astype(np.float32), LABELS) == {}
+
+
+def test_of_a_large_segment_a_lattice_is_looked_at_and_specks_between_its_places_are_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rng = np.random.default_rng(3)
+    logits = np.stack([np.zeros((20, 30, 30)), rng.normal(2, 1, (20, 30, 30))]).astype(np.float32)
+    exact = dilated_in(logits, ONE)
+    specks = np.full((2, 41, 41, 41), 0.0, dtype=np.float32)
+    specks[1] = -50.0
+    specks[1, 0, 0, 0] = specks[1, 40, 40, 40] = 50.0
+    specks[1, 20, 17, 23] = 50.0
+    monkeypatch.setattr("engine.uncertainty._DILATED_PLACES", 2**9)
+    assert dilated_in(logits, ONE)[1] == pytest.approx(exact[1], abs=0.03)
+    monkeypatch.setattr("engine.uncertainty._DILATED_PLACES", 8)
+    monkeypatch.setattr("engine.uncertainty._REACH", 0)
+    specks[1, 0, 0, 0] = specks[1, 40, 40, 40] = -50.0
+    specks[1, 1, 1, 1] = specks[1, 39, 39, 39] = 50.0
+    assert dilated_in(specks, ONE)[1] == pytest.approx(0.0, abs=1e-6)
