@@ -125,6 +125,17 @@ class ModelRegistry:
             client.delete_registered_model_alias(name, CANDIDATE)
         return self.get(name, semver)
 
+    def set_shadow(self, name: str, semver: str) -> RegisteredModel:
+        """Make a version the one that runs in shadow, instead of another one. Raises ModelMissing."""
+        model = self.get(name, semver)
+        self._mlflow().set_registered_model_alias(name, SHADOW, str(model.registry_version))
+        return self.get(name, semver)
+
+    def clear_shadow(self, name: str) -> None:
+        """No version runs in shadow any more; free when none does."""
+        if any(SHADOW in m.aliases for m in self.versions(name)):
+            self._mlflow().delete_registered_model_alias(name, SHADOW)
+
     def champion(self, name: str) -> RegisteredModel:
         """The version that serves; raises ModelMissing when there is none."""
         for model in self.versions(name):
