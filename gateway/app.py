@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 
 import structlog
@@ -17,6 +17,7 @@ from emr.authorization import Authorization, Basic, NoAuthorization, SmartBacken
 from emr.client import EmrClient, EmrEndpoint
 from emr.errors import CredentialsInvalid
 from emr.exchange import open_http
+from engine.sanity_check import check_sanity
 from gateway import durable
 from gateway.delivery.contact import forget_removed
 from gateway.delivery.destination import Destination
@@ -31,7 +32,7 @@ from gateway.delivery.reporting import Reporting
 from gateway.destination_settings import FhirDestination
 from gateway.disk_space import ReserveWatch
 from gateway.due_work import enqueue_version
-from gateway.durable import INFERENCE, JOBS, STUDIES, Enqueuer, delivery_queue
+from gateway.durable import INFERENCE, JOBS, SHADOW, STUDIES, Enqueuer, delivery_queue
 from gateway.heartbeat import Heartbeat, executor_id
 from gateway.intake.assembly import Assembly
 from gateway.intake.expected_count import ExpectedCounts
@@ -39,6 +40,9 @@ from gateway.intake.header import read_header
 from gateway.intake.index_mark import IndexMark
 from gateway.intake.routes_file import RoutesFile
 from gateway.intake.routing_rules import RulesInvalid
+from gateway.learning.rollback import Withdrawal
+from gateway.learning.shadow import Shadows
+from gateway.learning.watch import Watch
 from gateway.model_shelf import ModelShelf
 from gateway.monitoring.drift_window import check_drift_of_all
 from gateway.results.encoding import Encoding
@@ -53,10 +57,12 @@ from gateway.workflows import (
     Story,
     register_delivery_workflows,
     register_job_workflows,
+    register_shadow_workflows,
     register_study_workflows,
 )
 from storage.database import Database
 from storage.errors import DatabaseAway, StorageError
+from storage.models import RegisteredModel
 from storage.spool import Spool
 
 _log = structlog.get_logger(__name__)
@@ -70,7 +76,8 @@ def run_worker(settings: Settings, *, stop: threading.Event, boundary: Boundary 
     """Assembly, routing, inference, results, until `stop`. `boundary` hears of every step's begin and end."""
     worker = settings.gateway.worker
     database, spool = open_database(settings), open_spool(settings)
-    shelf = ModelShelf(open_registry(settings), device=worker.device, threads=worker.threads)
+    registry = open_registry(settings)
+    shelf = ModelShelf(registry, device=worker.device, threads=worker.threads)
     enqueuer = Enqueuer(database)
     heartbeat = _heartbeat(settings, database, role="worker")
     encoding = Encoding(
@@ -83,11 +90,31 @@ def run_worker(settings: Settings, *, stop: threading.Event, boundary: Boundary 
     def headers(spool_path: str) -> Dataset:
         return read_header(spool.resolve(spool_path)).dataset
 
+    memory_budget_bytes = worker.memory_budget_mb << 20 if worker.memory_budget_mb else None
+    watch = Watch(
+        database=database,
+        registry=registry,
+        shelf=shelf,
+        learning=settings.learning,
+        withdrawal=Withdrawal(database=database, spool=spool, shelf=shelf, enqueuer=enqueuer),
+    )
+    shadows = Shadows(
+        database=database,
+        spool=spool,
+        shelf=shelf,
+        enqueuer=enqueuer,
+        learning=settings.learning,
+        attempts=worker.attempts,
+        memory_budget_bytes=memory_budget_bytes,
+        disabled_checks=settings.gateway.quality.disabled_checks,
+        busy=lambda work: heartbeat.busy(work, worker.inference_deadline_s),
+        idle=heartbeat.idle,
+    )
     studies = StudyWork(
         database=database,
         routes=routes,
         headers=headers,
-        orders=Orders(database=database, spool=spool, shelf=shelf, enqueuer=enqueuer),
+        orders=Orders(database=database, spool=spool, shelf=shelf, enqueuer=enqueuer, unusable=watch.unusable),
     )
     results = ResultWork(
         database=database,
@@ -96,7 +123,7 @@ def run_worker(settings: Settings, *, stop: threading.Event, boundary: Boundary 
             spool=spool,
             shelf=shelf,
             attempts=worker.attempts,
-            memory_budget_bytes=worker.memory_budget_mb << 20 if worker.memory_budget_mb else None,
+            memory_budget_bytes=memory_budget_bytes,
             busy=lambda result_id: heartbeat.busy(result_id, worker.inference_deadline_s),
             idle=heartbeat.idle,
         ),
@@ -104,22 +131,27 @@ def run_worker(settings: Settings, *, stop: threading.Event, boundary: Boundary 
         release=Release(database=database, destinations=settings.destinations, enqueuer=enqueuer),
         shelf=shelf,
         disabled_checks=settings.gateway.quality.disabled_checks,
+        watch=watch.look,
+        shadow=shadows.order,
     )
     durable.configure(database, executor_id=executor_id("worker"))
     execution = durable.Execution()
     story = Story(attempts=worker.attempts, step=execution.step, wait=execution.wait, boundary=boundary)
     register_study_workflows(story, studies, results, attempts=worker.attempts)
+    register_shadow_workflows(story, shadows, attempts=worker.attempts)
     jobs = JobSteps(database, {"drift": lambda: check_drift_of_all(database, settings.gateway.drift)})
     register_job_workflows(story, jobs, attempts=worker.attempts)
     heartbeat.start()
     try:
+        watch.check_at_start(partial(_sanity_faults, shelf))
         _log.info("models loaded", models=shelf.warm())
     except StorageError as error:
         _log.error("a model could not be loaded; studies for it will be parked", error=str(error))
     with contextlib.suppress(RulesInvalid):  # alarmed already; without any good rules a study is parked
         routes.current()
     rehearse()
-    durable.launch(queues=[(STUDIES, 2), (INFERENCE, worker.concurrency), (JOBS, 1)], poll_s=worker.poll_s)
+    queues = [(STUDIES, 2), (INFERENCE, worker.concurrency), (JOBS, 1), (SHADOW, 1)]
+    durable.launch(queues=queues, poll_s=worker.poll_s)
     heartbeat.take_over()
     expected_counts = ExpectedCounts(calling_ae=settings.gateway.receiver.ae_title)
     assembly = Assembly(
@@ -134,6 +166,7 @@ def run_worker(settings: Settings, *, stop: threading.Event, boundary: Boundary 
         while not stop.wait(worker.poll_s):
             try:
                 assembly.tick()
+                watch.tend()
                 with contextlib.suppress(RulesInvalid):  # told before a study needs it
                     routes.current()
             except DatabaseAway as error:
@@ -146,6 +179,11 @@ def run_worker(settings: Settings, *, stop: threading.Event, boundary: Boundary 
         enqueuer.close()
         shelf.close()
         database.close()
+
+
+def _sanity_faults(shelf: ModelShelf, model: RegisteredModel) -> Sequence[str]:
+    """What is beyond the limits when a new champion's sanity cases are computed on this machine."""
+    return [f"{case.name}: {fault}" for case in check_sanity(shelf.predictor(model)) for fault in case.faults]
 
 
 def run_services(

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from sqlalchemy.orm import Session
 
-from gateway.durable import INFERENCE, ROUTINE, STUDIES, Enqueuer, delivery_queue
-from gateway.workflows import DELIVER, MAKE_RESULT, PROCESS_STUDY
+from gateway.durable import INFERENCE, ROUTINE, SHADOW, STUDIES, Enqueuer, delivery_queue
+from gateway.workflows import DELIVER, MAKE_RESULT, PROCESS_STUDY, SHADOW_RESULT
+from storage.learning_records import ShadowRun
 from storage.records import Delivery, Result, StudyVersion
 
 
@@ -34,6 +35,18 @@ def enqueue_result(session: Session, enqueuer: Enqueuer, result: Result, *, prio
         workflow_id=result.workflow_id,
         argument=result.result_id,
         priority=priority,
+    )
+
+
+def enqueue_shadow(session: Session, enqueuer: Enqueuer, run: ShadowRun, *, delay_s: float = 0.0) -> None:
+    """A version in shadow on the series of a result, taken up after `delay_s` at the earliest."""
+    enqueuer.enqueue(
+        session,
+        queue=SHADOW,
+        workflow=SHADOW_RESULT,
+        workflow_id=run.workflow_id,
+        argument=str(run.shadow_id),
+        delay_s=delay_s,
     )
 
 

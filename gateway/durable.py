@@ -21,7 +21,8 @@ from storage.database import Database
 APPLICATION_VERSION = "seggate-1"
 APPLICATION_NAME = "seggate"
 
-STUDIES, INFERENCE, JOBS, TRAINING = "studies", "inference", "jobs", "training"
+# In the order in which they matter: who runs `shadow` stands back while results wait (gateway/learning/shadow.py).
+STUDIES, INFERENCE, JOBS, SHADOW, TRAINING = "studies", "inference", "jobs", "shadow", "training"
 URGENT, ROUTINE = 1, 100
 _ENDED = ("SUCCESS", "ERROR", "CANCELLED", "MAX_RECOVERY_ATTEMPTS_EXCEEDED")
 _STATUSES_AT_ONCE = 500

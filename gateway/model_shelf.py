@@ -13,7 +13,7 @@ from engine.errors import EngineError
 from engine.predictor import Prediction, Predictor
 from engine.volume import Geometry, Volume
 from storage.errors import ModelChanged, ModelMissing, StorageError
-from storage.models import ModelRegistry, RegisteredModel
+from storage.models import SHADOW, ModelRegistry, RegisteredModel
 
 _log = structlog.get_logger(__name__)
 _CHAMPION_FOR_S = 2.0
@@ -32,6 +32,7 @@ class ModelShelf:
         self._threads = threads
         self._lock = threading.RLock()
         self._champions: dict[str, tuple[float, RegisteredModel]] = {}
+        self._shadows: dict[str, tuple[float, RegisteredModel | None]] = {}
         self._bundles: dict[tuple[str, str], Bundle] = {}
         self._predictors: dict[tuple[str, str], Predictor] = {}
         self._turns: dict[tuple[str, str], threading.Lock] = {}
@@ -45,6 +46,22 @@ class ModelShelf:
             model = self._registry.champion(name)
             self._champions[name] = (time.monotonic(), model)
             return model
+
+    def shadow(self, name: str) -> RegisteredModel | None:
+        """The version that runs in shadow now (asked again after two seconds); None where none does."""
+        with self._lock:
+            known = self._shadows.get(name)
+            if known is not None and time.monotonic() - known[0] < _CHAMPION_FOR_S:
+                return known[1]
+            model = next((m for m in self._registry.versions(name) if SHADOW in m.aliases), None)
+            self._shadows[name] = (time.monotonic(), model)
+            return model
+
+    def forget(self, name: str) -> None:
+        """Ask the registry at the next study which version serves: another one does since this moment."""
+        with self._lock:
+            self._champions.pop(name, None)
+            self._shadows.pop(name, None)
 
     def serves(self, name: str) -> bool:
         """Whether a version of the model serves now."""

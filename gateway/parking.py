@@ -40,7 +40,7 @@ def park_study(session: Session, version_id: str, step: str, reason: str) -> str
 
 def park_result(session: Session, result_id: str, step: str, reason: str) -> str:
     """The result is FAILED; what was computed is kept."""
-    result = session.get_one(Result, result_id)
+    result = session.get_one(Result, result_id, with_for_update=True)
     if result.state != ResultState.PENDING:
         return str(result.state)
     words = f"{step}: {reason}"

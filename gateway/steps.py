@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from gateway import parking, superseding
 from gateway.delivery.release import Release
@@ -15,7 +15,7 @@ from gateway.results.orders import Orders
 from gateway.results.quality import judge, source_doubts
 from storage import ledger
 from storage.database import Database
-from storage.records import Result, StudyVersion
+from storage.records import Result, ResultState, StudyVersion
 
 
 class StudyWork:
@@ -46,7 +46,11 @@ class StudyWork:
 
 
 class ResultWork:
-    """Steps of `make_result`."""
+    """Steps of `make_result`.
+
+    `watch(model name)` is told of each result that was judged or parked, and may withdraw the version that made it;
+    `shadow(result_id)` of each that was judged.
+    """
 
     def __init__(
         self,
@@ -57,7 +61,11 @@ class ResultWork:
         release: Release,
         shelf: ModelShelf,
         disabled_checks: Collection[str],
+        watch: Callable[[str], None] = lambda _name: None,
+        shadow: Callable[[str], None] = lambda _result_id: None,
     ) -> None:
+        self._watch = watch
+        self._shadow = shadow
         self._database = database
         self._inference = inference
         self._encoding = encoding
@@ -69,13 +77,25 @@ class ResultWork:
         return self._inference.infer(result_id)
 
     def judge(self, result_id: str) -> str:
-        """The QA verdict, kept with every check."""
+        """The QA verdict, kept with every check; "superseded" where the version of the model was withdrawn."""
         with self._database.reading() as session:
             known = session.get_one(Result, result_id)
+        verdict = self._judged(known)
+        # Outside the transaction and each time: who dies in between is told again.
+        self._watch(known.model_name)
+        self._shadow(result_id)
+        with self._database.reading() as session:
+            state = session.get_one(Result, result_id).state
+        return "superseded" if state == ResultState.SUPERSEDED else verdict
+
+    def _judged(self, known: Result) -> str:
+        result_id = known.result_id
         # Before the transaction: hashing the weights of a large model must not keep other writers waiting.
         bundle = self._shelf.bundle(self._shelf.version(known.model_name, known.model_version))
         with self._database.session() as session:
-            result = session.get_one(Result, result_id)
+            result = session.get_one(Result, result_id, with_for_update=True)
+            if result.state == ResultState.SUPERSEDED:
+                return "superseded"
             if result.verdict is not None:
                 return result.verdict
             version, runtime = session.get_one(StudyVersion, result.version_id), result.runtime or {}
@@ -111,4 +131,7 @@ class ResultWork:
     def park_result(self, result_id: str, step: str, reason: str) -> str:
         """The result is FAILED with the step and the reason, alarmed; what was computed is kept."""
         with self._database.session() as session:
-            return parking.park_result(session, result_id, step, reason)
+            outcome = parking.park_result(session, result_id, step, reason)
+            model_name = session.get_one(Result, result_id).model_name
+        self._watch(model_name)
+        return outcome

@@ -72,6 +72,13 @@ def no_longer_wanted(session: Session, version: StudyVersion) -> None:
     _without_replacement(session, gone, "no rule sends the series to the model")
 
 
+def withdrawn(session: Session, old: Result, reason: str, *, by: str | None) -> None:
+    """A result that was never released goes with the version of the model that made it; `by` stands instead of it."""
+    if old.finished_at is None:
+        old.finished_at = utc_now()
+    _supersede(session, old, reason, by=by, unsent=(DeliveryState.QUEUED, DeliveryState.PARKED))
+
+
 def clear_if_none_is_held(session: Session, study_instance_uid: str, *, by: str) -> None:
     """The alarm `result-held` goes with the last held result of the study, whatever became of it."""
     session.flush()
@@ -124,12 +131,19 @@ def _without_replacement(session: Session, older: Sequence[Result], reason: str)
         )
 
 
-def _supersede(session: Session, old: Result, reason: str, *, by: str | None) -> None:
+def _supersede(
+    session: Session,
+    old: Result,
+    reason: str,
+    *,
+    by: str | None,
+    unsent: Collection[DeliveryState] = (DeliveryState.QUEUED,),
+) -> None:
     """What of the old result is still waiting to be sent is withheld."""
     was_held = old.state == ResultState.HELD
     old.state, old.state_reason = ResultState.SUPERSEDED, reason
     waiting = session.scalars(
-        select(Delivery).where(Delivery.result_id == old.result_id, Delivery.state == DeliveryState.QUEUED)
+        select(Delivery).where(Delivery.result_id == old.result_id, Delivery.state.in_(unsent))
     ).all()
     for delivery in waiting:
         delivery.state, delivery.state_reason = DeliveryState.WITHHELD, reason

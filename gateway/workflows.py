@@ -17,6 +17,8 @@
                                   ▼
                           finish_run: export ▸ register ▸ examine ▸ offer (shadow, or promotion)
 
+    beside it, where a version runs in shadow: shadow_result: compare (one row is all that comes of it)
+
 Every arrow is an enqueue in the transaction that made it due. A step may run twice (its process can die after the
 work and before DBOS's note of it), so every step first looks at its row and does nothing when it is already done.
 Arguments and results of steps are identifiers and states, never arrays or patient data.
@@ -36,6 +38,7 @@ from gateway.errors import Transient, is_foreseen, is_of_the_machine, meaning
 
 PROCESS_STUDY, MAKE_RESULT, DELIVER, RUN_JOB = "process_study", "make_result", "deliver", "run_job"
 PREPARE_RUN, TRAIN_FOLD, FINISH_RUN = "prepare_run", "train_fold", "finish_run"
+SHADOW_RESULT = "shadow_result"
 
 _log = structlog.get_logger(__name__)
 
@@ -50,7 +53,7 @@ class StudySteps(Protocol):
 
 class ResultSteps(Protocol):
     def infer(self, result_id: str) -> str: ...  # "inferred" | "superseded" | "held"
-    def judge(self, result_id: str) -> str: ...  # "pass" | "review" | "hold"
+    def judge(self, result_id: str) -> str: ...  # "pass" | "review" | "hold" | "superseded"
     def encode(self, result_id: str) -> str: ...  # "encoded"
     def release(self, result_id: str) -> str: ...  # "released" | "held" | "superseded"
     def park_result(self, result_id: str, step: str, reason: str) -> str: ...
@@ -60,6 +63,12 @@ class DeliverySteps(Protocol):
     # {"state": ..., "retry_in_s": float | None}; `turn` is the workflow that asks
     def attempt(self, delivery_id: str, turn: str) -> dict[str, Any]: ...
     def park_delivery(self, delivery_id: str, step: str, reason: str) -> str: ...
+
+
+class ShadowSteps(Protocol):
+    # `turn` is the workflow that asks; "done" | "skipped" | "waits", which is another turn later
+    def compare(self, shadow_id: str, turn: str) -> str: ...
+    def park_shadow(self, shadow_id: str, step: str, reason: str) -> str: ...
 
 
 class RecurringSteps(Protocol):
@@ -116,7 +125,8 @@ class Story:
             inferred = self._do("infer", steps.infer, result_id)
             if inferred != "inferred":
                 return str(inferred)
-            self._do("judge", steps.judge, result_id)
+            if self._do("judge", steps.judge, result_id) == "superseded":
+                return "superseded"  # the version of the model was withdrawn for it, or meanwhile
             self._do("encode", steps.encode, result_id)
             return str(self._do("release", steps.release, result_id))
         except Parked as parked:
@@ -132,6 +142,13 @@ class Story:
                 self.wait(float(outcome["retry_in_s"]))
         except Parked as parked:
             return str(self._do("park", steps.park_delivery, delivery_id, parked.step, parked.reason, patient=True))
+
+    def shadow_result(self, steps: ShadowSteps, shadow_id: str, turn: str) -> str:
+        """What fails here is said of the version in shadow and of nothing else."""
+        try:
+            return str(self._do("compare", steps.compare, shadow_id, turn))
+        except Parked as parked:
+            return str(self._do("park", steps.park_shadow, shadow_id, parked.step, parked.reason, patient=True))
 
     def run_job(self, steps: RecurringSteps, job: str) -> str:
         """One run of a job that recurs (gateway/scheduled_jobs.py)."""
@@ -212,6 +229,14 @@ def register_study_workflows(story: Story, studies: StudySteps, results: ResultS
     @DBOS.workflow(name=MAKE_RESULT, max_recovery_attempts=attempts + 20)
     def make_result(result_id: str) -> str:
         return story.make_result(results, result_id)
+
+
+def register_shadow_workflows(story: Story, shadows: ShadowSteps, *, attempts: int) -> None:
+    """Tell DBOS the workflow of versions in shadow, which a worker runs."""
+
+    @DBOS.workflow(name=SHADOW_RESULT, max_recovery_attempts=attempts + 20)
+    def shadow_result(shadow_id: str) -> str:
+        return story.shadow_result(shadows, shadow_id, str(DBOS.workflow_id))
 
 
 def register_job_workflows(story: Story, jobs: RecurringSteps, *, attempts: int) -> None:

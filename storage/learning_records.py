@@ -123,7 +123,8 @@ class ShadowRun(Record):
     workflow_id: Mapped[str] = mapped_column(String(128), unique=True)
     ordered_at: Mapped[datetime]
     finished_at: Mapped[datetime | None]
-    state: Mapped[str] = mapped_column(String(16))  # pending | done | failed
+    attempts: Mapped[int] = mapped_column(Integer, default=0)  # begun; above the limit it has failed
+    state: Mapped[str] = mapped_column(String(16))  # pending | done | failed | skipped
     state_reason: Mapped[str | None] = mapped_column(Text)
     verdict: Mapped[str | None] = mapped_column(String(16))  # of QA: pass | review | hold
     dice: Mapped[dict[str, Any] | None] = mapped_column(JSON)  # against the champion's labels, by label name

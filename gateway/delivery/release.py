@@ -46,7 +46,7 @@ class Release:
     def release(self, result_id: str) -> str:
         """Every destination gets its delivery and queue entry; a held result leaves only its notice, if configured."""
         with self._database.session() as session:
-            result = session.get_one(Result, result_id)
+            result = session.get_one(Result, result_id, with_for_update=True)
             if result.state != ResultState.PENDING:
                 return str(result.state)
             version = session.get_one(StudyVersion, result.version_id)

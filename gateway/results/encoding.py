@@ -39,7 +39,7 @@ from gateway.results.structured_report import SR_ENCODING, encode_notice, encode
 from gateway.settings import Settings
 from storage import ledger
 from storage.database import Database
-from storage.records import Result, ResultObject, Study, StudyVersion
+from storage.records import Result, ResultObject, ResultState, Study, StudyVersion
 from storage.spool import Spool
 
 _IDENTITY = (
@@ -77,9 +77,15 @@ class Encoding:
         self._software_version = software_version
 
     def encode(self, result_id: str) -> str:
-        """ "encoded": SEG (in the encoding that destinations want first) and SR, or on hold the notice, or nothing."""
+        """ "encoded": SEG (in the encoding that destinations want first) and SR, or on hold the notice, or nothing.
+
+        "superseded" where the model was withdrawn meanwhile.
+        """
         with self._database.reading() as session:
-            verdict = session.get_one(Result, result_id).verdict
+            result = session.get_one(Result, result_id)
+            verdict = result.verdict
+            if result.state == ResultState.SUPERSEDED:
+                return "superseded"
             if session.scalars(select(ResultObject).where(ResultObject.result_id == result_id)).first() is not None:
                 return "encoded"
         if verdict == Verdict.HOLD and not self._settings.gateway.quality.notice_on_hold:

@@ -7,13 +7,16 @@ import io
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import select
 
+from engine.bundle import Bundle
 from engine.predictor import Prediction
 from engine.segment_statistics import SegmentStatistics
 from engine.volume import LabelMap
@@ -28,8 +31,57 @@ from gateway.results.series import SeriesPart, decode, read_series
 from storage import ledger
 from storage.database import Database
 from storage.errors import ObjectMissing, StorageError
+from storage.models import RegisteredModel
 from storage.records import Result, ResultState, Study, StudyVersion, utc_now
 from storage.spool import Spool
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Inferred:
+    """What a model made of one part of a series. `read_s`: seconds to read and decode it."""
+
+    part: SeriesPart
+    prediction: Prediction
+    bundle: Bundle
+    read_s: float
+
+    def measurements(self) -> list[dict[str, Any]]:
+        """Per segment of the bundle its statistics, as the row keeps them."""
+        regions = {spec.name: spec.region for spec in self.bundle.labels}
+        return [_measurement(s, regions[s.name], self.prediction.labels) for s in self.prediction.segments]
+
+    def runtime(self) -> dict[str, Any]:
+        """Backend, seconds per stage, memory, as the row keeps them."""
+        return _runtime(self.prediction, self.part, self.read_s)
+
+
+def infer_part(
+    shelf: ModelShelf,
+    model: RegisteredModel,
+    files: Sequence[Path],
+    key: str,
+    *,
+    budget_bytes: int | None,
+    before_pixels: Callable[[SeriesPart], None],
+) -> Inferred:
+    """Read the part `key` of a series and run a model on it.
+
+    `before_pixels` sees the part before a pixel is decoded and may refuse it. Raises MemoryExceeded, also before that,
+    Rejected for a series that cannot be read, and what the predictor raises.
+    """
+    began = time.monotonic()
+    headers = select_part(read_series(files, only_headers=True), key)
+    headers_s = time.monotonic() - began
+    # Before a pixel is decoded: what does not fit must not take the worker's memory first.
+    shelf.check_memory(model, headers.geometry, budget_bytes=budget_bytes)
+    before_pixels(headers)
+    began = time.monotonic()
+    part = decode(headers)
+    if part.volume is None:
+        raise Rejected(f"series {part.series_instance_uid}: no pixel data")
+    read_s = headers_s + time.monotonic() - began
+    prediction = shelf.predict(model, part.volume, budget_bytes=budget_bytes)
+    return Inferred(part=part, prediction=prediction, bundle=shelf.bundle(model), read_s=read_s)
 
 
 class Inference:
@@ -55,10 +107,10 @@ class Inference:
         self._idle = idle
 
     def infer(self, result_id: str) -> str:
-        """ "inferred"; "superseded" when a newer version of the study was declared whole before the start; "held" when
-        the study has been quarantined."""
+        """ "inferred"; "superseded" when a newer version of the study was declared whole before the start, or the model
+        was withdrawn meanwhile; "held" when the study has been quarantined."""
         with self._database.session() as session:
-            result = session.get_one(Result, result_id)
+            result = session.get_one(Result, result_id, with_for_update=True)
             if result.state != ResultState.PENDING:
                 return str(result.state)  # a repeated step: it was superseded or parked, and that is recorded
             if result.runtime is not None:
@@ -106,34 +158,34 @@ class Inference:
         model = self._shelf.version(result.model_name, result.model_version)
         if model.weights_digest != result.weights_digest:
             raise Permanent(f"{model.name} {model.semver} has other weights than when the result was ordered")
-        began = time.monotonic()
-        headers = select_part(read_series(files, only_headers=True), result.part)
-        headers_s = time.monotonic() - began
-        # Before a pixel is decoded: what does not fit must not take the worker's memory first.
-        self._shelf.check_memory(model, headers.geometry, budget_bytes=self._memory_budget_bytes)
-        # Or else a model would run each time only to find no room for its labels.
-        self._spool.check_room(math.prod(headers.geometry.shape))
-        began = time.monotonic()
-        part = decode(headers)
-        if part.volume is None:
-            raise Rejected(f"series {result.series_instance_uid}: no pixel data")
-        read_s = headers_s + time.monotonic() - began
-        prediction = self._shelf.predict(model, part.volume, budget_bytes=self._memory_budget_bytes)
+        inferred = infer_part(
+            self._shelf,
+            model,
+            files,
+            result.part,
+            budget_bytes=self._memory_budget_bytes,
+            # Or else a model would run each time only to find no room for its labels.
+            before_pixels=lambda part: self._spool.check_room(math.prod(part.geometry.shape)),
+        )
+        part, prediction = inferred.part, inferred.prediction
+        with self._database.reading() as session:
+            row = session.get_one(Result, result_id)
+            if row.state != ResultState.PENDING:  # the model was withdrawn while it ran
+                return str(row.state)
         # Named by content: a run repeated after a crash may differ in the last bit and must not clash.
         packed = packed_labels(prediction.labels)
         labels_path, labels_digest = self._spool.store_result_file(
             study.study_key, result_id, f"labels-{hashlib.sha256(packed).hexdigest()[:16]}.npz", packed
         )
-        bundle = self._shelf.bundle(model)
-        facts = facts_of(result, part, prediction, bundle)
-        regions = {spec.name: spec.region for spec in bundle.labels}
-        measurements = [_measurement(s, regions[s.name], prediction.labels) for s in prediction.segments]
-        runtime = _runtime(prediction, part, read_s)
+        facts = facts_of(result, part, prediction, inferred.bundle)
+        measurements = inferred.measurements()
+        runtime = inferred.runtime()
         runtime["labels"] = {"path": labels_path, "sha256": labels_digest}
         with self._database.session() as session:
-            row = session.get_one(Result, result_id)
-            if row.state != ResultState.PENDING or row.runtime is not None:
-                # Another run of the same step was faster; what it wrote may have left the house already.
+            row = session.get_one(Result, result_id, with_for_update=True)
+            if row.state != ResultState.PENDING:
+                return str(row.state)
+            if row.runtime is not None:  # another run of the same step was faster
                 return "inferred"
             row.measurements, row.runtime = measurements, runtime
             session.merge(facts)

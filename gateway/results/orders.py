@@ -7,12 +7,14 @@ A part of a series (CMP-20) that the model's contract excludes becomes a result 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from engine.bundle import Bundle
 from engine.errors import BundleInvalid
 from gateway import quarantine, study_state, superseding
 from gateway.due_work import enqueue_result
@@ -45,13 +47,25 @@ _Planned = tuple[Result, bool, Sequence[ContractFinding]]  # whether it is urgen
 
 
 class Orders:
-    """Step `order` of the story."""
+    """Step `order` of the story.
 
-    def __init__(self, *, database: Database, spool: Spool, shelf: ModelShelf, enqueuer: Enqueuer) -> None:
+    `unusable(model, why)` is told of a champion whose bundle cannot be loaded; true when another version serves since.
+    """
+
+    def __init__(
+        self,
+        *,
+        database: Database,
+        spool: Spool,
+        shelf: ModelShelf,
+        enqueuer: Enqueuer,
+        unusable: Callable[[RegisteredModel, str], bool] = lambda _model, _why: False,
+    ) -> None:
         self._database = database
         self._spool = spool
         self._shelf = shelf
         self._enqueuer = enqueuer
+        self._unusable = unusable
 
     def order(self, version_id: str) -> str:
         """Write a Result row per matched series part and enqueue what is to run; "ordered" or "nothing-to-run".
@@ -85,64 +99,13 @@ class Orders:
         known = _ordered(session, version.version_id)
         added = [(r, u) for r, u, _ in planned if _work(r) not in known]
         refused = {r.result_id: refusals for r, _, refusals in planned if refusals}
-        self._write(session, version, added, refused)
+        place(session, self._enqueuer, version, added, refused)
         superseding.no_longer_wanted(session, version)
         study = session.get_one(Study, version.study_instance_uid)
         if study.version == version.number and study.state == StudyState.PROCESSING:
             study_state.refresh(session, study.study_instance_uid)
 
         return "ordered" if known or any(r.state == ResultState.PENDING for r, _ in added) else "nothing-to-run"
-
-    def _write(
-        self,
-        session: Session,
-        version: StudyVersion,
-        added: Sequence[tuple[Result, bool]],
-        refused: Mapping[str, Sequence[ContractFinding]],
-    ) -> None:
-        """The rows, what they replace, their queue entries and the ledger event. refused: by result_id."""
-        if not added:
-            return
-        stop = quarantine.reason_to_stop(session, version.study_instance_uid)
-        for result, _ in added:
-            parts = {r.part for r, _ in added if _work(r) == _work(result)}
-            result.supersedes = superseding.predecessor(session, version, result, parts)
-        session.add_all([result for result, _ in added])
-        session.flush()
-        for result, urgent in added:
-            if result.state == ResultState.NOT_RUN:
-                superseding.replaced_by_none(session, result)
-            elif result.state == ResultState.FAILED:
-                _alarm_failed(session, result)
-            elif stop is not None:
-                quarantine.hold_result(session, result, stop)
-            else:
-                enqueue_result(session, self._enqueuer, result, priority=URGENT if urgent else ROUTINE)
-        ledger.append(
-            session,
-            subject=ledger.study_subject(version.study_instance_uid),
-            kind="ordered",
-            actor="worker",
-            detail={
-                "version": version.number,
-                "results": [
-                    {
-                        "result_id": r.result_id,
-                        "series": r.series_instance_uid,
-                        "part": r.part,
-                        "model": f"{r.model_name} {r.model_version}".strip(),
-                        "weights_digest": r.weights_digest,
-                        "state": r.state,
-                        "reason": r.state_reason,
-                        "refused": [
-                            {"criterion": f.name, "value": f.value, "limit": f.limit}
-                            for f in refused.get(r.result_id, ())
-                        ],
-                    }
-                    for r, _ in added
-                ],
-            },
-        )
 
     def _plan(
         self,
@@ -155,31 +118,120 @@ class Orders:
         """Per part of the series the row, and what the contract says against it. `semver` is the version that is to
         serve, None where only the registry says so."""
         try:
-            model = self._shelf.champion(str(decision.model))
-            if semver not in (None, model.semver):  # the shelf looks every two seconds, and an alias follows
-                model = self._shelf.version(model.name, str(semver))
-            bundle = self._shelf.bundle(model)
+            model, bundle = self._usable(str(decision.model), semver)
         except (ModelMissing, ModelChanged, BundleInvalid) as error:
             reason = f"order: {meaning(error).__name__}: {error}"
             return [(_planned(version, content, decision, None, state=ResultState.FAILED, reason=reason), [])]
+        return plan_series(version, content, decision, files, model, bundle)
+
+    def _usable(self, name: str, semver: str | None) -> tuple[RegisteredModel, Bundle]:
+        """The version that serves; `semver` where a serving period says which, which the registry's alias follows."""
+        model = self._shelf.champion(name)
+        if semver not in (None, model.semver):  # the shelf looks every two seconds
+            model = self._shelf.version(name, str(semver))
         try:
-            parts = read_series(files, only_headers=True)
-        except Rejected as error:
-            return [(_planned(version, content, decision, model, state=ResultState.NOT_RUN, reason=str(error)), [])]
-        planned = []
-        for part in parts:
-            failed = [f for f in judge(part, bundle.contract, channels=len(bundle.channels)) if not f.ok]
-            reason = "; ".join(f"{f.name}: {f.detail}" for f in failed)
-            state = ResultState.NOT_RUN if failed else ResultState.PENDING
-            result = _planned(version, content, decision, model, part=part.part, state=state, reason=reason or None)
-            planned.append((result, failed))
-        return planned
+            return model, self._shelf.bundle(model)
+        except (ModelChanged, BundleInvalid) as error:
+            if not self._unusable(model, str(error)):
+                raise
+        # Another version serves since; the period that this was planned with has ended, so it is planned once more.
+        model = self._shelf.champion(name)
+        return model, self._shelf.bundle(model)
+
+
+def plan_series(
+    version: StudyVersion,
+    content: str,
+    series: RoutingDecision | Result,
+    files: Sequence[Path],
+    model: RegisteredModel,
+    bundle: Bundle,
+) -> list[tuple[Result, list[ContractFinding]]]:
+    """Per part of a series the row of one version of a model, and what its contract says against it.
+
+    `content`: see `content_key`. The row of a series that cannot be read is NOT_RUN. Raises OSError for a missing file.
+    """
+    try:
+        parts = read_series(files, only_headers=True)
+    except Rejected as error:
+        return [(_planned(version, content, series, model, state=ResultState.NOT_RUN, reason=str(error)), [])]
+    planned = []
+    for part in parts:
+        failed = [f for f in judge(part, bundle.contract, channels=len(bundle.channels)) if not f.ok]
+        reason = "; ".join(f"{f.name}: {f.detail}" for f in failed)
+        state = ResultState.NOT_RUN if failed else ResultState.PENDING
+        result = _planned(version, content, series, model, part=part.part, state=state, reason=reason or None)
+        planned.append((result, failed))
+    return planned
+
+
+def planned_failure(
+    version: StudyVersion, content: str, series: Result, model: RegisteredModel, *, reason: str
+) -> Result:
+    """The row of a part that nothing could be planned for; `seggate retry` tries it again."""
+    return _planned(version, content, series, model, part=series.part, state=ResultState.FAILED, reason=reason)
+
+
+def place(
+    session: Session,
+    enqueuer: Enqueuer,
+    version: StudyVersion,
+    added: Sequence[tuple[Result, bool]],
+    refused: Mapping[str, Sequence[ContractFinding]],
+    **detail: Any,
+) -> None:
+    """Rows with whether they are urgent, what they replace, their queue entries and the ledger event with `detail`.
+
+    refused: by result_id.
+    """
+    if not added:
+        return
+    stop = quarantine.reason_to_stop(session, version.study_instance_uid)
+    for result, _ in added:
+        parts = {r.part for r, _ in added if _work(r) == _work(result)}
+        result.supersedes = superseding.predecessor(session, version, result, parts)
+    session.add_all([result for result, _ in added])
+    session.flush()
+    for result, urgent in added:
+        if result.state == ResultState.NOT_RUN:
+            superseding.replaced_by_none(session, result)
+        elif result.state == ResultState.FAILED:
+            _alarm_failed(session, result)
+        elif stop is not None:
+            quarantine.hold_result(session, result, stop)
+        else:
+            enqueue_result(session, enqueuer, result, priority=URGENT if urgent else ROUTINE)
+    ledger.append(
+        session,
+        subject=ledger.study_subject(version.study_instance_uid),
+        kind="ordered",
+        actor="worker",
+        detail={
+            **detail,
+            "version": version.number,
+            "results": [
+                {
+                    "result_id": r.result_id,
+                    "series": r.series_instance_uid,
+                    "part": r.part,
+                    "model": f"{r.model_name} {r.model_version}".strip(),
+                    "weights_digest": r.weights_digest,
+                    "state": r.state,
+                    "reason": r.state_reason,
+                    "refused": [
+                        {"criterion": f.name, "value": f.value, "limit": f.limit} for f in refused.get(r.result_id, ())
+                    ],
+                }
+                for r, _ in added
+            ],
+        },
+    )
 
 
 def _planned(
     version: StudyVersion,
     content: str,
-    decision: RoutingDecision,
+    series: RoutingDecision | Result,
     model: RegisteredModel | None,
     *,
     part: str = "",
@@ -187,18 +239,18 @@ def _planned(
     reason: str | None,
 ) -> Result:
     identity = (
-        (str(decision.model), "", "", "")
+        (_work(series)[1], "", "", "")
         if model is None
         else (model.name, model.semver, model.weights_digest, model.configuration_digest)
     )
-    result_id = _result_id(version, content, decision.series_instance_uid, part, identity)
+    result_id = _result_id(version, content, series.series_instance_uid, part, identity)
     return Result(
         result_id=result_id,
         version_id=version.version_id,
         study_instance_uid=version.study_instance_uid,
-        series_instance_uid=decision.series_instance_uid,
+        series_instance_uid=series.series_instance_uid,
         part=part,
-        rule=decision.rule,
+        rule=series.rule,
         model_name=identity[0],
         model_version=identity[1],
         weights_digest=identity[2],
@@ -226,18 +278,10 @@ def _wanted(session: Session, version_id: str) -> list[tuple[RoutingDecision, bo
 
     Several rules may send the same series to the same model: one result, under the first rule, urgent if any says so.
     """
-    true = [
-        d
-        for d in session.scalars(
-            select(RoutingDecision)
-            .where(RoutingDecision.version_id == version_id)
-            .order_by(RoutingDecision.decision_id)
-        )
-        if d.matched or d.explanation.get("verdict") == Verdict.ALREADY_ROUTED
-    ]
-    urgent = {_work(d) for d in true if d.explanation.get("priority") == "urgent"}
+    routed = _routed(session, version_id)
+    urgent = _urgent(routed)
     first: dict[tuple[str, str], RoutingDecision] = {}
-    for decision in true:
+    for decision in routed:
         if decision.matched:
             first.setdefault(_work(decision), decision)
     return [(decision, work in urgent) for work, decision in first.items()]
@@ -250,6 +294,23 @@ def _serving(
     transaction."""
     periods = {name: open_period(session, name, held=held) for name in {str(d.model) for d, _ in wanted}}
     return {name: None if period is None else period.model_version for name, period in periods.items()}
+
+
+def is_urgent(session: Session, result: Result) -> bool:
+    """Whether a rule that sent the series of a result to its model says so."""
+    return _work(result) in _urgent(_routed(session, result.version_id))
+
+
+def _routed(session: Session, version_id: str) -> list[RoutingDecision]:
+    """What sends a series of the version to a model, in the order of the rules."""
+    decisions = session.scalars(
+        select(RoutingDecision).where(RoutingDecision.version_id == version_id).order_by(RoutingDecision.decision_id)
+    )
+    return [d for d in decisions if d.matched or d.explanation.get("verdict") == Verdict.ALREADY_ROUTED]
+
+
+def _urgent(routed: Sequence[RoutingDecision]) -> set[tuple[str, str]]:
+    return {_work(d) for d in routed if d.explanation.get("priority") == "urgent"}
 
 
 def _alarm_failed(session: Session, result: Result) -> None:

@@ -132,6 +132,7 @@ def upgrade() -> None:
         sa.Column("workflow_id", sa.String(length=128), nullable=False),
         sa.Column("ordered_at", storage.records.UtcDateTime(timezone=True), nullable=False),
         sa.Column("finished_at", storage.records.UtcDateTime(timezone=True), nullable=True),
+        sa.Column("attempts", sa.Integer(), nullable=False),
         sa.Column("state", sa.String(length=16), nullable=False),
         sa.Column("state_reason", sa.Text(), nullable=True),
         sa.Column("verdict", sa.String(length=16), nullable=True),

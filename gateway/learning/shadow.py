@@ -1,0 +1,318 @@
+"""A version in shadow: it runs beside the champion on live studies, and nothing of it leaves (ART-23).
+
+Each result that the champion's model has judged gets a row (ShadowRun) and a place on the queue `shadow`, until as many
+studies as the change plan asks for were compared. A run reads the same series, infers, judges by the same QA, compares
+with the champion's labels and writes its row: no result, no object, no delivery, no event of the study. It stands back
+while results wait for a model, and a failure is said of the version in shadow only.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+from sqlalchemy import select
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from engine.bundle import Bundle
+from engine.metrics import measure_case
+from gateway import quarantine
+from gateway.due_work import enqueue_shadow
+from gateway.durable import Enqueuer, next_workflow_id
+from gateway.errors import Permanent, Rejected, is_of_the_machine
+from gateway.learning_settings import LearningSettings
+from gateway.model_shelf import ModelShelf
+from gateway.results import contract
+from gateway.results.inference import Inferred, infer_part, load_labels
+from gateway.results.orders import series_files
+from gateway.results.quality import judge, source_doubts
+from gateway.results.series import SeriesPart
+from storage.alarms import raise_alarm
+from storage.database import Database
+from storage.errors import StorageError
+from storage.learning_records import ShadowRun
+from storage.records import Result, ResultState, StudyVersion, utc_now
+from storage.spool import Spool
+
+_log = structlog.get_logger(__name__)
+FAILED = "shadow-failed"
+_CRASHED = "never finished"
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 5.0, 600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShadowProgress:
+    """How far a version in shadow is. Numbers are of studies; `dice` by label name: mean and lowest to the champion.
+
+    `other_verdicts`: runs that QA judges otherwise than the champion's result, as "pass → hold" with how often.
+    """
+
+    wanted: int
+    done: int
+    pending: int
+    failed: int
+    skipped: int
+    dice: Mapping[str, tuple[float, float]]
+    other_verdicts: Mapping[str, int]
+    reasons: tuple[str, ...]
+
+    @property
+    def is_enough(self) -> bool:
+        return self.done >= self.wanted
+
+
+def shadow_progress(session: Session, name: str, semver: str, *, wanted: int) -> ShadowProgress:
+    """Of all runs of a version, whenever they were."""
+    rows = session.execute(
+        select(ShadowRun, Result.study_instance_uid)
+        .join(Result, Result.result_id == ShadowRun.result_id)
+        .where(ShadowRun.model_name == name, ShadowRun.model_version == semver)
+        .order_by(ShadowRun.shadow_id)
+    ).all()
+    studies: dict[str, set[str]] = {state: set() for state in ("done", "pending", "failed", "skipped")}
+    dice: dict[str, list[float]] = {}
+    verdicts: Counter[str] = Counter()
+    for run, study in rows:
+        studies[run.state].add(study)
+        for label, value in (run.dice or {}).items():
+            if value is not None:
+                dice.setdefault(label, []).append(value)
+        champion = (run.figures or {}).get("champion", {}).get("verdict")
+        if run.state == "done" and run.verdict != champion:
+            verdicts[f"{champion} → {run.verdict}"] += 1
+    return ShadowProgress(
+        wanted=wanted,
+        done=len(studies["done"]),
+        pending=len(studies["pending"]),
+        failed=len(studies["failed"]),
+        skipped=len(studies["skipped"]),
+        dice={label: (fmean(values), min(values)) for label, values in dice.items()},
+        other_verdicts=dict(verdicts),
+        reasons=tuple(dict.fromkeys(run.state_reason or "" for run, _ in rows if run.state == "failed")),
+    )
+
+
+class Shadows:
+    """Orders runs beside judged results, and does the steps of `shadow_result`.
+
+    `busy` and `idle` announce the work to the supervisor, as for a result: a run that is stuck is ended.
+    """
+
+    def __init__(
+        self,
+        *,
+        database: Database,
+        spool: Spool,
+        shelf: ModelShelf,
+        enqueuer: Enqueuer,
+        learning: LearningSettings,
+        attempts: int,
+        memory_budget_bytes: int | None,
+        disabled_checks: Collection[str],
+        busy: Callable[[str], None],
+        idle: Callable[[str], None],
+    ) -> None:
+        self._database = database
+        self._spool = spool
+        self._shelf = shelf
+        self._enqueuer = enqueuer
+        self._learning = learning
+        self._attempts = attempts
+        self._memory_budget_bytes = memory_budget_bytes
+        self._disabled_checks = disabled_checks
+        self._busy = busy
+        self._idle = idle
+
+    def order(self, result_id: str) -> None:
+        """After a result was judged: a run beside it, where its model has a version in shadow. What fails is logged."""
+        try:
+            self._order(result_id)
+        except (StorageError, IntegrityError) as error:
+            _log.warning("a shadow run could not be ordered", result_id=result_id, error=type(error).__name__)
+
+    def _order(self, result_id: str) -> None:
+        with self._database.reading() as session:
+            result = session.get_one(Result, result_id)
+        wanted = self._learning.of(result.model_name).change_plan.shadow_studies
+        shadow = self._shelf.shadow(result.model_name) if wanted and result.state == ResultState.PENDING else None
+        if shadow is None or shadow.semver == result.model_version:
+            return
+        with self._database.session() as session:
+            if not _is_wanted(session, result, shadow.semver, wanted):
+                return
+            run = ShadowRun(
+                result_id=result_id,
+                model_name=shadow.name,
+                model_version=shadow.semver,
+                workflow_id=f"shadow-{result_id}-{shadow.semver}",
+                ordered_at=utc_now(),
+                attempts=0,
+                state="pending",
+            )
+            session.add(run)
+            session.flush()
+            enqueue_shadow(session, self._enqueuer, run)
+
+    def compare(self, shadow_id: str, turn: str) -> str:
+        """ "done"; "skipped" where the comparison has lost its sense; "waits" when it stood back for results that wait
+        for a model, and comes again as another turn. Raises what a run fails with."""
+        with self._database.reading() as session:
+            known = session.get_one(ShadowRun, int(shadow_id))
+        shadow = self._shelf.shadow(known.model_name)
+        stopped = shadow is None or shadow.semver != known.model_version
+        with self._database.session() as session:
+            run = session.get_one(ShadowRun, int(shadow_id), with_for_update=True)
+            if run.workflow_id != turn or run.state != "pending":
+                return run.state
+            result = session.get_one(Result, run.result_id)
+            reason = _why_not(session, result, stopped=stopped)
+            if reason is not None:
+                run.state, run.state_reason, run.finished_at = "skipped", reason, utc_now()
+                return "skipped"
+            if _results_wait(session):
+                delay_s = min(_FIRST_WAIT_S * 2.0 ** min(_turns(turn), 10), _LONGEST_WAIT_S)
+                run.workflow_id = next_workflow_id(turn)
+                enqueue_shadow(session, self._enqueuer, run, delay_s=delay_s)
+                return "waits"
+            # Counted before the work, as for a result: what kills its worker does not do so for ever.
+            run.attempts += 1
+            attempt = run.attempts
+            version = session.get_one(StudyVersion, result.version_id)
+            files = series_files(session, self._spool, version, result)
+        if attempt > self._attempts:
+            raise Permanent(f"it was begun {self._attempts} times and {_CRASHED}; see the worker's log")
+        name = f"shadow {shadow_id}"
+        self._busy(name)
+        try:
+            return self._run(run, result, version, files)
+        except StorageError as error:
+            if is_of_the_machine(error):  # waited for however long, so such a beginning does not count
+                with self._database.session() as session:
+                    session.get_one(ShadowRun, run.shadow_id).attempts -= 1
+            raise
+        finally:
+            self._idle(name)
+
+    def park_shadow(self, shadow_id: str, step: str, reason: str) -> str:
+        """The run has failed, with an alarm for the version in shadow; the study is not touched."""
+        with self._database.session() as session:
+            run = session.get_one(ShadowRun, int(shadow_id), with_for_update=True)
+            if run.state != "pending":
+                return run.state
+            run.state, run.state_reason, run.finished_at = "failed", f"{step}: {reason}", utc_now()
+            subject = f"model:{run.model_name} {run.model_version}"
+            raise_alarm(session, kind=FAILED, subject=subject, message=f"in shadow: {run.state_reason}")
+        return "failed"
+
+    def _run(self, run: ShadowRun, result: Result, version: StudyVersion, files: tuple[Path, ...]) -> str:
+        model = self._shelf.version(run.model_name, run.model_version)
+        champion = self._shelf.bundle(self._shelf.version(result.model_name, result.model_version))
+        bundle = self._shelf.bundle(model)
+
+        def refuse(part: SeriesPart) -> None:
+            refusal = contract.first_refusal(contract.judge(part, bundle.contract, channels=len(bundle.channels)))
+            if refusal is not None:
+                raise Rejected(f"the version in shadow may not run on this series: {refusal.name}: {refusal.detail}")
+
+        inferred = infer_part(
+            self._shelf, model, files, result.part, budget_bytes=self._memory_budget_bytes, before_pixels=refuse
+        )
+        measurements, runtime = inferred.measurements(), inferred.runtime()
+        verdict, checks = judge(
+            measurements,
+            mean_confidence=runtime["mean_confidence"],
+            bundle=bundle,
+            doubts=source_doubts(
+                version.rule,
+                version.evidence,
+                series_instance_uid=result.series_instance_uid,
+                missing_slices=runtime["missing_slices"],
+            ),
+            disabled=self._disabled_checks,
+        )
+        dice = label_dice(load_labels(self._spool, result), champion, inferred)
+        figures = {
+            "champion": _figures(result.model_version, result.verdict, result.measurements or [], result.runtime or {}),
+            "shadow": _figures(run.model_version, str(verdict), measurements, runtime),
+            "checks": [check.to_json() for check in checks if check.verdict != "pass"],
+        }
+        with self._database.session() as session:
+            row = session.get_one(ShadowRun, run.shadow_id, with_for_update=True)
+            if row.state == "pending":
+                row.state, row.finished_at, row.verdict = "done", utc_now(), str(verdict)
+                row.dice, row.figures = dice, figures
+        return "done"
+
+
+def label_dice(labels: NDArray[Any], champion: Bundle, inferred: Inferred) -> dict[str, float | None]:
+    """By the name of each label that both versions have: Dice of the shadow's labels to the champion's, (Z, Y, X) of
+    one grid; None where neither found it. A name may stand for another value in either version."""
+    mine = {spec.name: spec.region for spec in inferred.bundle.labels}
+    pairs = {spec.name: (spec.region, mine[spec.name]) for spec in champion.labels if spec.name in mine}
+    other = inferred.prediction.labels.array
+    found: dict[str, float | None] = {}
+    alike = {name: here for name, (here, there) in pairs.items() if here == there}
+    if alike:
+        metrics = measure_case(labels, other, (1.0, 1.0, 1.0), list(alike.values()), surfaces=False)
+        found = {name: metrics[region].dice for name, region in alike.items()}
+    for name in pairs.keys() - alike.keys():
+        here, there = np.isin(labels, pairs[name][0]), np.isin(other, pairs[name][1])
+        total = int(here.sum()) + int(there.sum())
+        found[name] = 2 * int((here & there).sum()) / total if total else None
+    return {name: found[name] for name in pairs}
+
+
+def _is_wanted(session: Session, result: Result, semver: str, wanted: int) -> bool:
+    """Whether a result still gets a run: of a study that has one, or while studies are missing. A version that failed
+    in as many as were wanted, or that ended its worker, gets no more."""
+    rows = session.execute(
+        select(ShadowRun.result_id, ShadowRun.state, ShadowRun.state_reason, Result.study_instance_uid)
+        .join(Result, Result.result_id == ShadowRun.result_id)
+        .where(ShadowRun.model_name == result.model_name, ShadowRun.model_version == semver)
+    ).all()
+    failed = [row for row in rows if row.state == "failed"]
+    if any(row.result_id == result.result_id for row in rows):
+        return False
+    if len(failed) >= wanted or any(_CRASHED in (row.state_reason or "") for row in failed):
+        return False
+    studies = {row.study_instance_uid for row in rows if row.state in ("done", "pending")}
+    return result.study_instance_uid in studies or len(studies) < wanted
+
+
+def _why_not(session: Session, result: Result, *, stopped: bool) -> str | None:
+    if stopped:
+        return "the version no longer runs in shadow"
+    if result.state == ResultState.SUPERSEDED:
+        return "the champion's result was superseded before the shadow ran"
+    return quarantine.reason_to_stop(session, result.study_instance_uid)
+
+
+def _results_wait(session: Session) -> bool:
+    """Whether a result is to be made whose model has not run yet, of whichever model: they share the machine."""
+    waiting = select(Result.result_id).where(Result.state == ResultState.PENDING, Result.verdict.is_(None)).limit(1)
+    return session.scalars(waiting).first() is not None
+
+
+def _turns(workflow_id: str) -> int:
+    _, _, count = workflow_id.rpartition("~")
+    return int(count) if count.isdigit() else 0
+
+
+def _figures(
+    version: str, verdict: str | None, measurements: Collection[Mapping[str, Any]], runtime: Mapping[str, Any]
+) -> dict[str, Any]:
+    return {
+        "version": version,
+        "verdict": verdict,
+        "volumes_ml": {m["name"]: m["volume_ml"] for m in measurements},
+        "confidence": runtime.get("mean_confidence"),
+        "seconds": round(sum(runtime.get("seconds", {}).values()), 4),
+    }
