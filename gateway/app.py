@@ -40,7 +40,7 @@ from gateway.intake.index_mark import IndexMark
 from gateway.intake.routes_file import RoutesFile
 from gateway.intake.routing_rules import RulesInvalid
 from gateway.model_shelf import ModelShelf
-from gateway.monitoring.drift_window import check_drift_of_all
+from gateway.monitoring.drift_alarms import DriftWatch, bundle_baselines
 from gateway.results.encoding import Encoding
 from gateway.results.inference import Inference
 from gateway.results.orders import Orders
@@ -69,8 +69,8 @@ Boundary = Callable[[str], None]
 def run_worker(settings: Settings, *, stop: threading.Event, boundary: Boundary = lambda _name: None) -> None:
     """Assembly, routing, inference, results, until `stop`. `boundary` hears of every step's begin and end."""
     worker = settings.gateway.worker
-    database, spool = open_database(settings), open_spool(settings)
-    shelf = ModelShelf(open_registry(settings), device=worker.device, threads=worker.threads)
+    database, spool, registry = open_database(settings), open_spool(settings), open_registry(settings)
+    shelf = ModelShelf(registry, device=worker.device, threads=worker.threads)
     enqueuer = Enqueuer(database)
     heartbeat = _heartbeat(settings, database, role="worker")
     encoding = Encoding(
@@ -109,7 +109,13 @@ def run_worker(settings: Settings, *, stop: threading.Event, boundary: Boundary 
     execution = durable.Execution()
     story = Story(attempts=worker.attempts, step=execution.step, wait=execution.wait, boundary=boundary)
     register_study_workflows(story, studies, results, attempts=worker.attempts)
-    jobs = JobSteps(database, {"drift": lambda: check_drift_of_all(database, settings.gateway.drift)})
+    drift = DriftWatch(
+        database=database,
+        settings=settings.gateway.drift,
+        state_dir=settings.state_dir,
+        baselines=bundle_baselines(registry),
+    )
+    jobs = JobSteps(database, {"drift": drift.run})
     register_job_workflows(story, jobs, attempts=worker.attempts)
     heartbeat.start()
     try:
