@@ -4,7 +4,8 @@
 
 A window has at least LEAST_WINDOW studies and at most half as many as the reference; with fewer the answer is that
 there are too few. Beside the calibrated thresholds stands the article's ceiling: KL(live || reference) of a channel's
-histogram over 0.05 is a warning whatever is usual.
+histogram over 0.05 is a warning whatever is usual. What the model was trained on is another reference
+(engine/training_comparison.py).
 """
 
 from __future__ import annotations
@@ -43,6 +44,18 @@ class StreamFinding:
     multiple: float
     kl: float | None
     severity: Severity
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StreamPair:
+    """One stream of both sides, of one kind: what a finding is about, to be looked at."""
+
+    reference: Histograms | Numbers | Categories
+    live: Histograms | Numbers | Categories
+
+    @property
+    def name(self) -> str:
+        return self.reference.name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,14 +113,28 @@ def stream_names(rows: Sequence[StudyRow]) -> dict[str, tuple[str, ...]]:
 
 def streams_of(rows: Sequence[StudyRow], *, names: Mapping[str, Sequence[str]]) -> list[Stream]:
     """The named streams of a reference, in its order."""
-    found: list[Stream] = []
-    for name in names["histograms"]:
-        found.append(Histograms(name=name, shares=_shares(rows, name)))
-    for name in names["numbers"]:
-        found.append(Numbers(name=name, values=_values(rows, name)))
-    for name in names["categories"]:
-        found.append(Categories(name=name, values=tuple(row.categories.get(name, "") for row in rows)))
-    return found
+    return [_stream(rows, kind, name) for kind, of_kind in names.items() for name in of_kind]
+
+
+def stream_pair(reference: Sequence[StudyRow], live: Sequence[StudyRow], stream: str) -> StreamPair:
+    """A stream's values in both, each in its order. ValueError where no study has the stream."""
+    names = stream_names([*reference, *live])
+    kind = next((kind for kind, of_kind in names.items() if stream in of_kind), None)
+    if kind is None:
+        raise ValueError(f"no study has the stream {stream!r}")
+    of_reference = _stream(reference, kind, stream)
+    bins = of_reference.shares.shape[1] if isinstance(of_reference, Histograms) else None
+    return StreamPair(reference=of_reference, live=_stream(live, kind, stream, bins=bins))
+
+
+def _stream(
+    rows: Sequence[StudyRow], kind: str, name: str, *, bins: int | None = None
+) -> Histograms | Numbers | Categories:
+    if kind == "histograms":
+        return Histograms(name=name, shares=_shares(rows, name, bins=bins))
+    if kind == "numbers":
+        return Numbers(name=name, values=_values(rows, name))
+    return Categories(name=name, values=tuple(row.categories.get(name, "") for row in rows))
 
 
 def _finding(stream: Stream, live: Sequence[StudyRow], thresholds: Thresholds) -> StreamFinding:
@@ -149,28 +176,18 @@ def _values(rows: Sequence[StudyRow], name: str) -> FloatArray:
     return np.array([row.numbers.get(name, np.nan) for row in rows], dtype=np.float64)
 
 
-def most_unlike(reference: Sequence[StudyRow], live: Sequence[StudyRow], stream: str, *, count: int = 3) -> list[int]:
+def most_unlike(pair: StreamPair, *, count: int = 3) -> list[int]:
     """Indices of the live studies that are furthest from the reference in a stream, the furthest first: examples for
     whoever looks into it."""
-    (of_reference,) = streams_of(reference, names=_only(stream, [*reference, *live]))
-    if isinstance(of_reference, Histograms):
-        shares = _shares(live, stream, bins=of_reference.shares.shape[1])
-        away = np.array([of_reference.kl(shares[index : index + 1]) for index in range(len(live))])
-    elif isinstance(of_reference, Numbers):
-        known = np.sort(of_reference.values[~np.isnan(of_reference.values)])
-        values = _values(live, stream)
+    reference, live = pair.reference, pair.live
+    if isinstance(reference, Histograms) and isinstance(live, Histograms):
+        away = np.array([reference.kl(live.shares[index : index + 1]) for index in range(len(live.shares))])
+    elif isinstance(reference, Numbers) and isinstance(live, Numbers):
+        known = np.sort(reference.values[~np.isnan(reference.values)])
         middle = float(np.median(known)) if known.size else 0.0
-        away = np.where(np.isnan(values), np.inf if known.size else 0.0, np.abs(values - middle))
+        away = np.where(np.isnan(live.values), np.inf if known.size else 0.0, np.abs(live.values - middle))
+    elif isinstance(reference, Categories) and isinstance(live, Categories):
+        away = np.array([-reference.values.count(value) for value in live.values], dtype=np.float64)
     else:
-        assert isinstance(of_reference, Categories)
-        away = np.array([-of_reference.values.count(row.categories.get(stream, "")) for row in live], dtype=np.float64)
+        raise TypeError(f"{pair.name}: two kinds of streams")
     return [int(index) for index in np.argsort(-away, kind="stable")[:count]]
-
-
-def _only(stream: str, rows: Sequence[StudyRow]) -> dict[str, tuple[str, ...]]:
-    """That stream alone, of the first kind that has it."""
-    chosen: dict[str, tuple[str, ...]] = {"histograms": (), "numbers": (), "categories": ()}
-    kind = next((kind for kind, names in stream_names(rows).items() if stream in names), None)
-    if kind is None:
-        raise ValueError(f"no study has the stream {stream!r}")
-    return {**chosen, kind: (stream,)}

@@ -9,6 +9,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
+from importlib.util import find_spec
 
 import structlog
 from pydicom.dataset import Dataset
@@ -32,7 +33,7 @@ from gateway.delivery.reporting import Reporting
 from gateway.destination_settings import FhirDestination
 from gateway.disk_space import ReserveWatch
 from gateway.due_work import enqueue_version
-from gateway.durable import INFERENCE, JOBS, SHADOW, STUDIES, Enqueuer, delivery_queue
+from gateway.durable import INFERENCE, JOBS, SHADOW, STUDIES, TRAINING, Enqueuer, delivery_queue
 from gateway.heartbeat import Heartbeat, executor_id
 from gateway.intake.assembly import Assembly
 from gateway.intake.expected_count import ExpectedCounts
@@ -40,11 +41,16 @@ from gateway.intake.header import read_header
 from gateway.intake.index_mark import IndexMark
 from gateway.intake.routes_file import RoutesFile
 from gateway.intake.routing_rules import RulesInvalid
+from gateway.learning.candidates import consider_promotion
+from gateway.learning.policy import LearningPolicy
+from gateway.learning.registry_check import check_registry
 from gateway.learning.rollback import Withdrawal
 from gateway.learning.shadow import Shadows
+from gateway.learning.training_child import TrainingChild
+from gateway.learning.training_steps import TrainingWork, results_wait
 from gateway.learning.watch import Watch
 from gateway.model_shelf import ModelShelf
-from gateway.monitoring.drift_window import check_drift_of_all
+from gateway.monitoring.drift_alarms import DriftWatch, bundle_baselines
 from gateway.results.encoding import Encoding
 from gateway.results.inference import Inference
 from gateway.results.orders import Orders
@@ -59,6 +65,7 @@ from gateway.workflows import (
     register_job_workflows,
     register_shadow_workflows,
     register_study_workflows,
+    register_training_workflows,
 )
 from storage.database import Database
 from storage.errors import DatabaseAway, StorageError
@@ -75,8 +82,7 @@ Boundary = Callable[[str], None]
 def run_worker(settings: Settings, *, stop: threading.Event, boundary: Boundary = lambda _name: None) -> None:
     """Assembly, routing, inference, results, until `stop`. `boundary` hears of every step's begin and end."""
     worker = settings.gateway.worker
-    database, spool = open_database(settings), open_spool(settings)
-    registry = open_registry(settings)
+    database, spool, registry = open_database(settings), open_spool(settings), open_registry(settings)
     shelf = ModelShelf(registry, device=worker.device, threads=worker.threads)
     enqueuer = Enqueuer(database)
     heartbeat = _heartbeat(settings, database, role="worker")
@@ -109,6 +115,7 @@ def run_worker(settings: Settings, *, stop: threading.Event, boundary: Boundary 
         disabled_checks=settings.gateway.quality.disabled_checks,
         busy=lambda work: heartbeat.busy(work, worker.inference_deadline_s),
         idle=heartbeat.idle,
+        finished=lambda name: consider_promotion(database, registry, settings, name),
     )
     studies = StudyWork(
         database=database,
@@ -139,10 +146,33 @@ def run_worker(settings: Settings, *, stop: threading.Event, boundary: Boundary 
     story = Story(attempts=worker.attempts, step=execution.step, wait=execution.wait, boundary=boundary)
     register_study_workflows(story, studies, results, attempts=worker.attempts)
     register_shadow_workflows(story, shadows, attempts=worker.attempts)
-    jobs = JobSteps(database, {"drift": lambda: check_drift_of_all(database, settings.gateway.drift)})
-    register_job_workflows(story, jobs, attempts=worker.attempts)
+    drift = DriftWatch(
+        database=database,
+        settings=settings.gateway.drift,
+        state_dir=settings.state_dir,
+        baselines=bundle_baselines(registry),
+    )
+    policy = LearningPolicy(database=database, enqueuer=enqueuer, registry=registry, settings=settings)
+
+    def drift_and_policy() -> str:
+        said, found = drift.run()
+        return "; ".join(filter(None, (said, policy.after_drift(found))))
+
+    jobs = {"drift": drift_and_policy, "learning": policy.look_at_waiting, "retraining": policy.retrain_all}
+    register_job_workflows(story, JobSteps(database, jobs), attempts=worker.attempts)
+    trainings = TrainingWork(
+        settings=settings,
+        database=database,
+        spool=spool,
+        registry=registry,
+        shelf=shelf,
+        enqueuer=enqueuer,
+        child=TrainingChild(stop=stop, studies_wait=lambda: results_wait(database)),
+    )
+    register_training_workflows(story, trainings, attempts=worker.attempts)
     heartbeat.start()
     try:
+        check_registry(database, registry)
         watch.check_at_start(partial(_sanity_faults, shelf))
         _log.info("models loaded", models=shelf.warm())
     except StorageError as error:
@@ -151,6 +181,8 @@ def run_worker(settings: Settings, *, stop: threading.Event, boundary: Boundary 
         routes.current()
     rehearse()
     queues = [(STUDIES, 2), (INFERENCE, worker.concurrency), (JOBS, 1), (SHADOW, 1)]
+    if worker.trainings and find_spec("torch") is not None:
+        queues.append((TRAINING, worker.trainings))
     durable.launch(queues=queues, poll_s=worker.poll_s)
     heartbeat.take_over()
     expected_counts = ExpectedCounts(calling_ae=settings.gateway.receiver.ae_title)

@@ -12,15 +12,12 @@ from typing import Annotated, Literal
 import typer
 
 from gateway import promotion_cli
+from gateway.command_options import DEFAULT_CONFIG, Config, Json
 from gateway.corrections_cli import corrections
 from gateway.dataset_cli import dataset
 from gateway.learning_cli import learn
+from gateway.monitoring_cli import tasks
 from gateway.training_cli import Phantoms, Weights, evaluate, export, plan, select, train
-
-CONFIG_HELP = "Folder with gateway.toml, routes.toml, destinations.toml, learning.toml, logging.toml."
-Config = Annotated[Path, typer.Option("--config", envvar="SEGGATE_CONFIG", help=CONFIG_HELP, show_default=True)]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table, for scripts.")]
-DEFAULT_CONFIG = Path("config")
 
 app = typer.Typer(
     name="seggate",
@@ -35,6 +32,7 @@ config = typer.Typer(help="Look at the configuration.", no_args_is_help=True, ri
 audit = typer.Typer(help="Look at the ledger as evidence.", no_args_is_help=True, rich_markup_mode=None)
 schedule = typer.Typer(help="Jobs that recur.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(models, name="models")
+app.add_typer(tasks, name="tasks")
 app.add_typer(audit, name="audit")
 app.add_typer(schedule, name="schedule")
 app.add_typer(config, name="config")
@@ -200,12 +198,15 @@ def drift(
     raise_alarms: Annotated[
         bool, typer.Option("--alarms", help="Raise and clear alarms too, as the scheduler does.")
     ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Write a PNG of what has drifted: both distributions. Needs MODEL.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Compare each model's latest studies with its first: acquisition, intensities, results."""
+    """Compare each model's latest studies with its first, and with what it was trained on."""
     from gateway.commands import drift as command
 
-    raise typer.Exit(command.drift(config, model, raise_alarms=raise_alarms, as_json=as_json))
+    raise typer.Exit(command.drift(config, model, raise_alarms=raise_alarms, plot=plot, as_json=as_json))
 
 
 @schedule.command("list")

@@ -44,6 +44,16 @@ JOB_LIST: Mapping[str, Job] = MappingProxyType(
                 summary="compares each model's latest studies with its first",
                 cron=lambda settings: settings.drift_cron,
             ),
+            Job(
+                name="learning",
+                summary="looks whether enough labelled cases wait for a fine-tuning",
+                cron=lambda settings: settings.learning_cron,
+            ),
+            Job(
+                name="retraining",
+                summary="trains each model anew that has new labelled cases",
+                cron=lambda settings: settings.retraining_cron,
+            ),
         )
     }
 )

@@ -137,7 +137,7 @@ class ReviewTask(Record):
 
     __tablename__ = "review_tasks"
     task_id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=True)
-    kind: Mapped[str] = mapped_column(String(16))  # drift | label | rollback
+    kind: Mapped[str] = mapped_column(String(16))  # drift | training-data | label | rollback
     model_name: Mapped[str] = mapped_column(String(128), index=True)
     model_version: Mapped[str] = mapped_column(String(32))
     subject: Mapped[str] = mapped_column(String(160))

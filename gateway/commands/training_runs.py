@@ -30,7 +30,7 @@ def start(config: Path, model: str, *, kind: runs.Kind, reason: str, as_json: bo
         return 1
     with _opened(settings) as (database, enqueuer):
         policy = LearningPolicy(
-            database=database, enqueuer=enqueuer, registry=open_registry(settings), settings=settings.learning
+            database=database, enqueuer=enqueuer, registry=open_registry(settings), settings=settings
         )
         run = policy.ask_for(learning, kind, requested_by=f"user:{getpass.getuser()}", reason=reason)
         if run is None:

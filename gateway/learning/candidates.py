@@ -4,7 +4,7 @@ shadow studies are done, else a person is told that it waits."""
 from __future__ import annotations
 
 from gateway.learning import runs
-from gateway.learning.promotion import PromotionRefused, promote
+from gateway.learning.promotion import POLICY, PromotionRefused, promote
 from gateway.settings import Settings
 from storage import alarms
 from storage.database import Database
@@ -12,7 +12,6 @@ from storage.learning_records import RunState
 from storage.models import ModelRegistry
 
 WAITS = "candidate-waits"
-POLICY = "policy"
 
 
 def consider_promotion(database: Database, registry: ModelRegistry, settings: Settings, model_name: str) -> str:

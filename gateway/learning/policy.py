@@ -16,16 +16,17 @@ from sqlalchemy.orm import Session
 from gateway.durable import Enqueuer
 from gateway.learning import runs
 from gateway.learning.case_choice import CaseChoice, choose_cases
-from gateway.learning_settings import LearningSettings, ModelLearning
+from gateway.learning.promotion import POLICY
+from gateway.learning_settings import ModelLearning
 from gateway.monitoring.drift_window import ModelDrift
-from gateway.monitoring.review_tasks import close_task_of, open_task
+from gateway.monitoring.review_tasks import close_task, open_task, open_task_of
+from gateway.settings import Settings
 from storage.database import Database
 from storage.errors import ModelMissing
 from storage.learning_records import LearningRun, RunState
 from storage.models import ModelRegistry
 from storage.records import utc_now
 
-POLICY = "policy"
 LABEL = "label"
 
 
@@ -33,18 +34,19 @@ class LearningPolicy:
     """`registry` says which version serves; it is asked outside of transactions."""
 
     def __init__(
-        self, *, database: Database, enqueuer: Enqueuer, registry: ModelRegistry, settings: LearningSettings
+        self, *, database: Database, enqueuer: Enqueuer, registry: ModelRegistry, settings: Settings
     ) -> None:
         self._database = database
         self._enqueuer = enqueuer
         self._registry = registry
         self._settings = settings
+        self._learning = settings.learning
 
     def after_drift(self, found: Sequence[ModelDrift]) -> str:
         """For each model that has drifted and whose policy says so a fine-tuning; a sentence on what was asked for."""
         asked = []
         for name in sorted({drift.model_name for drift in found if drift.report.severity != "none"}):
-            learning = self._settings.of(name)
+            learning = self._learning.of(name)
             if learning.on_drift != "fine-tune" or not learning.can_learn:
                 continue
             streams = sorted({f.name for d in found if d.model_name == name for f in d.report.drifted})
@@ -64,7 +66,7 @@ class LearningPolicy:
                 session, learning.name, [RunState.CANDIDATE]
             ):
                 return None
-            choice = choose_cases(session, learning, now=utc_now())
+            choice = self._choice(session, learning)
             run = runs.request_run(
                 session,
                 self._enqueuer,
@@ -88,12 +90,12 @@ class LearningPolicy:
     def retrain_all(self) -> str:
         """A full training of every model that has labelled cases which no training has seen. The job `retraining`."""
         said = []
-        for learning in self._settings.models:
+        for learning in self._learning.models:
             if not learning.can_learn:
                 continue
             with self._database.reading() as session:
-                choice = choose_cases(session, learning, now=utc_now())
-            if not choice.to_train_on:
+                choice = self._choice(session, learning)
+            if not choice.to_learn:
                 said.append(f"{learning.name}: no new labelled case")
                 continue
             run = self.ask_for(learning, "retraining", requested_by=POLICY, reason="retraining_cron")
@@ -105,14 +107,19 @@ class LearningPolicy:
             run = runs.get_run(session, run_id, lock=True)
             if run.state != RunState.WAITING:
                 return f"{run.model_name}: {run.state}"
-            choice = choose_cases(session, self._settings.of(run.model_name), now=utc_now())
+            choice = self._choice(session, self._learning.of(run.model_name))
             if choice.ready:
                 runs.queue_run(session, self._enqueuer, run, choice)
-                close_task_of(session, kind=LABEL, subject=_subject(run), by=POLICY, outcome=choice.sentence)
+                task = open_task_of(session, kind=LABEL, subject=_subject(run))
+                if task is not None:
+                    close_task(session, task.task_id, by=POLICY, outcome=choice.sentence)
             else:
                 runs.move(session, run, RunState.WAITING, choice.sentence)
                 self._ask_readers(session, run, choice)
             return f"{run.model_name}: {run.state}, {choice.sentence}"
+
+    def _choice(self, session: Session, learning: ModelLearning) -> CaseChoice:
+        return choose_cases(session, learning, now=utc_now(), canary=self._settings.gateway.canary)
 
     @staticmethod
     def _ask_readers(session: Session, run: LearningRun, choice: CaseChoice) -> None:

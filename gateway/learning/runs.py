@@ -99,10 +99,9 @@ def request_run(
 
 
 def queue_run(session: Session, enqueuer: Enqueuer, run: LearningRun, choice: CaseChoice) -> None:
-    """The cases are fixed from here on: those with labels, but for the ones that are kept for monitoring."""
+    """The cases are fixed from here on: those with labels, but for the ones that were drawn for monitoring."""
     run.cases = [
-        {"result_id": case.result_id, "reason": case.reason, "confidence": case.confidence}
-        for case in choice.to_train_on
+        {"result_id": case.result_id, "why": case.why, "confidence": case.confidence} for case in choice.to_learn
     ]
     move(session, run, RunState.QUEUED, choice.sentence)
     _enqueue(session, enqueuer, PREPARE_RUN, run.workflow_id, run.run_id)

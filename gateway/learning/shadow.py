@@ -103,7 +103,8 @@ def shadow_progress(session: Session, name: str, semver: str, *, wanted: int) ->
 class Shadows:
     """Orders runs beside judged results, and does the steps of `shadow_result`.
 
-    `busy` and `idle` announce the work to the supervisor, as for a result: a run that is stuck is ended.
+    `busy` and `idle` announce the work to the supervisor, as for a result: a run that is stuck is ended. `finished` is
+    told the model's name after each run: its version in shadow may have been seen often enough.
     """
 
     def __init__(
@@ -119,11 +120,13 @@ class Shadows:
         disabled_checks: Collection[str],
         busy: Callable[[str], None],
         idle: Callable[[str], None],
+        finished: Callable[[str], object] = lambda _name: None,
     ) -> None:
         self._database = database
         self._spool = spool
         self._shelf = shelf
         self._enqueuer = enqueuer
+        self._finished = finished
         self._learning = learning
         self._attempts = attempts
         self._memory_budget_bytes = memory_budget_bytes
@@ -166,10 +169,16 @@ class Shadows:
         for a model, and comes again as another turn. Raises what a run fails with."""
         with self._database.reading() as session:
             known = session.get_one(ShadowRun, int(shadow_id))
+        outcome = self._compare(known, turn)
+        if outcome == "done":  # also by an earlier run of this step, which may have died before it told
+            self._finished(known.model_name)
+        return outcome
+
+    def _compare(self, known: ShadowRun, turn: str) -> str:
         shadow = self._shelf.shadow(known.model_name)
         stopped = shadow is None or shadow.semver != known.model_version
         with self._database.session() as session:
-            run = session.get_one(ShadowRun, int(shadow_id), with_for_update=True)
+            run = session.get_one(ShadowRun, known.shadow_id, with_for_update=True)
             if run.workflow_id != turn or run.state != "pending":
                 return run.state
             result = session.get_one(Result, run.result_id)
@@ -189,7 +198,7 @@ class Shadows:
             files = series_files(session, self._spool, version, result)
         if attempt > self._attempts:
             raise Permanent(f"it was begun {self._attempts} times and {_CRASHED}; see the worker's log")
-        name = f"shadow {shadow_id}"
+        name = f"shadow {known.shadow_id}"
         self._busy(name)
         try:
             return self._run(run, result, version, files)

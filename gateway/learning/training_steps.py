@@ -5,18 +5,20 @@ Each step looks first at what is there already, so that a worker that died anywh
 
 from __future__ import annotations
 
+from sqlalchemy import select, update
+
 from engine.bundle import Bundle, load_bundle
 from engine.card_of_bundle import card_document
 from engine.dataset import RawDataset, open_dataset
 from engine.json_writer import write_json
 from engine.joined_dataset import join_raw, refuse_other_task, refuse_same_names
-from gateway.commands.models import register
 from gateway.durable import Enqueuer
 from gateway.errors import Permanent
 from gateway.learning import runs
 from gateway.learning.candidates import consider_promotion
 from gateway.learning.case_writing import write_cases
 from gateway.learning.lineage import commands_of
+from gateway.learning.registration import register
 from gateway.learning.run_commands import RunCommands
 from gateway.learning.training_child import TrainingChild
 from gateway.model_shelf import ModelShelf
@@ -24,7 +26,15 @@ from gateway.settings import Settings
 from storage.database import Database
 from storage.learning_records import Correction, LearningRun, RunState
 from storage.models import ModelRegistry
+from storage.records import Result, ResultState
 from storage.spool import Spool
+
+def results_wait(database: Database) -> bool:
+    """Whether a model is wanted now: a result waits for it, or is being made."""
+    waiting = select(Result.result_id).where(Result.state == ResultState.PENDING, Result.runtime.is_(None)).limit(1)
+    with database.reading() as session:
+        return session.scalars(waiting).first() is not None
+
 
 _VERDICTS = {0: "ACCEPTED", 1: "REJECTED", 3: "OUTSIDE_PLAN"}
 
@@ -62,15 +72,22 @@ class TrainingWork:
             if run.kind == "retraining":
                 return "written"
             raise Permanent("no case was chosen")
-        wanted = [case["result_id"] for case in run.cases]
-        write_cases(
+        written = write_cases(
             self._database,
             self._spool,
-            wanted,
+            [case["result_id"] for case in run.cases],
             commands.cases,
-            dataset_json=self._old_dataset(run).json.document,
-            labels=bundle.labels,
+            dataset_json=self._old_dataset(run).json,
+            orientation=bundle.contract.orientation,
         )
+        with self._database.session() as session:
+            row = runs.get_run(session, run_id, lock=True)
+            corrections = dict(written.corrections)
+            row.cases = [
+                {**case, "case": written.names.get(case["result_id"]), "correction": corrections.get(case["result_id"])}
+                | ({"left_out": why} if (why := written.left_out.get(case["result_id"])) else {})
+                for case in row.cases or []
+            ]
         return "written"
 
     def plan(self, run_id: str) -> str:
@@ -141,9 +158,8 @@ class TrainingWork:
         with self._database.session() as session:
             row = runs.get_run(session, run_id, lock=True)
             row.semver = model.semver
-            for case in row.cases or []:
-                for correction in session.query(Correction).filter(Correction.result_id == case["result_id"]):
-                    correction.learnt_by = run_id
+            learnt = [case["correction"] for case in row.cases or [] if case.get("correction") is not None]
+            session.execute(update(Correction).where(Correction.correction_id.in_(learnt)).values(learnt_by=run_id))
         return model.semver
 
     def examine(self, run_id: str) -> str:

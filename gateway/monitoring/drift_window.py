@@ -1,7 +1,9 @@
 """Which studies are compared with which: reference and window of a model's version, of all scanners and of each.
 
 The reference are the first studies that a version served, frozen from then on; a version that is promoted starts with
-an empty one. The window are the latest studies of the last days, at most half as many as the reference.
+an empty one. The window are the latest studies of the last days, at most half as many as the reference. The latest
+studies, whether they belong to the reference or not, are compared with the training data too, as far as the bundle
+brings a baseline. What an answer leads to: gateway/monitoring/drift_alarms.py.
 """
 
 from __future__ import annotations
@@ -13,48 +15,42 @@ from datetime import datetime, timedelta
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from engine.drift_check import DriftReport, check_drift, largest_window, most_unlike
-from gateway.monitoring.study_rows import RecordedStudy, recorded_studies
+from engine.drift_check import DriftReport, StreamPair, check_drift, largest_window, most_unlike, stream_pair
+from engine.intensity_baseline import IntensityBaseline
+from engine.training_comparison import TrainingFinding, compare_with_training, histogram_stream
+from gateway.monitoring.study_rows import PARTS, RecordedStudy, recorded_studies
 from gateway.settings import DriftSettings
-from storage import alarms
-from storage.database import Database
-from storage.records import StudyFacts, utc_now
-
-KIND = "drift"
+from storage.records import StudyFacts
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class ModelDrift:
-    """`scanner` None: the studies of all scanners together. `examples`: of each stream that has drifted, the result ids
-    of the studies that are furthest."""
+    """`scanner` None: the studies of all scanners together. `pairs`: of each stream that has drifted, both sides.
+    `training`: against the training data, empty where the bundle has no baseline or too few studies were seen.
+    `examples`: of each stream that is beyond its limit, the result ids of the studies that are furthest."""
 
     model_name: str
     model_version: str
     scanner: str | None
     report: DriftReport
+    pairs: tuple[StreamPair, ...]
+    training: tuple[TrainingFinding, ...]
     examples: dict[str, tuple[str, ...]]
 
+    @property
+    def subject(self) -> str:
+        """Of alarms and review tasks."""
+        subject = f"model:{self.model_name} {self.model_version}"
+        return (subject if self.scanner is None else f"{subject} on {self.scanner}")[:160]
 
-def check_served_models(database: Database, settings: DriftSettings, *, now: datetime) -> list[ModelDrift]:
-    """Of every model the version of its latest study; alarms are raised and cleared. Raises DatabaseAway."""
-    found: list[ModelDrift] = []
-    with database.reading() as session:
-        served = served_versions(session)
-    for name, version in served:
-        with database.session() as session:
-            drifts = check_model(session, name, version, settings, now=now)
-            for drift in drifts:
-                raise_for(session, drift)
-        found += drifts
-    return found
+    @property
+    def unlike_training(self) -> tuple[TrainingFinding, ...]:
+        return tuple(finding for finding in self.training if finding.severity != "none")
 
-
-def check_drift_of_all(database: Database, settings: DriftSettings) -> str:
-    """`check_served_models` now, and a sentence on what was found. Raises DatabaseAway."""
-    found = check_served_models(database, settings, now=utc_now())
-    drifted = [f"{one.model_name} {one.model_version}" for one in found if one.report.severity != "none"]
-    few = sum(one.report.too_few is not None for one in found)
-    return f"{len(found)} comparisons, {few} with too few studies; drifted: {', '.join(drifted) or 'none'}"
+    @property
+    def is_quiet(self) -> bool:
+        """Whether there is nothing to tell anybody."""
+        return self.report.severity == "none" and not self.unlike_training
 
 
 def served_versions(session: Session) -> list[tuple[str, str]]:
@@ -76,45 +72,20 @@ def check_model(
     settings: DriftSettings,
     *,
     now: datetime,
+    baseline: IntensityBaseline | None = None,
 ) -> list[ModelDrift]:
-    """All scanners together first, then each that has enough studies for an answer."""
+    """All scanners together first, then each that has enough studies for an answer. `baseline`: of the bundle."""
     studies = recorded_studies(session, model_name, model_version)
     model = (model_name, model_version)
-    found = [_checked(studies, None, model, settings, now)]
+    found = [_checked(studies, None, model, settings, now, baseline)]
     scanners = sorted({study.scanner for study in studies if study.scanner})
     if len(scanners) > 1:
         for scanner in scanners:
             own = [study for study in studies if study.scanner == scanner]
-            one = _checked(own, scanner, model, settings, now)
-            if one.report.too_few is None:
+            one = _checked(own, scanner, model, settings, now, baseline)
+            if one.report.too_few is None or one.training:
                 found.append(one)
     return found
-
-
-def raise_for(session: Session, drift: ModelDrift) -> None:
-    """An alarm where something has drifted; an open one of before is cleared where an answer says that nothing has."""
-    subject = f"model:{drift.model_name} {drift.model_version}"[:160]
-    if drift.scanner is not None:
-        subject = f"{subject} on {drift.scanner}"[:160]
-    if drift.report.severity != "none":
-        alarms.raise_alarm(session, kind=KIND, subject=subject, message=describe(drift))
-    elif drift.report.too_few is None:
-        alarms.clear_alarms(session, kind=KIND, subject=subject, by="scheduler")
-
-
-def describe(drift: ModelDrift) -> str:
-    """Severity, streams and example results, for an alarm."""
-    report = drift.report
-    parts = []
-    for finding in report.drifted:
-        text = f"{finding.name} ({finding.severity}, {finding.multiple:.1f} times what is usual"
-        if finding.kl is not None:
-            text += f", KL {finding.kl:.3f}"
-        parts.append(f"{text}; e.g. {', '.join(drift.examples[finding.name])})")
-    return (
-        f"{report.severity}: the last {report.window} studies differ from the first {report.reference} in "
-        f"{'; '.join(parts)}"
-    )
 
 
 def _checked(
@@ -123,19 +94,37 @@ def _checked(
     model: tuple[str, str],
     settings: DriftSettings,
     now: datetime,
+    baseline: IntensityBaseline | None,
 ) -> ModelDrift:
-    reference, later = studies[: settings.reference_studies], studies[settings.reference_studies :]
     since = now - timedelta(days=settings.window_days)
+    reference, later = studies[: settings.reference_studies], studies[settings.reference_studies :]
     live = [study for study in later if study.recorded_at >= since][-max(1, largest_window(len(reference))) :]
     known, seen = [study.row for study in reference], [study.row for study in live]
     report = check_drift(known, seen)
+    pairs = tuple(stream_pair(known, seen, finding.name) for finding in report.drifted)
+    examples = {pair.name: tuple(live[index].result_id for index in most_unlike(pair)) for pair in pairs}
+    recent = [study for study in studies if study.recorded_at >= since]
+    recent = recent[-max(1, largest_window(settings.reference_studies)) :]
+    training = () if baseline is None else _against_training(recent, baseline)
+    for finding in training:
+        if finding.severity != "none":
+            places = [finding.members[index] for index in most_unlike(finding.pair)]
+            examples[finding.name] = tuple(recent[place].result_id for place in places)
     return ModelDrift(
         model_name=model[0],
         model_version=model[1],
         scanner=scanner,
         report=report,
-        examples={
-            finding.name: tuple(live[index].result_id for index in most_unlike(known, seen, finding.name))
-            for finding in report.drifted
-        },
+        pairs=pairs,
+        training=training,
+        examples=examples,
     )
+
+
+def _against_training(studies: Sequence[RecordedStudy], baseline: IntensityBaseline) -> tuple[TrainingFinding, ...]:
+    histograms = {
+        (channel, part): [study.row.histograms.get(histogram_stream(channel, part)) for study in studies]
+        for channel in range(len(baseline.channels))
+        for part in PARTS
+    }
+    return compare_with_training(histograms, baseline)

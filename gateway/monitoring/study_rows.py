@@ -12,9 +12,11 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from engine.drift_check import StudyRow
+from engine.training_comparison import Part, histogram_stream
 from storage.records import Result, StudyFacts
 
 VERDICT, CONFIDENCE = "verdict", "confidence"
+PARTS: tuple[Part, ...] = ("whole", "foreground")
 _PER_LABEL = ("volume_ml", "confidence", "border_entropy", "fold_dice", "mirror_dice", "components")
 
 
@@ -90,8 +92,8 @@ def study_row(
             numbers[f"spacing-{axis}-mm"], numbers[f"size-{axis}"] = float(mm), float(size)
         _add(numbers, "foreground-share", image.get("foreground_share"))
         for index, channel in enumerate(image["channels"]):
-            histograms[f"intensities {index}"] = channel["whole"]
-            histograms[f"foreground-intensities {index}"] = channel["foreground"]
+            for part in PARTS:
+                histograms[histogram_stream(index, part)] = channel[part]
             _add(numbers, f"noise {index}", channel.get("noise"))
     return StudyRow(categories=categories, numbers=numbers, histograms=histograms)
 
