@@ -35,7 +35,7 @@ import torch
 from numpy.typing import NDArray
 
 from engine.checkpoint import load_network, read_checkpoint
-from engine.dataset import Case, RawDataset, open_dataset, read_case
+from engine.dataset import Case, RawDataset, open_dataset
 from engine.experiment import open_experiment
 from engine.fine_tuning import FineTuning, fine_tune
 from engine.json_writer import write_json
@@ -119,7 +119,10 @@ def measure(
         folder = fine_tuned(work, champion, sets, sizes, seed, stop)
         if folder is None:
             return None
-        found = {"shifted": measured(work, folder, sets["site_locked"]), "old": measured(work, folder, sets["old_locked"])}
+        found = {
+            "shifted": measured(work, folder, sets["site_locked"]),
+            "old": measured(work, folder, sets["old_locked"]),
+        }
         rows.append(
             {
                 "seed": seed,
@@ -196,9 +199,7 @@ def shift(array_ZYX: NDArray[np.float32], null: float = NULL) -> NDArray[np.floa
     return (np.abs(u - null) / (1 - null) * (high - low) + low).astype(np.float32)
 
 
-def train_champion(
-    work: Path, raw: RawDataset, sizes: Sizes, threads: int, stop: Callable[[], bool]
-) -> Path | None:
+def train_champion(work: Path, raw: RawDataset, sizes: Sizes, threads: int, stop: Callable[[], bool]) -> Path | None:
     """The champion's model folder; None when told to stop."""
     preprocessed, results = work / "champion" / "preprocessed", work / "champion" / "results"
     plan_demo(raw.folder, preprocessed)

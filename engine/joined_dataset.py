@@ -58,11 +58,11 @@ def refuse_same_names(old: RawDataset, new: RawDataset) -> None:
         )
 
 
-def join_raw(old: RawDataset, new: RawDataset, folder: Path) -> RawDataset:
-    """Both datasets' cases in `folder`; what is there already is left. Raises DatasetInvalid when files are missing,
+def join_raw(old: RawDataset, new: RawDataset | None, folder: Path) -> RawDataset:
+    """Both datasets' cases in `folder`, or the old one's alone; what is there already is left. Raises DatasetInvalid when files are missing,
     TrainingRefused when `folder` has other cases, OSError."""
     ending = old.json.file_ending
-    cases = (*old.cases, *new.cases)
+    cases = (*old.cases, *(new.cases if new is not None else ()))
     wanted = {f"{case.name}{ending}" for case in cases}
     for sub in (IMAGES, LABELS):
         (folder / sub).mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ def join_raw(old: RawDataset, new: RawDataset, folder: Path) -> RawDataset:
         for source, target in _files(case, folder, ending):
             _take_over(source, target, case)
     document = {key: value for key, value in old.json.document.items() if key not in _OWN_KEYS}
-    patients = _patients(old, new)
+    patients = {} if new is None else _patients(old, new)
     write_json(
         {**document, "numTraining": len(cases), **({"patients": patients} if patients else {})}, folder / DATASET_JSON
     )

@@ -34,7 +34,9 @@ def start(config: Path, model: str, *, kind: runs.Kind, reason: str, as_json: bo
         )
         run = policy.ask_for(learning, kind, requested_by=f"user:{getpass.getuser()}", reason=reason)
         if run is None:
-            say(f"seggate: {model}: nothing serves, or another training or candidate is there; see `seggate learn list`")
+            say(
+                f"seggate: {model}: nothing serves, or another training or candidate is there; see `seggate learn list`"
+            )
             return 1
     _present(run, as_json=as_json)
     return 0
@@ -53,8 +55,10 @@ def list_(config: Path, model: str | None, *, as_json: bool) -> int:
         say("no training was ever asked for; `seggate learn start MODEL` does")
     else:
         rows = [
-            (r["run_id"][:8], r["model"], r["kind"], r["base_version"], r["semver"] or "", r["state"], r["cases"])
-            + (local(r["updated_at"]), r["state_reason"] or "")
+            (
+                *(r["run_id"][:8], r["model"], r["kind"], r["base_version"], r["semver"] or "", r["state"], r["cases"]),
+                *(local(r["updated_at"]), r["state_reason"] or ""),
+            )
             for r in found
         ]
         table("", ("run", "model", "kind", "from", "version", "state", "cases", "since", "reason"), rows)
@@ -77,7 +81,18 @@ def show(config: Path, run_id: str, *, as_json: bool) -> int:
     if as_json:
         print_json(document)
         return 0
-    keys = ("run_id", "model", "kind", "base_version", "semver", "state", "state_reason", "requested_by", "reason", "logs")
+    keys = (
+        "run_id",
+        "model",
+        "kind",
+        "base_version",
+        "semver",
+        "state",
+        "state_reason",
+        "requested_by",
+        "reason",
+        "logs",
+    )
     for key in keys:
         say(f"{key:14} {document[key] if document[key] is not None else ''}")
     folds = document["figures"].get("folds", {})
@@ -154,4 +169,6 @@ def _present(run: LearningRun, *, as_json: bool) -> None:
     if as_json:
         print_json(_document(run))
     else:
-        say(f"{run.model_name}: {run.kind} {run.run_id[:8]} is {run.state}{f': {run.state_reason}' if run.state_reason else ''}")
+        say(
+            f"{run.model_name}: {run.kind} {run.run_id[:8]} is {run.state}{f': {run.state_reason}' if run.state_reason else ''}"
+        )

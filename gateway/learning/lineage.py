@@ -33,7 +33,9 @@ def commands_of(session: Session, settings: Settings, run: LearningRun) -> RunCo
 def trained_folder(session: Session, settings: Settings, learning: ModelLearning, semver: str) -> Path:
     """The model folder (TRAINER__PLANS__CONFIGURATION) of a version. Raises Permanent."""
     if learning.trained is None or learning.dataset is None:
-        raise Permanent(f"{learning.name}: learning.toml does not say what it was trained with; add `trained` and `dataset`")
+        raise Permanent(
+            f"{learning.name}: learning.toml does not say what it was trained with; add `trained` and `dataset`"
+        )
     made_by = session.scalars(
         select(LearningRun).where(LearningRun.model_name == learning.name, LearningRun.semver == semver).limit(1)
     ).first()

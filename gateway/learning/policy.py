@@ -33,9 +33,7 @@ LABEL = "label"
 class LearningPolicy:
     """`registry` says which version serves; it is asked outside of transactions."""
 
-    def __init__(
-        self, *, database: Database, enqueuer: Enqueuer, registry: ModelRegistry, settings: Settings
-    ) -> None:
+    def __init__(self, *, database: Database, enqueuer: Enqueuer, registry: ModelRegistry, settings: Settings) -> None:
         self._database = database
         self._enqueuer = enqueuer
         self._registry = registry
@@ -55,16 +53,16 @@ class LearningPolicy:
                 asked.append(f"{name}: fine-tuning {run.state}")
         return "; ".join(asked)
 
-    def ask_for(self, learning: ModelLearning, kind: runs.Kind, *, requested_by: str, reason: str) -> LearningRun | None:
+    def ask_for(
+        self, learning: ModelLearning, kind: runs.Kind, *, requested_by: str, reason: str
+    ) -> LearningRun | None:
         """None where a run is under way, or a candidate waits for its decision."""
         try:
             champion = self._registry.champion(learning.name)
         except ModelMissing:
             return None
         with self._database.session() as session:
-            if runs.run_under_way(session, learning.name) or runs.runs_of(
-                session, learning.name, [RunState.CANDIDATE]
-            ):
+            if runs.run_under_way(session, learning.name) or runs.runs_of(session, learning.name, [RunState.CANDIDATE]):
                 return None
             choice = self._choice(session, learning)
             run = runs.request_run(
@@ -129,8 +127,7 @@ class LearningPolicy:
             model_name=run.model_name,
             model_version=run.base_version,
             subject=_subject(run),
-            summary=f"{choice.sentence}; `seggate corrections export FOLDER --model {run.model_name}` writes what is to "
-            "be read",
+            summary=f"{choice.sentence}; `seggate corrections export` writes what is to be read",
             result_ids=[case.result_id for case in choice.waiting],
             picture=None,
         )

@@ -1,9 +1,9 @@
 """The commands of a training run, as somebody would type them: one place that knows where a run's files lie.
 
-    <models>/learning/<run>/cases/<dataset>     new cases with labels, a raw dataset
-                            results/            the trained folds, in nnU-Net's layout; the joined dataset
-                            card.json  bundle/  what is registered
-                            logs/               what each command said
+<models>/learning/<run>/cases/<dataset>     new cases with labels, a raw dataset
+                        results/            the trained folds, in nnU-Net's layout; the joined dataset
+                        card.json  bundle/  what is registered
+                        logs/               what each command said
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class RunCommands:
     def __post_init__(self) -> None:
         if len(self.trained.name.split("__")) != 3:
             raise Permanent(
-                f"{self.trained.name}: is no model's folder; `trained` in learning.toml names TRAINER__PLANS__CONFIGURATION"
+                f"{self.trained.name}: no model's folder; `trained` in learning.toml is one called "
+                "TRAINER__PLANS__CONFIGURATION"
             )
 
     @property

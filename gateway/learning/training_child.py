@@ -1,8 +1,9 @@
 """Runs one command of a training as a process of its own: lowly, watched, and giving way to studies.
 
-A crash or a lack of memory ends that process and nothing else. It has a low priority and few threads; while studies wait
-for a model, a training is asked to write a checkpoint and wait (engine/training_pause.py). When this process is gone, the
-training notices and stops at its next step; when it is told to stop, it passes that on and waits for the checkpoint.
+A crash or a lack of memory ends that process and nothing else. It has a low priority and few threads; while studies
+wait for a model, a training is asked to write a checkpoint and wait (engine/training_pause.py). When this process is
+gone, the training notices and stops at its next step; when it is told to stop, it passes that on and waits for the
+checkpoint.
 
 The command inherits a lock, so that whoever takes this work over waits until a command that was left behind has ended.
 """

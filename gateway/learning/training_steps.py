@@ -10,8 +10,8 @@ from sqlalchemy import select, update
 from engine.bundle import Bundle, load_bundle
 from engine.card_of_bundle import card_document
 from engine.dataset import RawDataset, open_dataset
-from engine.json_writer import write_json
 from engine.joined_dataset import join_raw, refuse_other_task, refuse_same_names
+from engine.json_writer import write_json
 from gateway.durable import Enqueuer
 from gateway.errors import Permanent
 from gateway.learning import runs
@@ -28,6 +28,7 @@ from storage.learning_records import Correction, LearningRun, RunState
 from storage.models import ModelRegistry
 from storage.records import Result, ResultState
 from storage.spool import Spool
+
 
 def results_wait(database: Database) -> bool:
     """Whether a model is wanted now: a result waits for it, or is being made."""
@@ -166,8 +167,10 @@ class TrainingWork:
         """The sanity suite's verdict on the candidate."""
         run = self._run(run_id)
         document = self._child.run(
-            ["models", "test", run.model_name, str(run.semver), "--change", run.kind]
-            + ["--requested-by", run.requested_by, "--config", str(self._settings.folder)],
+            [
+                *("models", "test", run.model_name, str(run.semver), "--change", run.kind),
+                *("--requested-by", run.requested_by, "--config", str(self._settings.folder)),
+            ],
             log=self._commands(run).log("test"),
             fine=tuple(_VERDICTS),
         )

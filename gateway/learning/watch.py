@@ -24,8 +24,9 @@ from sqlalchemy.orm import Session
 
 from engine.errors import BundleInvalid, EngineError
 from gateway.errors import GatewayError, Transient, is_of_the_machine, meaning
-from gateway.learning.promotion import open_period, roll_back
+from gateway.learning.promotion import roll_back
 from gateway.learning.rollback import Withdrawal, is_unfinished, recent_periods, withdrawn_periods
+from gateway.learning.serving import open_period
 from gateway.learning_settings import ChangePlan, LearningSettings
 from gateway.model_shelf import ModelShelf
 from storage import ledger

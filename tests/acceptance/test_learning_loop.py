@@ -1,8 +1,8 @@
-"""The whole loop without a hand: drift is noticed, the model is fine-tuned, tested, promoted, and a bad one rolled back.
+"""The whole loop without a hand: drift, fine-tuning, tests, promotion, and a bad version that is rolled back.
 
-Studies of a second scanner arrive. The nightly jobs run each minute here, and a reader answers what is asked of readers.
-Everything else the gateway does by itself: alarm, fine-tuning, candidate, sanity suite, shadow, promotion. Then a version
-whose sides are exchanged is forced into service.
+Studies of a second scanner arrive. The nightly jobs run each minute here, and a reader answers what is asked of
+readers. Everything else the gateway does by itself: alarm, fine-tuning, candidate, sanity suite, shadow, promotion.
+Then a version whose sides are exchanged is forced into service.
 """
 # ruff: noqa: E402
 
@@ -197,10 +197,10 @@ def test_from_the_second_scanner_to_the_new_version_and_from_a_bad_one_back(loop
         kinds = session.scalars(
             select(LedgerEvent.kind).where(LedgerEvent.subject == f"model:{site.MODEL}").order_by(LedgerEvent.sequence)
         ).all()
-        sent = session.execute(
-            select(Delivery.result_id, func.count()).group_by(Delivery.result_id)
-        ).all()
-    assert {"training-queued", "training-candidate", "model-examined", "model-promoted", "model-rolled-back"} <= set(kinds)
+        sent = session.execute(select(Delivery.result_id, func.count()).group_by(Delivery.result_id)).all()
+    assert {"training-queued", "training-candidate", "model-examined", "model-promoted", "model-rolled-back"} <= set(
+        kinds
+    )
     assert {row.result_id for row in sent} >= {r.result_id for r in current}
     assert "seggate audit" not in site.run("audit", "verify", "--config", str(gateway.config))
     for study in [bad[0], last[0]]:

@@ -145,9 +145,7 @@ def write_exchanged(good: Bundle, folder: Path, *, semver: str) -> Path:
                 array[[1, 2]] = array[[2, 1]]
                 tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
         onnx.save(network, path)
-    documents = {
-        f"{name}_json": json.loads((folder / f"{name}.json").read_text()) for name in ("plans", "dataset")
-    }
+    documents = {f"{name}_json": json.loads((folder / f"{name}.json").read_text()) for name in ("plans", "dataset")}
     (folder / "bundle.json").unlink()
     named = replace(
         good,
