@@ -59,8 +59,8 @@ def refuse_same_names(old: RawDataset, new: RawDataset) -> None:
 
 
 def join_raw(old: RawDataset, new: RawDataset | None, folder: Path) -> RawDataset:
-    """Both datasets' cases in `folder`, or the old one's alone; what is there already is left. Raises DatasetInvalid when files are missing,
-    TrainingRefused when `folder` has other cases, OSError."""
+    """Both datasets' cases in `folder`, or the old one's alone; what is there already is left. Raises DatasetInvalid
+    when files are missing, TrainingRefused when `folder` has other cases, OSError."""
     ending = old.json.file_ending
     cases = (*old.cases, *(new.cases if new is not None else ()))
     wanted = {f"{case.name}{ending}" for case in cases}

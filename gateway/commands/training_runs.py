@@ -169,6 +169,5 @@ def _present(run: LearningRun, *, as_json: bool) -> None:
     if as_json:
         print_json(_document(run))
     else:
-        say(
-            f"{run.model_name}: {run.kind} {run.run_id[:8]} is {run.state}{f': {run.state_reason}' if run.state_reason else ''}"
-        )
+        reason = f": {run.state_reason}" if run.state_reason else ""
+        say(f"{run.model_name}: {run.kind} {run.run_id[:8]} is {run.state}{reason}")

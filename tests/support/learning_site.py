@@ -117,7 +117,8 @@ def train(root: Path, seeds: Sequence[int], *, folds: int = 2, epochs: int = 10,
     shrink(preprocessed / DATASET / "nnUNetPlans.json")
     run(
         *("train", "run", str(raw), *places, "--configuration", CONFIGURATION, "--epochs", str(epochs)),
-        *("--iterations", str(iterations), "--processes", "1", "--no-probe", "--mirror", "none", "--device", "cpu"),
+        *("--iterations", str(iterations), "--processes", "1", "--threads", "1", "--no-probe"),
+        *("--mirror", "none", "--device", "cpu"),
     )
     run("select", str(raw), *places, "--configuration", CONFIGURATION, "--processes", "1")
     card, bundle = root / "card.toml", root / "bundle"
