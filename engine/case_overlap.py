@@ -45,7 +45,7 @@ class ImageDigests:
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._known: dict[str, str] = {}
-        self._changed = False
+        self._asked: set[str] = set()
         if path is not None:
             try:
                 document = read_json(path, error=DatasetInvalid)
@@ -58,20 +58,19 @@ class ImageDigests:
     def of(self, case: Case) -> str:
         """Raises InputRejected, with the case, for a file that is missing or cannot be read."""
         key = _stamp(case)
+        self._asked.add(key)
         if key not in self._known:
             try:
                 self._known[key] = image_digest(read_nifti([path]) for path in case.channels.values())
             except InputRejected as error:
                 raise InputRejected(f"{case.name}: {error}") from error
-            self._changed = True
         return self._known[key]
 
-    def save(self) -> None:
-        """Raises OSError."""
-        if self._path is not None and self._changed:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_json({"format": FORMAT, "images": self._known}, self._path)
-            self._changed = False
+    def save(self, *, whole: bool) -> None:
+        """`whole`: everything was asked for, and the rest is of files that are gone or changed. Raises OSError."""
+        if self._path is not None and self._asked:
+            kept = {key: value for key, value in self._known.items() if not whole or key in self._asked}
+            write_json({"format": FORMAT, "images": kept}, self._path)
 
 
 def copies(
@@ -89,7 +88,7 @@ def copies(
     for name, digest in images.items():
         wanted.setdefault(digest, []).append(name)
     found: dict[str, str] = {}
-    total, done = sum(len(dataset.cases) + len(dataset.excluded) for dataset in datasets), 0
+    total, done, whole = sum(len(dataset.cases) + len(dataset.excluded) for dataset in datasets), 0, False
     try:
         for dataset in datasets:
             for case in (*dataset.cases, *dataset.excluded):
@@ -104,8 +103,9 @@ def copies(
                 done += 1
                 if progress is not None:
                     progress(done, total)
+        whole = True
     finally:
-        digests.save()
+        digests.save(whole=whole)
     return found
 
 

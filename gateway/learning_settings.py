@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -60,6 +62,12 @@ class ChangePlan(Section):
     max_error_rate: Share = 0.2
     max_hold_rate: Share = 0.5
     max_empty_rate: Share = 0.3
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of its canonical JSON (sorted keys, no blanks): which plan a version was measured by."""
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 class ModelLearning(Section):

@@ -24,7 +24,7 @@ from engine.sanity_check import CaseAgreement, check_sanity
 from engine.version_comparison import compare_versions
 from gateway.learning.gate_report import Examination, report_document
 from gateway.learning.learnt_cases import learnt_cases
-from gateway.learning.verdict import Reason, broken_limits, plan_digest, verdict_of
+from gateway.learning.verdict import Reason, broken_limits, verdict_of
 from gateway.learning_settings import Change
 from gateway.settings import Settings
 from storage import ledger
@@ -312,7 +312,7 @@ def _record(database: Database, found: Examination) -> GateReport:
             model_version=model.semver,
             champion_version=champion.semver if champion is not None else None,
             weights_digest=model.weights_digest,
-            plan_digest=plan_digest(found.plan),
+            plan_digest=found.plan.digest,
             change=found.change,
             requested_by=found.requested_by,
             examined_at=utc_now(),

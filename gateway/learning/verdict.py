@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import enum
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,12 +31,6 @@ class Reason:
     figure: float | None = None
     limit: float | None = None
     outside: bool = False
-
-
-def plan_digest(plan: ChangePlan) -> str:
-    """SHA-256 of the canonical JSON of a change plan (sorted keys, no blanks): which plan a version was measured by."""
-    canonical = json.dumps(plan.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def verdict_of(reasons: Sequence[Reason]) -> Verdict:

@@ -21,7 +21,6 @@ from engine.sanity_cases import SanityCase, SanitySuite, write_case
 from engine.volume import Geometry, Volume
 from gateway.learning.gate import check_at_startup, examine
 from gateway.learning.gate_report import figure_rows, release_note
-from gateway.learning.verdict import plan_digest
 from gateway.learning_settings import ChangePlan, LearningSettings, ModelLearning
 from gateway.settings import Settings
 from storage import ledger
@@ -137,7 +136,7 @@ def test_a_version_as_good_as_the_one_that_serves_is_accepted(house: House) -> N
     shares: list[tuple[float, str]] = []
     row = house.examine(progress=lambda share, what: shares.append((share, what)))
     assert (row.verdict, row.champion_version, row.model_version) == ("ACCEPTED", "1.0.0", "1.1.0")
-    assert (row.weights_digest, row.plan_digest) == (candidate.weights_digest, plan_digest(PLAN))
+    assert (row.weights_digest, row.plan_digest) == (candidate.weights_digest, PLAN.digest)
     assert (row.change, row.requested_by) == ("fine-tuning", "user:ann")
     figures = row.report["figures"]
     assert figures["dice"]["candidate"] == figures["dice"]["champion"] == 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -85,6 +86,7 @@ def test_an_image_is_read_once_and_again_when_its_file_changes(
     os.utime(changed, ns=(0, 0))
     copies(images, [open_dataset(trained)], ImageDigests(path))
     assert reads[3:] == ["case_01_0000.nii.gz"]
+    assert len(json.loads(path.read_text())["images"]) == 3, "what a file was before is forgotten"
     path.write_text(path.read_text()[:40])
     copies(images, [open_dataset(trained)], ImageDigests(path))
     assert len(reads) == 7

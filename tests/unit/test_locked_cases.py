@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -126,7 +127,7 @@ def test_files_that_are_missing_are_listed_without_opening_any(tmp_path: Path) -
     ],
 )
 def test_labels_and_channels_must_be_those_of_the_model(
-    tmp_path: Path, changes: dict[str, object], words: str | None
+    tmp_path: Path, changes: dict[str, Any], words: str | None
 ) -> None:
     bundle = write_intensity_bundle(tmp_path / "bundle", name="phantom")
     difference = misfit(open_locked(write_locked(tmp_path / "locked", cases=1, **changes)).dataset.json, bundle)

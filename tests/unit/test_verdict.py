@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from engine.version_comparison import Comparison, Figure, NewlyEmpty
-from gateway.learning.verdict import NOTICEABLE_S, Reason, Verdict, broken_limits, plan_digest, verdict_of
+from gateway.learning.verdict import NOTICEABLE_S, Reason, Verdict, broken_limits, verdict_of
 from gateway.learning_settings import ChangePlan
 
 PLAN = ChangePlan(
@@ -146,5 +146,5 @@ def test_what_is_at_fault_goes_before_what_the_plan_does_not_cover() -> None:
 
 def test_a_plan_is_known_by_the_digest_of_its_canonical_json() -> None:
     content = json.dumps(ChangePlan().model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
-    assert plan_digest(ChangePlan()) == hashlib.sha256(content.encode()).hexdigest()
-    assert plan_digest(ChangePlan(max_dice_loss=0.02)) != plan_digest(ChangePlan())
+    assert ChangePlan().digest == hashlib.sha256(content.encode()).hexdigest()
+    assert ChangePlan(max_dice_loss=0.02).digest != ChangePlan().digest
