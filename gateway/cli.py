@@ -330,6 +330,37 @@ def models_verify(
     raise typer.Exit(command.verify(config, name, files_only=files_only, as_json=as_json))
 
 
+@models.command("test")
+def models_test(
+    name: Annotated[str, typer.Argument(help="Model name.")],
+    semver: Annotated[str | None, typer.Argument(help="A version; default: the candidate.")] = None,
+    change: Annotated[
+        Literal["fine-tuning", "retraining", "import"], typer.Option(help="What kind of change the version is.")
+    ] = "import",
+    requested_by: Annotated[
+        str | None, typer.Option(help="Who asked for the version, and may not promote it. Default: you.")
+    ] = None,
+    report: Annotated[Path | None, typer.Option(help="Write a release note here (Markdown).", dir_okay=False)] = None,
+    config: Config = DEFAULT_CONFIG,
+    as_json: Json = False,
+) -> None:
+    """Examine a version by its model's change plan: files, sanity cases, and the locked cases beside the version that
+    serves. Exit code 0 ACCEPTED, 1 REJECTED, 3 OUTSIDE_PLAN; 1 with no verdict when it could not be examined."""
+    from gateway.commands import model_test as command
+
+    raise typer.Exit(
+        command.test(
+            config,
+            name,
+            semver,
+            change=change,
+            requested_by=requested_by,
+            report_file=report,
+            as_json=as_json,
+        )
+    )
+
+
 @config.command("show")
 def config_show(config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
     """Print the settings in force, the files they are from and what the environment sets; secrets stay hidden."""

@@ -271,6 +271,10 @@ class Settings(Section):
         sender = self.sender(calling_ae)
         return sender.completeness if sender and sender.completeness else self.gateway.completeness
 
+    def located(self, path: Path) -> Path:
+        """A path that another file of the configuration names, such as learning.toml."""
+        return self._resolved(path)
+
     def _resolved(self, path: Path) -> Path:
         """Relative paths are relative to the folder above `config/`, wherever the command was started."""
         return path if path.is_absolute() else (self.folder.resolve().parent / path)

@@ -23,6 +23,7 @@ from gateway.checks import (
 )
 from gateway.commands.output import console, print_json, table
 from gateway.delivery.destination import EchoReport
+from gateway.learning_checks import check_learning
 from gateway.peer_checks import (
     Advice,
     advice,
@@ -65,6 +66,8 @@ def _run(config: Path, *, tell: Callable[[str], None]) -> tuple[list[Finding], l
     findings += [check_receiver_port(settings), check_web_port(settings)]
     tell("models")
     findings += [check_runtime(settings), *check_models(settings, rules)]
+    tell("learning")
+    findings += check_learning(settings)
     tell("PACS and EMR")
     pacs, echoes = check_pacs(settings)
     findings += [*check_sender_queries(settings), *pacs, *check_emrs(settings)]

@@ -36,9 +36,18 @@ _ANSWER_BYTES = 1 << 20
 
 
 class TrainingChild:
-    """`stop` ends what runs. `studies_wait` is asked every two seconds of a command that can pause."""
+    """`stop` ends what runs. `studies_wait` is asked every two seconds of a command that can pause. `program` is
+    `seggate`."""
 
-    def __init__(self, *, stop: threading.Event, studies_wait: Callable[[], bool], threads: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        stop: threading.Event,
+        studies_wait: Callable[[], bool],
+        threads: int = 0,
+        program: Sequence[str] = (sys.executable, "-m", "gateway.cli"),
+    ) -> None:
+        self._program = program
         self._stop = stop
         self._studies_wait = studies_wait
         self._threads = threads or max(1, (os.cpu_count() or 2) // 2)
@@ -61,7 +70,7 @@ class TrainingChild:
         """
         log.parent.mkdir(parents=True, exist_ok=True)
         answer = log.with_suffix(".json")
-        command = [sys.executable, "-m", "gateway.cli", *arguments, "--json"]
+        command = [*self._program, *arguments, "--json"]
         with log.open("ab") as said, log.with_suffix(".lock").open("ab") as lock:
             self._take(lock.fileno())
             with answer.open("wb") as out:

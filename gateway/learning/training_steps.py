@@ -12,6 +12,7 @@ from engine.card_of_bundle import card_document
 from engine.dataset import RawDataset, open_dataset
 from engine.joined_dataset import join_raw, refuse_other_task, refuse_same_names
 from engine.json_writer import write_json
+from gateway.commands.model_test import ACCEPTED, OUTSIDE_PLAN, REJECTED
 from gateway.durable import Enqueuer
 from gateway.errors import Permanent
 from gateway.learning import runs
@@ -35,9 +36,6 @@ def results_wait(database: Database) -> bool:
     waiting = select(Result.result_id).where(Result.state == ResultState.PENDING, Result.runtime.is_(None)).limit(1)
     with database.reading() as session:
         return session.scalars(waiting).first() is not None
-
-
-_VERDICTS = {0: "ACCEPTED", 1: "REJECTED", 3: "OUTSIDE_PLAN"}
 
 
 class TrainingWork:
@@ -172,14 +170,16 @@ class TrainingWork:
                 *("--requested-by", run.requested_by, "--config", str(self._settings.folder)),
             ],
             log=self._commands(run).log("test"),
-            fine=tuple(_VERDICTS),
+            fine=(ACCEPTED, REJECTED, OUTSIDE_PLAN),
         )
-        verdict = _VERDICTS[document["exit_code"]]
+        if "verdict" not in document:
+            raise Permanent(f"not examined: {document.get('error') or 'see test.log of the run'}")
+        verdict = str(document["verdict"])
         with self._database.session() as session:
             row = runs.get_run(session, run_id, lock=True)
             row.figures = {**(row.figures or {}), "verdict": verdict}
             if verdict != "ACCEPTED":
-                runs.move(session, row, RunState.REFUSED, f"{verdict}: {'; '.join(document.get('reasons', []))}")
+                runs.move(session, row, RunState.REFUSED, f"{verdict}: {'; '.join(map(str, document['reasons']))}")
         return verdict
 
     def offer(self, run_id: str) -> str:

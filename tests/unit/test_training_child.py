@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import textwrap
 import threading
@@ -17,35 +18,39 @@ from gateway.errors import Permanent
 from gateway.learning import training_child
 from gateway.learning.training_child import NICENESS, TrainingChild
 
+Start = Callable[..., TrainingChild]
+
 
 @pytest.fixture
-def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Makes a program take the place of `seggate`: it gets the arguments that the command would."""
-    folder = tmp_path / "stand-in" / "gateway"
-    folder.mkdir(parents=True)
-    (folder / "__init__.py").touch()
-    monkeypatch.setenv("PYTHONPATH", str(folder.parent))
+def playing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
+    """A child whose program is the given code instead of `seggate`; it gets the arguments that the command would."""
     monkeypatch.setattr(training_child, "_POLL_S", 0.05)
     monkeypatch.setattr(training_child, "_LOOK_S", 0.05)
 
-    def write(code: str) -> None:
-        (folder / "cli.py").write_text("import json, os, pathlib, signal, sys, time\n" + textwrap.dedent(code))
+    def start(
+        code: str, *, stop: threading.Event | None = None, studies_wait: Callable[[], bool] = lambda: False
+    ) -> TrainingChild:
+        program = tmp_path / "program.py"
+        program.write_text("import json, os, pathlib, signal, sys, time\n" + textwrap.dedent(code))
+        return TrainingChild(
+            stop=stop or threading.Event(),
+            studies_wait=studies_wait,
+            threads=1,
+            program=(sys.executable, str(program)),
+        )
 
-    return write
+    return start
 
 
-def child(stop: threading.Event | None = None, studies_wait: Callable[[], bool] = lambda: False) -> TrainingChild:
-    return TrainingChild(stop=stop or threading.Event(), studies_wait=studies_wait, threads=1)
-
-
-def test_the_answer_is_the_document_and_the_rest_is_in_the_log(script: Callable[[str], None], tmp_path: Path) -> None:
-    script(
+def test_the_answer_is_the_document_and_the_rest_is_in_the_log(playing: Start, tmp_path: Path) -> None:
+    child = playing(
         """
         print("epoch 1", file=sys.stderr)
-        print(json.dumps({"ok": True, "said": sys.argv[1:], "nice": os.nice(0), "threads": os.environ["OMP_NUM_THREADS"]}))
+        threads = os.environ["OMP_NUM_THREADS"]
+        print(json.dumps({"ok": True, "said": sys.argv[1:], "nice": os.nice(0), "threads": threads}))
         """
     )
-    document = child().run(["train", "run"], log=tmp_path / "logs" / "fold-0.log")
+    document = child.run(["train", "run"], log=tmp_path / "logs" / "fold-0.log")
     assert document["said"] == ["train", "run", "--json"]
     assert document["exit_code"] == 0
     assert document["nice"] >= min(19, os.nice(0) + NICENESS) or document["nice"] == NICENESS
@@ -53,25 +58,32 @@ def test_the_answer_is_the_document_and_the_rest_is_in_the_log(script: Callable[
     assert (tmp_path / "logs" / "fold-0.log").read_text() == "epoch 1\n"
 
 
-def test_a_failure_says_the_commands_own_words(script: Callable[[str], None], tmp_path: Path) -> None:
-    script("""print(json.dumps({"ok": False, "error": "the disk is full"})); sys.exit(1)""")
+def test_a_failure_says_the_commands_own_words(playing: Start, tmp_path: Path) -> None:
+    child = playing("""print(json.dumps({"ok": False, "error": "the disk is full"})); sys.exit(1)""")
     with pytest.raises(Permanent, match="train run: the disk is full"):
-        child().run(["train", "run", "x"], log=tmp_path / "fold.log")
+        child.run(["train", "run", "x"], log=tmp_path / "fold.log")
 
 
-def test_an_exit_code_that_is_fine_is_an_answer(script: Callable[[str], None], tmp_path: Path) -> None:
-    script("""print(json.dumps({"verdict": "OUTSIDE_PLAN"})); sys.exit(3)""")
-    assert child().run(["models", "test"], log=tmp_path / "test.log", fine=(0, 3))["exit_code"] == 3
+def test_an_exit_code_that_is_fine_is_an_answer(playing: Start, tmp_path: Path) -> None:
+    child = playing("""print(json.dumps({"verdict": "OUTSIDE_PLAN"})); sys.exit(3)""")
+    assert child.run(["models", "test"], log=tmp_path / "test.log", fine=(0, 3))["exit_code"] == 3
 
 
-def test_a_process_that_was_killed_is_named_by_its_signal(script: Callable[[str], None], tmp_path: Path) -> None:
-    script("os.kill(os.getpid(), signal.SIGKILL)")
-    with pytest.raises(Permanent, match="ended by SIGKILL; see fold.log"):
-        child().run(["train", "run"], log=tmp_path / "fold.log")
+def test_a_process_that_was_killed_is_named_by_its_signal(playing: Start, tmp_path: Path) -> None:
+    child = playing("os.kill(os.getpid(), signal.SIGKILL)")
+    with pytest.raises(Permanent, match=r"ended by SIGKILL; see fold\.log"):
+        child.run(["train", "run"], log=tmp_path / "fold.log")
 
 
-def test_a_stop_is_passed_on_and_waited_for(script: Callable[[str], None], tmp_path: Path) -> None:
-    script(
+def test_a_stop_is_passed_on_and_waited_for(playing: Start, tmp_path: Path) -> None:
+    stop, began = threading.Event(), tmp_path / "began"
+
+    def stop_once_begun() -> bool:
+        if began.exists():
+            stop.set()
+        return False
+
+    child = playing(
         """
         def end(*_):
             pathlib.Path("checkpoint").touch()
@@ -80,25 +92,18 @@ def test_a_stop_is_passed_on_and_waited_for(script: Callable[[str], None], tmp_p
         signal.signal(signal.SIGTERM, end)
         pathlib.Path("began").touch()
         time.sleep(60)
-        """
+        """,
+        stop=stop,
+        studies_wait=stop_once_begun,
     )
-    stop = threading.Event()
-    began = tmp_path / "began"
-
-    def stop_once_begun() -> bool:
-        if began.exists():
-            stop.set()
-        return False
-
     with pytest.raises(Stopped):
-        child(stop, stop_once_begun).run(
-            [str(tmp_path / "x")], log=tmp_path / "fold.log", pause_file=tmp_path / "pause"
-        )
+        child.run([str(tmp_path / "x")], log=tmp_path / "fold.log", pause_file=tmp_path / "pause")
     assert (tmp_path / "checkpoint").exists()
 
 
-def test_it_pauses_while_studies_wait_and_leaves_no_pause_behind(script: Callable[[str], None], tmp_path: Path) -> None:
-    script(
+def test_it_pauses_while_studies_wait_and_leaves_no_pause_behind(playing: Start, tmp_path: Path) -> None:
+    waits = iter([True, True, False])
+    child = playing(
         """
         pause = pathlib.Path(sys.argv[1])
         until = time.monotonic() + 30
@@ -107,19 +112,17 @@ def test_it_pauses_while_studies_wait_and_leaves_no_pause_behind(script: Callabl
         while pause.exists() and time.monotonic() < until:
             time.sleep(0.01)
         print(json.dumps({"paused": time.monotonic() < until}))
-        """
+        """,
+        studies_wait=lambda: next(waits, False),
     )
     pause = tmp_path / "pause"
-    waits = iter([True, True, False])
-    document = child(studies_wait=lambda: next(waits, False)).run(
-        [str(pause)], log=tmp_path / "fold.log", pause_file=pause
-    )
+    document = child.run([str(pause)], log=tmp_path / "fold.log", pause_file=pause)
     assert document["paused"]
     assert not pause.exists()
 
 
-def test_what_is_no_longer_wanted_is_stopped(script: Callable[[str], None], tmp_path: Path) -> None:
-    script(
+def test_what_is_no_longer_wanted_is_stopped(playing: Start, tmp_path: Path) -> None:
+    child = playing(
         """
         def end(*_):
             print(json.dumps({"state": "stopped"}))
@@ -130,16 +133,15 @@ def test_what_is_no_longer_wanted_is_stopped(script: Callable[[str], None], tmp_
         """
     )
     began = tmp_path / "began"
-    document = child().run(
+    document = child.run(
         [str(began)], log=tmp_path / "fold.log", pause_file=tmp_path / "pause", wanted=lambda: not began.exists()
     )
     assert document["state"] == "stopped"
 
 
-def test_a_command_that_was_left_behind_is_waited_for(script: Callable[[str], None], tmp_path: Path) -> None:
+def test_a_command_that_was_left_behind_is_waited_for(playing: Start, tmp_path: Path) -> None:
     """What a worker that was killed had started holds the lock that it inherited."""
-    script("""print(json.dumps({"ran": True}))""")
-    log, stop = tmp_path / "fold.log", threading.Event()
+    log, child = tmp_path / "fold.log", playing("""print(json.dumps({"ran": True}))""")
     holder = (
         "import fcntl, subprocess, sys\n"
         "lock = open(sys.argv[1], 'ab')\n"
@@ -148,8 +150,6 @@ def test_a_command_that_was_left_behind_is_waited_for(script: Callable[[str], No
         " pass_fds=(lock.fileno(),))\n"
         "print('held', flush=True)\n"
     )
-    import subprocess
-
     with subprocess.Popen(
         [sys.executable, "-c", holder, str(log.with_suffix(".lock"))],
         stdin=subprocess.PIPE,
@@ -161,7 +161,7 @@ def test_a_command_that_was_left_behind_is_waited_for(script: Callable[[str], No
         assert worker.stdout.readline() == b"held\n"
         worker.wait(30)
         answers: list[object] = []
-        follower = threading.Thread(target=lambda: answers.append(child(stop).run(["x"], log=log)))
+        follower = threading.Thread(target=lambda: answers.append(child.run(["x"], log=log)))
         follower.start()
         follower.join(0.5)
         assert answers == []
