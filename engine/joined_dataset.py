@@ -53,8 +53,8 @@ def refuse_same_names(old: RawDataset, new: RawDataset) -> None:
     both = [case.name for case in new.cases if case.name in known]
     if both:
         raise DatasetInvalid(
-            f"{new.name}: {both[0]} is the name of a case of {old.name} too ({len(both)} such): give new cases names of "
-            "their own"
+            f"{new.name}: {both[0]} is the name of a case of {old.name} too ({len(both)} such): give new cases "
+            "names of their own"
         )
 
 

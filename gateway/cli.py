@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import typer
 
 from gateway.dataset_cli import dataset
+from gateway.fine_tuning_cli import train_fine_tune
 from gateway.training_cli import Phantoms, Weights, evaluate, export, plan, select, train
 
 CONFIG_HELP = "Folder with gateway.toml, routes.toml, destinations.toml, logging.toml."
@@ -335,6 +336,7 @@ def config_show(config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
 
 
 app.add_typer(dataset, name="dataset")
+train.command("fine-tune")(train_fine_tune)
 app.add_typer(train, name="train")
 for command in (plan, evaluate, select, export):
     app.command()(command)
