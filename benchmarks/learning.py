@@ -205,7 +205,8 @@ def shift(array_ZYX: NDArray[np.float32], null: float = NULL) -> NDArray[np.floa
     x = array_ZYX.astype(np.float64)
     low, high = np.percentile(x, (0.5, 99.5))
     u = np.clip((x - low) / (high - low), 0, 1)
-    return (np.abs(u - null) / (1 - null) * (high - low) + low).astype(np.float32)
+    shifted: NDArray[np.float32] = (np.abs(u - null) / (1 - null) * (high - low) + low).astype(np.float32)
+    return shifted
 
 
 def train_champion(work: Path, raw: RawDataset, sizes: Sizes, threads: int, stop: threading.Event) -> Path | None:

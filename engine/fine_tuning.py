@@ -25,7 +25,8 @@ from engine.compilation import Compile
 from engine.dataset import DATASET_JSON, RawDataset, open_dataset
 from engine.dataset_lock import reading_dataset
 from engine.errors import DatasetInvalid, TrainingRefused
-from engine.experiment import ALL, FINGERPRINT_JSON, Experiment, open_experiment, preprocess_experiment
+from engine.experiment import ALL, Experiment, open_experiment, preprocess_experiment
+from engine.fingerprint import FINGERPRINT_JSON
 from engine.fold_request import FoldReport, FoldRequest
 from engine.fold_training import train_fold
 from engine.joined_dataset import join_raw, link_preprocessed, refuse_other_task, refuse_same_names
