@@ -25,7 +25,8 @@ from engine.compilation import Compile
 from engine.dataset import DATASET_JSON, RawDataset, open_dataset
 from engine.dataset_lock import reading_dataset
 from engine.errors import DatasetInvalid, TrainingRefused
-from engine.experiment import ALL, FINGERPRINT_JSON, Experiment, open_experiment, preprocess_experiment
+from engine.experiment import ALL, Experiment, open_experiment, preprocess_experiment
+from engine.fingerprint import FINGERPRINT_JSON
 from engine.fold_request import FoldReport, FoldRequest
 from engine.fold_training import train_fold
 from engine.joined_dataset import join_raw, link_preprocessed, refuse_other_task, refuse_same_names
@@ -53,6 +54,8 @@ JOINED = "fine_tuning"
 """The folder in the results that has old and new cases together."""
 FORMAT = 1
 
+# Of the file; what a fold begins with is compared fold by fold.
+_MAY_DIFFER = ("software", "base")
 _SIDES: tuple[SidesPolicy, ...] = ("keep", "swap", "ignore")
 _MIRRORS: tuple[MirrorPolicy, ...] = ("all", "lateral", "none")
 
@@ -282,21 +285,23 @@ class _Run:
             link_preprocessed([case.name for case in self.old.cases], earlier / identifier, folder / identifier)
 
     def _splits(self, earlier: Path | None, tell: Callable[[str], None]) -> list[Split]:
-        """Of every numbered fold up to the model's last one, by what the fold itself was trained on where it says so."""
+        """Of every numbered fold up to the model's last one, by the cases that it says it was trained on."""
         numbers = [int(name) for name in self.model.folds if name != ALL]
+        own = {number: split for number in numbers if (split := self.model.split(str(number))) is not None}
+        extended = {number: self._extended(number, split, tell) for number, split in own.items()}
         planned = self._planned_splits(earlier)
         found: list[Split] = []
         for number in range(max([len(planned) - 1, *numbers]) + 1):
-            split = self.model.split(str(number)) if number in numbers else None
-            if split is None and number < len(planned):
-                split = planned[number]
-            if split is None:
+            if number in extended:
+                found.append(extended[number])
+            elif number < len(planned):
+                found.append(self._extended(number, planned[number], tell))
+            else:
                 raise DatasetInvalid(
                     f"{self.model.folder.name}: fold {number} does not say which cases it was trained on; put the "
                     f"{SPLITS_JSON} that it was trained with into {self.old.folder}, or name the folder that has it "
                     "with --preprocessed"
                 )
-            found.append(self._extended(number, split, tell))
         return found
 
     def _planned_splits(self, earlier: Path | None) -> tuple[Split, ...]:
@@ -330,17 +335,16 @@ class _Run:
         if path.exists():
             before = read_json(path, error=DatasetInvalid)
             known, asked = before["base"]["folds"], now["base"]["folds"]
-            for key in ("base", "new_cases", "rehearsal_share", "learning_rate", "factors", "epochs", "iterations"):
-                one, other = (d[key] if key != "base" else d[key]["model"] for d in (before, now))
-                if one != other:
-                    raise TrainingRefused(
-                        f"{self.target}: is another fine-tuning's ({key} differs); choose another --results"
-                    )
+            other = next((key for key in now if key not in _MAY_DIFFER and before.get(key) != now[key]), None)
+            if other is not None or before["base"]["model"] != now["base"]["model"]:
+                raise TrainingRefused(
+                    f"{self.target}: is another fine-tuning's ({other or 'base'} differs); choose another --results"
+                )
             changed = [fold for fold in asked if fold in known and known[fold] != asked[fold]]
             if changed:
                 raise TrainingRefused(
-                    f"{self.target}: fold {changed[0]} began with other weights than {self.model.folder} has now; choose "
-                    "another --results"
+                    f"{self.target}: fold {changed[0]} began with other weights than {self.model.folder} has now; "
+                    "choose another --results"
                 )
             now["base"]["folds"] = {**known, **asked}
             now["software"] = before["software"]
@@ -367,6 +371,7 @@ class _Run:
             "factors": {"encoder": schedule.encoder_factor, "decoder": 1.0},
             "epochs": schedule.epochs,
             "iterations": schedule.iterations,
+            "seed": tuning.seed,
         }
 
 

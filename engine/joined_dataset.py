@@ -21,6 +21,7 @@ from engine.errors import DatasetInvalid, TrainingRefused
 from engine.json_writer import write_json
 from engine.whole_file import whole_file
 
+_ORDER = "regions_class_order"
 _OWN_KEYS = ("dataset", "numTraining", "patients")
 # Of a preprocessed case, the one that says that it is whole last (engine/preprocessed.py).
 _PARTS = (".npy", "_seg.npy", "_locations.npz", ".json")
@@ -30,7 +31,7 @@ def refuse_other_task(known: DatasetJson, other: DatasetJson, *, what: str) -> N
     """Raises DatasetInvalid when `other` has other labels, channels or file format: no weights can be kept then."""
     pairs: tuple[tuple[str, Any, Any], ...] = (
         ("labels", known.document["labels"], other.document["labels"]),
-        ("regions_class_order", *(d.document.get("regions_class_order") for d in (known, other))),
+        (_ORDER, known.document.get(_ORDER), other.document.get(_ORDER)),
         ("channels", list(known.channel_names), list(other.channel_names)),
     )
     for name, then, now in pairs:
@@ -53,8 +54,8 @@ def refuse_same_names(old: RawDataset, new: RawDataset) -> None:
     both = [case.name for case in new.cases if case.name in known]
     if both:
         raise DatasetInvalid(
-            f"{new.name}: {both[0]} is the name of a case of {old.name} too ({len(both)} such): give new cases names of "
-            "their own"
+            f"{new.name}: {both[0]} is the name of a case of {old.name} too ({len(both)} such): give new cases "
+            "names of their own"
         )
 
 

@@ -93,8 +93,8 @@ class TrainedModel:
         )
         if then != now:
             raise DatasetInvalid(
-                f"{self.folder.name}: fold {fold} was trained with other plans than {PLANS_JSON} beside it; put the old "
-                "file back"
+                f"{self.folder.name}: fold {fold} was trained with other plans than {PLANS_JSON} beside it; put the "
+                "old file back"
             )
 
 

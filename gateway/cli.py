@@ -17,6 +17,7 @@ from gateway.corrections_cli import corrections
 from gateway.dataset_cli import dataset
 from gateway.learning_cli import learn
 from gateway.monitoring_cli import tasks
+from gateway.fine_tuning_cli import train_fine_tune
 from gateway.training_cli import Phantoms, Weights, evaluate, export, plan, select, train
 
 app = typer.Typer(
@@ -370,6 +371,7 @@ def config_show(config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
 
 
 app.add_typer(dataset, name="dataset")
+train.command("fine-tune")(train_fine_tune)
 app.add_typer(train, name="train")
 app.add_typer(corrections, name="corrections")
 app.add_typer(learn, name="learn")

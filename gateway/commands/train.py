@@ -148,7 +148,7 @@ def run_folds(
         if processes.agreed(asked)():
             return "stopped", folders
         folders.append(request.folder)
-        with _reporting(request, hidden=hide_bar) as report:
+        with reporting(request, hidden=hide_bar) as report:
             finished = train_fold(request, stop=asked, report=report, processes=processes)
         if processes.is_first:
             write_report(request.model_folder, experiment.dataset.json)
@@ -421,7 +421,7 @@ def _figure(value: float | None) -> str:
 
 
 @contextmanager
-def _reporting(request: FoldRequest, *, hidden: bool) -> Iterator[FoldReport]:
+def reporting(request: FoldRequest, *, hidden: bool) -> Iterator[FoldReport]:
     """A bar for the epochs and then for the cases; lines of the log above it, all on standard error."""
     from engine.fold_request import FoldReport
 
