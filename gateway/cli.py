@@ -269,8 +269,8 @@ def models_import(
     config: Config = DEFAULT_CONFIG,
     as_json: Json = False,
 ) -> None:
-    """Import a model: load it safely, export it to ONNX, check parity, make sanity cases, register it. The first version
-    serves, later ones wait until they are promoted. Needs the extra `train` unless it is a bundle."""
+    """Import a model: load it safely, export it to ONNX, check parity, make sanity cases, register it. The first
+    version serves, later ones wait until they are promoted. Needs the extra `train` unless it is a bundle."""
     from gateway.commands import models as command
 
     raise typer.Exit(

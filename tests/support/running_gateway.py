@@ -24,10 +24,10 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from engine.bundle import Bundle
-from gateway.learning.registration import register
 from gateway.commands.studies import study_document
 from gateway.demo.stage import GATEWAY_AE, PATIENT_SYSTEM, SCANNER_AE, Pacs, Stage
 from gateway.demo.story import ask_pacs
+from gateway.learning.registration import register
 from gateway.sending import SendReport, send_files
 from gateway.setting_types import PeerAddress
 from gateway.settings import Settings, load_settings

@@ -28,9 +28,9 @@ from sqlalchemy import select
 
 from emr.codes import IDENTIFIER_SYSTEM
 from engine.bundle import load_bundle
-from gateway.learning.registration import register
 from gateway.demo.story import model_folder
 from gateway.demo.synthetic_study import PATIENT_ID, write_synthetic_study
+from gateway.learning.registration import register
 from gateway.sending import send_files
 from gateway.setting_types import PeerAddress
 from gateway.settings import Settings, load_settings
