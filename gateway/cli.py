@@ -345,9 +345,13 @@ for command in (promotion_cli.promote, promotion_cli.rollback, promotion_cli.com
 
 def main() -> None:
     """Entry of the console script."""
+    import structlog
+
     from gateway.settings import SettingsInvalid
     from storage.errors import StorageError
 
+    # What a command's steps log is not part of its answer.
+    structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))
     try:
         app()
     except SettingsInvalid as error:
