@@ -22,6 +22,7 @@ DATA_KEYS = ("name", "licence", "reference", "release")
 MAX_TEXT = 1000
 _MAX_CASES = 10**7
 _MAX_FOLDS = 3200
+_LATER = frozenset({"excluded", "exclusions_digest", "data_digest", "validation"})
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # What says of a dataset.json who its cases are, or where their files lie.
 _PRIVATE = frozenset({"patients", "dataset", "training", "test", "excluded"})
@@ -211,7 +212,14 @@ def describe_fold(
 
 def provenance_document(provenance: Provenance) -> dict[str, Any]:
     """The content of provenance.json."""
-    return {"format": FORMAT, **asdict(provenance)}
+
+    def written(entry: Mapping[str, Any]) -> dict[str, Any]:
+        # Only where known, so that a provenance from before they existed stays byte for byte the same.
+        return {key: value for key, value in entry.items() if key not in _LATER or value is not None}
+
+    document = asdict(provenance)
+    document |= {"data": written(document["data"]), "training": [written(fold) for fold in document["training"]]}
+    return {"format": FORMAT, **written(document)}
 
 
 def read_provenance(document: Mapping[str, Any], *, error: type[Exception]) -> Provenance:

@@ -273,8 +273,8 @@ def models_import(
     config: Config = DEFAULT_CONFIG,
     as_json: Json = False,
 ) -> None:
-    """Import a model: load it safely, export it to ONNX, check parity, make sanity cases, register it. The first version
-    serves, later ones wait until they are promoted. Needs the extra `train` unless it is a bundle."""
+    """Import a model: load it safely, export it to ONNX, check parity, make sanity cases, register it. The first
+    version serves, later ones wait until they are promoted. Needs the extra `train` unless it is a bundle."""
     from gateway.commands import models as command
 
     raise typer.Exit(
@@ -383,9 +383,13 @@ for command in (promotion_cli.promote, promotion_cli.rollback, promotion_cli.com
 
 def main() -> None:
     """Entry of the console script."""
+    import structlog
+
     from gateway.settings import SettingsInvalid
     from storage.errors import StorageError
 
+    # What a command's steps log is not part of its answer.
+    structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))
     try:
         app()
     except SettingsInvalid as error:

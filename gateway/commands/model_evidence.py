@@ -61,6 +61,16 @@ def present_evidence(bundle: Bundle) -> None:
             ("configuration", "fold", "trainer", "by", "epochs", "iterations", "precision", "seed", "cases"),
             [_fold(fold) for fold in evidence.provenance.training],
         )
+        if evidence.provenance.validation is not None:
+            validation = evidence.provenance.validation
+            table(
+                f"\nCross-validation on {validation.cases} cases",
+                ("label", "Dice", "HD95 (mm)", "surface Dice at 2 mm"),
+                [
+                    (name, *(None if v is None else f"{v:.4g}" for v in (f.dice, f.hd95_mm, f.surface_dice)))
+                    for name, f in validation.labels.items()
+                ],
+            )
     if evidence.baseline is not None:
         scales = {"image": "in the units of the image", "percentile": "between the image's own percentiles"}
         channels = "; ".join(f"{c.name} {scales[c.scale]}" for c in evidence.baseline.channels)

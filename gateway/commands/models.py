@@ -96,7 +96,7 @@ def import_(
         for note in notes:
             say(f"note: {note}")
         serves = model.state == CHAMPION
-        state = "serves" if serves else f"is registered as {model.state}"
+        state = "serves from now on" if serves else f"is registered as {model.state}"
         say(f"{model.name} {model.semver} {state} (weights {model.weights_digest[:12]})")
         if not stated:
             say("to serve it, import it again with --orientation and the next --semver")

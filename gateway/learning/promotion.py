@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import structlog
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
@@ -42,7 +41,6 @@ ACCEPTED = "ACCEPTED"
 POLICY = "policy"
 """The actor of a promotion that no person asked for."""
 _IN_LEDGER = ("plans_digest", "dataset_digest", "cases_digest", "exclusions_digest", "validation")
-_log = structlog.get_logger(__name__)
 
 
 class PromotionRefused(Rejected):
@@ -205,7 +203,6 @@ def roll_back(
             )
             # It was watched when it was new; if that had not ended, it goes on.
             period.watched_until = next(p.watched_until for p in reversed(known) if p.model_version == target.semver)
-            _log.warning("model rolled back", model=name, withdrawn=now.model_version, serves=target.semver)
     # Somebody else was faster: what they decided stands.
     settle(database, registry, name)
     return registry.champion(name)

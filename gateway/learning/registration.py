@@ -27,6 +27,30 @@ from storage.models import CHAMPION, ModelRegistry, RegisteredModel
 def register(
     settings: Settings, bundle: Bundle, *, candidate: bool, actor: str, orientation_stated: bool = True
 ) -> RegisteredModel:
+    """`register_bundle` for a command: where there is no database or registry yet, they are made."""
+    database = prepare_state(settings)
+    try:
+        return register_bundle(
+            database,
+            open_registry(settings),
+            bundle,
+            candidate=candidate,
+            actor=actor,
+            orientation_stated=orientation_stated,
+        )
+    finally:
+        database.close()
+
+
+def register_bundle(
+    database: Database,
+    registry: ModelRegistry,
+    bundle: Bundle,
+    *,
+    candidate: bool,
+    actor: str,
+    orientation_stated: bool = True,
+) -> RegisteredModel:
     """Register a verified bundle, one process at a time, with its ledger events. Where no version of the model serves
     yet it does from now on, unless `candidate`.
 
@@ -37,32 +61,28 @@ def register(
     Raises VersionRefused for a version that is too low or too near; ModelChanged where it is registered with other
     content, here or in the ledger; ValueError for a malformed name or version; DatabaseAway.
     """
-    database = prepare_state(settings)
-    registry = open_registry(settings)
-    try:
-        with (settings.models_dir / "register.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            with database.reading() as session:
-                recorded = registrations(session, bundle.name)
-            _check_version(registry, bundle, recorded)
-            model = registry.register(
-                bundle.root,
-                name=bundle.name,
-                semver=bundle.semver,
-                weights_digest=bundle.weights_digest,
-                configuration_digest=bundle.configuration_digest,
-                licence=bundle.licence,
-                description=bundle.description,
-                serve=False,
-                provenance=provenance_of(bundle),
-            )
-            _record(database, model, bundle, recorded.get(model.semver), actor, orientation_stated)
-            serving = next((m.semver for m in registry.versions(model.name) if CHAMPION in m.aliases), None)
-            if not candidate and serving in (None, model.semver):
-                model = serve_first(database, registry, model.name, model.semver, actor=actor)
+    registry.folder.mkdir(parents=True, exist_ok=True)
+    with (registry.folder / "register.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with database.reading() as session:
+            recorded = registrations(session, bundle.name)
+        _check_version(registry, bundle, recorded)
+        model = registry.register(
+            bundle.root,
+            name=bundle.name,
+            semver=bundle.semver,
+            weights_digest=bundle.weights_digest,
+            configuration_digest=bundle.configuration_digest,
+            licence=bundle.licence,
+            description=bundle.description,
+            serve=False,
+            provenance=provenance_of(bundle),
+        )
+        _record(database, model, bundle, recorded.get(model.semver), actor, orientation_stated)
+        serving = next((m.semver for m in registry.versions(model.name) if CHAMPION in m.aliases), None)
+        if not candidate and serving in (None, model.semver):
+            return serve_first(database, registry, model.name, model.semver, actor=actor)
         return model
-    finally:
-        database.close()
 
 
 def _check_version(registry: ModelRegistry, bundle: Bundle, recorded: Mapping[str, Mapping[str, Any]]) -> None:

@@ -1,7 +1,8 @@
 """Start-up check: the registry's aliases and versions against our serving periods and the ledger (ART-22).
 
 Tags and aliases can be changed by anyone with a client of MLflow, and versions deleted. A promotion or rollback that
-died before its last alias was moved is finished; what nobody here has done is the alarm `registry-differs`.
+died before its last alias was moved is finished, an alias that is nowhere is set again; what nobody here has done is
+the alarm `registry-differs`.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def check_model(database: Database, registry: ModelRegistry, name: str) -> str:
 
 
 def _faults(database: Database, registry: ModelRegistry, name: str) -> list[str]:
-    champion, _ = aliases(registry, name)
+    champion, previous = aliases(registry, name)
     if champion is not None and not adopt(database, registry, name):
         return [
             f"{champion} serves and the ledger knows no promotion of it: import it again, or "
@@ -74,7 +75,9 @@ def _faults(database: Database, registry: ModelRegistry, name: str) -> list[str]
     wanted = period.model_version
     if wanted not in there:
         return faults or [f"{wanted} is to serve and is not registered any more: import it again"]
-    if champion is None or registry.settled_period(name) != period.period_id:
+    before = period.previous_version if period.previous_version in there else None
+    nowhere = champion is None or (champion == wanted and previous is None and before is not None)
+    if nowhere or registry.settled_period(name) != period.period_id:
         try:
             settle(database, registry, name)
         except ModelMissing as error:
@@ -86,7 +89,7 @@ def _faults(database: Database, registry: ModelRegistry, name: str) -> list[str]
             f"the alias champion is at {champion}, and {wanted} was promoted: someone moved it by hand; "
             f"`seggate models promote {name} {wanted}` puts it back"
         )
-    elif previous != (period.previous_version if period.previous_version in there else None):
+    elif previous != before:
         faults.append(
             f"the alias previous is at {previous or 'no version'}, and {wanted} followed "
             f"{period.previous_version or 'none'}: `seggate models promote {name} {wanted}` puts it back"

@@ -147,7 +147,13 @@ def test_the_bundle_brings_baseline_sanity_cases_and_provenance(selected: Path, 
     data = evidence.provenance.data
     assert (data.licence, data.reference, data.cases) == ("CC-BY-SA 4.0", "made by a test", 22)
     assert data.cases_digest == cases_digest(f"case_{index:02}" for index in range(22))
+    assert data.excluded == 0
+    validation = evidence.provenance.validation
+    assert validation is not None
+    assert (validation.cases, set(validation.labels)) == (CASES, {"first", "second"})
+    assert f"mean foreground Dice {validation.dice:.4f}" in exported["description"]
     for fold in evidence.provenance.training:
+        assert fold.data_digest
         assert (fold.epochs, fold.planned_epochs, fold.iterations, fold.precision) == (4, 4, 10, "float32")
         assert (fold.training_cases, fold.validation_cases, fold.deterministic) == (11, 11, True)
         assert fold.software == evidence.provenance.exported_by

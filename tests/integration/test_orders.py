@@ -17,6 +17,7 @@ from engine.errors import BundleInvalid
 from engine.manifest import Channel, Contract
 from gateway.destination_settings import DestinationSettings
 from gateway.durable import ROUTINE, URGENT
+from gateway.learning.serving import PROMOTED, begin_period
 from gateway.results.orders import Orders
 from gateway.retrying import retry_study
 from storage.alarms import open_alarms
@@ -67,9 +68,12 @@ class Shelf:
     def champion(self, name: str) -> RegisteredModel:
         if isinstance(self.broken.get(name), ModelMissing):
             raise self.broken[name]
+        return self.version(name, "1.0.0")
+
+    def version(self, name: str, semver: str) -> RegisteredModel:
         return RegisteredModel(
             name=name,
-            semver="1.0.0",
+            semver=semver,
             registry_version=1,
             folder=_MODEL,
             weights_digest="w" * 64,
@@ -290,3 +294,41 @@ def test_a_volume_of_two_contrasts_is_not_run_and_the_ledger_names_the_attribute
     with ward.database.reading() as session:
         (event,) = [e for e in session.scalars(select(LedgerEvent)) if e.kind == "ordered"]
     assert event.detail["results"][0]["refused"] == [{"criterion": "contents", "value": ["KVP"], "limit": []}]
+
+
+def serve(ward: Ward, semver: str) -> None:
+    """Another version of "organs" is to serve: the shelf has not noticed."""
+    model = ward.shelf.version("organs", semver)
+    with ward.database.session() as session:
+        begin_period(session, model, kind=PROMOTED, actor="t", previous=None, ended_why="", detail={})
+
+
+def ordered_versions(ward: Ward) -> list[str]:
+    with ward.database.reading() as session:
+        return [r.model_version for r in session.scalars(select(Result))]
+
+
+@pytest.mark.requirement("ART-23", open="the suite, shadow running, what watches the first studies")
+def test_a_withdrawn_version_that_a_worker_still_has_at_hand_gets_no_new_study(ward: Ward) -> None:
+    ward.route("organs")
+    serve(ward, "0.9.0")
+    assert ward.order() == "ordered"
+    assert ordered_versions(ward) == ["0.9.0"]
+
+
+def test_what_is_promoted_while_a_study_is_planned_is_what_it_is_ordered_with(
+    ward: Ward, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ward.route("organs")
+    serve(ward, "1.0.0")
+    bundle = ward.shelf.bundle
+
+    def promoted_meanwhile(model: RegisteredModel) -> Bundle:
+        if model.semver == "1.0.0":
+            serve(ward, "1.1.0")
+        return bundle(model)
+
+    monkeypatch.setattr(ward.shelf, "bundle", promoted_meanwhile)
+    assert ward.order() == "ordered"
+    assert ordered_versions(ward) == ["1.1.0"]
+    assert len(ward.queue.calls) == 1

@@ -14,7 +14,9 @@ from engine.errors import BundleInvalid, ImportRefused
 from engine.model_card import parse_card
 from engine.provenance import (
     DataOrigin,
+    LabelValidation,
     Provenance,
+    Validation,
     cases_digest,
     data_origin,
     describe_fold,
@@ -24,6 +26,14 @@ from engine.provenance import (
     read_provenance,
 )
 
+VALIDATION = Validation(
+    cases=12,
+    dice=0.91,
+    labels={
+        "liver": LabelValidation(dice=0.95, hd95_mm=2.5, surface_dice=0.97),
+        "rare": LabelValidation(dice=None, hd95_mm=None, surface_dice=None),
+    },
+)
 TRAINING = {
     "software": "seggate 0.1.0",
     "schedule": {"epochs": 20, "iterations": 100},
@@ -112,13 +122,35 @@ def test_what_names_cases_patients_and_files_stays_at_home() -> None:
 def _provenance(folder: Path) -> Provenance:
     fold, names = _describe(_write(folder))
     return Provenance(
-        data=data_origin({"name": "x"}, {}, names, dataset_name="D"), training=(fold,), exported_by="seggate 0.1.0"
+        data=data_origin({"name": "x"}, {}, names, dataset_name="D", excluded={"e", "f"}),
+        training=(fold,),
+        exported_by="seggate 0.1.0",
+        validation=VALIDATION,
     )
 
 
 def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
     document = json.loads(json.dumps(provenance_document(_provenance(tmp_path))))
     assert read_provenance(document, error=BundleInvalid) == _provenance(tmp_path)
+
+
+@pytest.mark.requirement("ART-22")
+def test_excluded_cases_label_versions_and_figures_are_told_without_names(tmp_path: Path) -> None:
+    fold, names = _describe(_write(tmp_path, data="0123456789ab"))
+    data = data_origin({}, {}, names, dataset_name="D", excluded={"e", "f"})
+    assert (data.excluded, data.exclusions_digest) == (2, cases_digest(["f", "e"]))
+    assert fold.data_digest == "0123456789ab"
+    nobody_knows = data_origin({}, {}, names, dataset_name="D")
+    none = data_origin({}, {}, names, dataset_name="D", excluded=())
+    assert (nobody_knows.excluded, none.excluded, none.exclusions_digest) == (None, 0, None)
+
+
+def test_a_provenance_from_before_these_were_written_stays_the_same(tmp_path: Path) -> None:
+    fold, names = _describe(_write(tmp_path))
+    old = Provenance(data=data_origin({}, {}, names, dataset_name="D"), training=(fold,), exported_by="seggate 0.1.0")
+    document = provenance_document(old)
+    assert not {"validation", "excluded", "data_digest"} & {*document, *document["data"], *document["training"][0]}
+    assert read_provenance(json.loads(json.dumps(document)), error=BundleInvalid) == old
 
 
 def _at(*path: str | int, value: object) -> Callable[[Any], None]:
@@ -142,6 +174,9 @@ def _at(*path: str | int, value: object) -> Callable[[Any], None]:
         (_at("training", 0, "training_cases_digest", value="A" * 64), "training_cases_digest"),
         (_at("training", value={}), "training"),
         (_at("exported_by", value=""), "exported_by"),
+        (_at("data", "exclusions_digest", value="x"), "exclusions_digest"),
+        (_at("validation", "dice", value=1.5), "dice"),
+        (_at("validation", "labels", "liver", "hd95_mm", value="far"), "hd95_mm"),
     ],
 )
 def test_a_value_of_wrong_type_or_range_is_refused_with_its_key(
