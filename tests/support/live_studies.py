@@ -156,8 +156,12 @@ class LiveStudies:
         self.spool.prepare()
         self.models = KnownModels(folder / "models")
         self.models.folder.mkdir()
-        self.learning = LearningSettings(models=(ModelLearning(name=MODEL, change_plan=ChangePlan(**plan)),))
+        self.learning = self.learning_of(**plan)
         self.new_process()
+
+    @staticmethod
+    def learning_of(**plan: Any) -> LearningSettings:
+        return LearningSettings(models=(ModelLearning(name=MODEL, change_plan=ChangePlan(**plan)),))
 
     def new_process(self, *, withdrawal: type[Withdrawal] = Withdrawal) -> None:
         """Everything that a worker makes at its start; a new one has forgotten what the old one had in memory."""
