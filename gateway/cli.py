@@ -362,6 +362,35 @@ def models_test(
     )
 
 
+@models.command("shadow")
+def models_shadow(
+    name: Annotated[str, typer.Argument(help="Model name.")],
+    semver: Annotated[str | None, typer.Argument(help="The version to run beside the one that serves.")] = None,
+    stop: Annotated[bool, typer.Option("--stop", help="Run none in shadow any more.")] = False,
+    config: Config = DEFAULT_CONFIG,
+    as_json: Json = False,
+) -> None:
+    """Run a version in shadow: it makes its own results of live studies, which are compared and never leave."""
+    from gateway.commands import model_shadow as command
+
+    if (semver is None) != stop:
+        raise typer.BadParameter("give a version, or --stop")
+    raise typer.Exit(command.shadow(config, name, semver, as_json=as_json))
+
+
+@models.command("watch")
+def models_watch(
+    name: Annotated[str, typer.Argument(help="Model name.")],
+    config: Config = DEFAULT_CONFIG,
+    as_json: Json = False,
+) -> None:
+    """Show how far a model's version in shadow is, and the first studies of the version that serves with their
+    limits."""
+    from gateway.commands import model_shadow as command
+
+    raise typer.Exit(command.watch(config, name, as_json=as_json))
+
+
 @config.command("show")
 def config_show(config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
     """Print the settings in force, the files they are from and what the environment sets; secrets stay hidden."""

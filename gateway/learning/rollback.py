@@ -139,8 +139,9 @@ class Withdrawal:
                 return None
             version = session.get_one(StudyVersion, version_id)
             content = content_key(session, version)
-            files = series_files(session, self._spool, version, old[0])
         try:
+            with self._database.reading() as session:
+                files = series_files(session, self._spool, version, old[0])
             found = plan_series(version, content, old[0], files, stable, self._shelf.bundle(stable))
         except (OSError, StorageError) as error:
             if is_of_the_machine(error):

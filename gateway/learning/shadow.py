@@ -22,7 +22,7 @@ from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from engine.bundle import Bundle
+from engine.bundle import Bundle, load_bundle
 from engine.metrics import measure_case
 from gateway import quarantine
 from gateway.due_work import enqueue_shadow
@@ -35,10 +35,12 @@ from gateway.results.inference import Inferred, infer_part, load_labels
 from gateway.results.orders import series_files
 from gateway.results.quality import judge, source_doubts
 from gateway.results.series import SeriesPart
-from storage.alarms import raise_alarm
+from storage import ledger
+from storage.alarms import clear_alarms, raise_alarm
 from storage.database import Database
-from storage.errors import StorageError
+from storage.errors import ModelChanged, StorageError
 from storage.learning_records import ShadowRun
+from storage.models import SHADOW, ModelRegistry, RegisteredModel
 from storage.records import Result, ResultState, StudyVersion, utc_now
 from storage.spool import Spool
 
@@ -98,6 +100,45 @@ def shadow_progress(session: Session, name: str, semver: str, *, wanted: int) ->
         other_verdicts=dict(verdicts),
         reasons=tuple(dict.fromkeys(run.state_reason or "" for run, _ in rows if run.state == "failed")),
     )
+
+
+def start_shadow(
+    database: Database, registry: ModelRegistry, learning: LearningSettings, name: str, semver: str, *, actor: str
+) -> RegisteredModel:
+    """From now on a registered version runs in shadow, instead of another one; repeated, it changes nothing.
+
+    Raises ModelMissing; Rejected for the version that serves, and where the change plan asks for no studies in shadow;
+    BundleInvalid or ModelChanged for files that are not those that were registered.
+    """
+    model, champion = registry.get(name, semver), registry.champion(name)
+    if champion.semver == semver:
+        raise Rejected(f"{name} {semver} serves already; in shadow runs another version beside it")
+    studies = learning.of(name).change_plan.shadow_studies
+    if not studies:
+        raise Rejected(f"the change plan of {name} asks for no studies in shadow; set shadow_studies in learning.toml")
+    if SHADOW in model.aliases:
+        return model
+    digests = (model.weights_digest, model.configuration_digest)
+    bundle = load_bundle(model.folder, verify=True)
+    if (bundle.weights_digest, bundle.configuration_digest) != digests:
+        raise ModelChanged(f"{name} {semver}: its files are not those that were registered; import the model again")
+    detail = {"semver": semver, "weights_digest": model.weights_digest, "champion": champion.semver, "studies": studies}
+    with database.session() as session:  # first what is meant, then the alias: after a crash in between say it again
+        ledger.append(session, subject=ledger.model_subject(name), kind="shadow-started", actor=actor, detail=detail)
+    return registry.set_shadow(name, semver)
+
+
+def stop_shadow(database: Database, registry: ModelRegistry, name: str, *, actor: str) -> str | None:
+    """No version of a model runs in shadow any more; which one did, None where none. Runs that wait are skipped."""
+    model = next((m for m in registry.versions(name) if SHADOW in m.aliases), None)
+    if model is None:
+        return None
+    with database.session() as session:
+        detail = {"semver": model.semver}
+        ledger.append(session, subject=ledger.model_subject(name), kind="shadow-stopped", actor=actor, detail=detail)
+        clear_alarms(session, kind=FAILED, subject=_subject(name, model.semver), by=actor)
+    registry.clear_shadow(name)
+    return model.semver
 
 
 class Shadows:
@@ -217,7 +258,7 @@ class Shadows:
             if run.state != "pending":
                 return run.state
             run.state, run.state_reason, run.finished_at = "failed", f"{step}: {reason}", utc_now()
-            subject = f"model:{run.model_name} {run.model_version}"
+            subject = _subject(run.model_name, run.model_version)
             raise_alarm(session, kind=FAILED, subject=subject, message=f"in shadow: {run.state_reason}")
         return "failed"
 
@@ -294,6 +335,10 @@ def _is_wanted(session: Session, result: Result, semver: str, wanted: int) -> bo
         return False
     studies = {row.study_instance_uid for row in rows if row.state in ("done", "pending")}
     return result.study_instance_uid in studies or len(studies) < wanted
+
+
+def _subject(name: str, semver: str) -> str:
+    return f"{ledger.model_subject(name)} {semver}"
 
 
 def _why_not(session: Session, result: Result, *, stopped: bool) -> str | None:

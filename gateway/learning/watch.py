@@ -3,9 +3,9 @@
 Of each study that the version has judged or failed on three things are counted: a result of it failed, QA held one, or
 found an expected label empty. From `watch_least` studies on, the version is rolled back as soon as one of the three
 counts, divided by the studies so far, is above its limit in the change plan, and at least two studies show it (one,
-where `watch_least` is 1): a single odd study says nothing of a version. After `watch_studies` studies without that it is
-kept. The limits are looked at after every study, so a version whose true rate is near a limit is rolled back more often
-than by a single look; docs/learning.md has the figures. To serve a version less long than it deserved harms nobody.
+where `watch_least` is 1): a single odd study says nothing of a version. After `watch_studies` studies without that the
+version is kept. The limits are looked at after every study, so a version whose true rate is near a limit is rolled back
+more often than by a single look; docs/learning.md has the figures. To go back too early harms nobody.
 
 A period that a rollback began is not watched: it would go back to what was just withdrawn.
 """

@@ -9,8 +9,9 @@ A test puts a file named after a point into the folder $DYING_ROLE_CONTROL:
     block-<point>   stay there as long as the file exists (reached-<point> says that it was reached)
 
 Points are the boundaries of the story's steps (`infer:begin` is before the step, `infer:end` between its own commit
-and DBOS's note of it), `predict` (in the middle of an inference), `attempt-<destination>:begin` and `:end` as for a
-step, `<destination>:sent` (the destination has answered, and nobody has written that down).
+and DBOS's note of it), `predict` and `predict-<version>` (in the middle of an inference), `withdraw-<model>` (a
+rollback is in table and registry, and no result has followed), `attempt-<destination>:begin` and `:end` as for a step,
+`<destination>:sent` (the destination has answered, and nobody has written that down).
 
 With --lives a dead process is followed by a new one that need not import everything again: each life is a fork of a
 parent that does nothing else. `supervise` runs the gateway's own supervisor over processes of this kind.
@@ -38,6 +39,7 @@ from gateway.delivery.destination import ObjectStatus, OutgoingObject
 from gateway.delivery.dimse import DimsePacs
 from gateway.delivery.dispatch import Dispatch
 from gateway.delivery.reporting import Reporting
+from gateway.learning.rollback import Withdrawal
 from gateway.logs import configure
 from gateway.model_shelf import ModelShelf
 from gateway.results.rehearsal import rehearse
@@ -46,6 +48,7 @@ from gateway.settings import Settings, load_settings
 from gateway.state import prepare_state
 from gateway.stop_signal import set_on_stop_signals
 from gateway.supervisor import Supervisor
+from storage.learning_records import ServingPeriod
 from storage.models import RegisteredModel
 from storage.records import Delivery
 
@@ -69,7 +72,14 @@ def boundary(point: str) -> None:
 class _Shelf(ModelShelf):
     def predict(self, model: RegisteredModel, volume: Volume, *, budget_bytes: int | None) -> Prediction:
         boundary("predict")
+        boundary(f"predict-{model.semver}")
         return super().predict(model, volume, budget_bytes=budget_bytes)
+
+
+class _Withdrawal(Withdrawal):
+    def withdraw(self, period: ServingPeriod, stable: RegisteredModel, *, at_most: int | None = None) -> bool:
+        boundary(f"withdraw-{period.model_name}")
+        return super().withdraw(period, stable, at_most=at_most)
 
 
 class _Dispatch(Dispatch):
@@ -98,7 +108,8 @@ class _Emr(EmrClient):
 
 def plug_in() -> None:
     """Put the points into the composition root; the parts themselves are the real ones."""
-    for name, kind in {"ModelShelf": _Shelf, "Dispatch": _Dispatch, "DimsePacs": _Pacs, "EmrClient": _Emr}.items():
+    kinds = {"ModelShelf": _Shelf, "Withdrawal": _Withdrawal, "Dispatch": _Dispatch}
+    for name, kind in {**kinds, "DimsePacs": _Pacs, "EmrClient": _Emr}.items():
         setattr(app, name, kind)
 
 

@@ -52,6 +52,15 @@ SWAPPED_BANDS: Mapping[str, Band] = {
 """The same with the sides exchanged, as a model that mirrors its input would have them."""
 
 
+_WRONG_PLACE = (
+    helper.make_node("ReduceMax", ["image"], ["brightest"], keepdims=0),
+    helper.make_node("Abs", ["brightest"], ["bright"]),
+    helper.make_node("Add", ["bright", "thousand"], ["far"]),
+    helper.make_node("Cast", ["far"], ["place"], to=TensorProto.INT64),
+    helper.make_node("Gather", ["sums", "place"], ["logits"], axis=0),
+)
+
+
 def write_intensity_bundle(
     root: Path,
     *,
@@ -62,13 +71,15 @@ def write_intensity_bundle(
     modalities: Sequence[str] = ("CT", "MR"),
     semver: str = "1.0.0",
     min_confidence: float = 0.5,
+    raises: bool = False,
 ) -> Bundle:
-    """Write the bundle into `root`; label values are 1, 2, … in the order of `bands`.
+    """Write the bundle into `root`; label values are 1, 2, … in the order of `bands`. `raises`: it loads and no image
+    gets through it.
 
     A series with spacing `spacing_mm` (z, y, x in `orientation`) is not resampled, so that the answer is exact.
     """
     file = root / _CONFIGURATION / "fold_0.onnx"
-    _write_network(file, tuple(bands.values()))
+    _write_network(file, tuple(bands.values()), raises=raises)
     labels = tuple(
         LabelSpec(
             value=value,
@@ -126,8 +137,11 @@ def write_intensity_bundle(
     return write_bundle(root, manifest, plans_json=plans, dataset_json=dataset)
 
 
-def _write_network(path: Path, bands: Sequence[Band]) -> None:
-    """logits[0] = half a plateau; logits[k] = plateau(image), a sum of four rectified lines."""
+def _write_network(path: Path, bands: Sequence[Band], *, raises: bool) -> None:
+    """logits[0] = half a plateau; logits[k] = plateau(image), a sum of four rectified lines.
+
+    `raises`: the only image of the batch is then looked for where none is, at a place that the image itself says.
+    """
     knots: list[float] = []
     joins = np.zeros((len(bands) + 1, 4 * len(bands)), dtype=np.float32)
     for index, band in enumerate(bands):
@@ -141,7 +155,8 @@ def _write_network(path: Path, bands: Sequence[Band]) -> None:
         [
             helper.make_node("Conv", ["image", "ones", "knots"], ["lines"]),
             helper.make_node("Relu", ["lines"], ["rectified"]),
-            helper.make_node("Conv", ["rectified", "joins", "offsets"], ["logits"]),
+            helper.make_node("Conv", ["rectified", "joins", "offsets"], ["sums" if raises else "logits"]),
+            *(_WRONG_PLACE if raises else ()),
         ],
         "bands",
         [helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, 1, *_PATCH])],
@@ -151,6 +166,7 @@ def _write_network(path: Path, bands: Sequence[Band]) -> None:
             numpy_helper.from_array(-np.array(knots, dtype=np.float32), "knots"),
             numpy_helper.from_array(joins.reshape(len(bands) + 1, hidden, 1, 1, 1), "joins"),
             numpy_helper.from_array(offsets, "offsets"),
+            numpy_helper.from_array(np.array([1000.0], dtype=np.float32), "thousand"),
         ],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
