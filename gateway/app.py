@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from importlib.util import find_spec
 
@@ -18,7 +18,6 @@ from emr.authorization import Authorization, Basic, NoAuthorization, SmartBacken
 from emr.client import EmrClient, EmrEndpoint
 from emr.errors import CredentialsInvalid
 from emr.exchange import open_http
-from engine.sanity_check import check_sanity
 from gateway import durable
 from gateway.delivery.contact import forget_removed
 from gateway.delivery.destination import Destination
@@ -42,6 +41,7 @@ from gateway.intake.index_mark import IndexMark
 from gateway.intake.routes_file import RoutesFile
 from gateway.intake.routing_rules import RulesInvalid
 from gateway.learning.candidates import consider_promotion
+from gateway.learning.gate import check_at_startup
 from gateway.learning.policy import LearningPolicy
 from gateway.learning.registry_check import check_registry
 from gateway.learning.rollback import Withdrawal
@@ -69,7 +69,6 @@ from gateway.workflows import (
 )
 from storage.database import Database
 from storage.errors import DatabaseAway, StorageError
-from storage.models import RegisteredModel
 from storage.spool import Spool
 
 _log = structlog.get_logger(__name__)
@@ -173,7 +172,7 @@ def run_worker(settings: Settings, *, stop: threading.Event, boundary: Boundary 
     heartbeat.start()
     try:
         check_registry(database, registry)
-        watch.check_at_start(partial(_sanity_faults, shelf))
+        watch.check_at_start(lambda model: check_at_startup(registry, settings, model.name, model.semver))
         _log.info("models loaded", models=shelf.warm())
     except StorageError as error:
         _log.error("a model could not be loaded; studies for it will be parked", error=str(error))
@@ -211,11 +210,6 @@ def run_worker(settings: Settings, *, stop: threading.Event, boundary: Boundary 
         enqueuer.close()
         shelf.close()
         database.close()
-
-
-def _sanity_faults(shelf: ModelShelf, model: RegisteredModel) -> Sequence[str]:
-    """What is beyond the limits when a new champion's sanity cases are computed on this machine."""
-    return [f"{case.name}: {fault}" for case in check_sanity(shelf.predictor(model)) for fault in case.faults]
 
 
 def run_services(

@@ -7,8 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from gateway.learning_cli import DEFAULT_CONFIG, Config
-from gateway.training_cli import Json
+from gateway.command_options import DEFAULT_CONFIG, Config, Json
 
 corrections = typer.Typer(help="What readers say of results.", no_args_is_help=True, rich_markup_mode=None)
 

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from gateway.training_cli import Json
+from gateway.command_options import DEFAULT_CONFIG, Config, Json
 
-Config = Annotated[
-    Path, typer.Option("--config", envvar="SEGGATE_CONFIG", help="Folder with the configuration.", show_default=True)
-]
 Name = Annotated[str, typer.Argument(help="Model name.")]
 By = Annotated[
     str | None,
     typer.Option(help="Who you are, where you share an account, as in a container. Default: the user, before sudo."),
 ]
-_CONFIG = Path("config")
 
 
 def promote(
@@ -31,7 +26,7 @@ def promote(
         str | None, typer.Option(help="Who asked for this version. Default: who had it examined.")
     ] = None,
     by: By = None,
-    config: Config = _CONFIG,
+    config: Config = DEFAULT_CONFIG,
     as_json: Json = False,
 ) -> None:
     """Let a version serve that its change plan accepts: examined (`models test`), tried in shadow, asked for by someone
@@ -49,7 +44,7 @@ def rollback(
     name: Name,
     reason: Annotated[str, typer.Option(help="Why; kept in the ledger with your name.")] = "",
     by: By = None,
-    config: Config = _CONFIG,
+    config: Config = DEFAULT_CONFIG,
     as_json: Json = False,
 ) -> None:
     """Take the version that serves out of service; the last stable one serves again."""
@@ -62,7 +57,7 @@ def compare(
     name: Name,
     a: Annotated[str, typer.Argument(metavar="A", help="A version.")],
     b: Annotated[str, typer.Argument(metavar="B", help="The version that is compared with it.")],
-    config: Config = _CONFIG,
+    config: Config = DEFAULT_CONFIG,
     as_json: Json = False,
 ) -> None:
     """What differs between two versions, and their figures side by side."""
@@ -71,7 +66,7 @@ def compare(
     raise typer.Exit(command.compare_models(config, name, a, b, as_json=as_json))
 
 
-def history(name: Name, config: Config = _CONFIG, as_json: Json = False) -> None:
+def history(name: Name, config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
     """Which version served when, and what the ledger has of the model."""
     from gateway.commands import model_promotion as command
 

@@ -113,9 +113,12 @@ def promote(
                     actor=actor,
                     previous=before.model_version if before is not None else None,
                     ended_why=f"{semver} was promoted",
-                    detail=_evidence(bundle, found, plan)
-                    | {"reason": reason.strip(), "forced": force, "overridden": list(found.missing) if force else []}
-                    | ({} if system_user is None else {"system_user": system_user}),
+                    detail={
+                        **_evidence(bundle, found, plan),
+                        **{"reason": reason.strip(), "forced": force},
+                        "overridden": list(found.missing) if force else [],
+                        **({} if system_user is None else {"system_user": system_user}),
+                    },
                 )
     settle(database, registry, name)
     return registry.get(name, semver)

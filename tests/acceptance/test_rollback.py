@@ -15,7 +15,7 @@ import pytest
 from pydicom import dcmread
 from sqlalchemy import select
 
-from gateway.commands.models import register
+from gateway.learning.registration import register
 from gateway.state import open_registry
 from storage.learning_records import ReviewTask
 from storage.records import LedgerEvent, Result, ResultState

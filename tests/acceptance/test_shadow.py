@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from sqlalchemy import func, select
 
-from gateway.commands.models import register
 from gateway.commands.studies import study_document
+from gateway.learning.registration import register
 from gateway.learning.shadow import shadow_progress, start_shadow
 from gateway.state import open_registry
 from storage.learning_records import ShadowRun

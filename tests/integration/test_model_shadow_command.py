@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gateway.commands import model_shadow
-from gateway.commands.models import register
+from gateway.learning.registration import register
 from gateway.settings import load_settings
 from gateway.state import open_registry, prepare_state
 from storage.errors import ModelMissing

@@ -68,7 +68,7 @@ def kinds(session: Session) -> list[str]:
 
 
 def test_with_enough_labels_it_is_queued_with_the_cases_that_have_them(database: Database) -> None:
-    queue = NotedQueue(database)
+    queue = NotedQueue()
     with database.session() as session:
         run = ask(session, queue, choice(labelled=2, waiting=3, drawn=1))
         assert run.state == RunState.QUEUED
@@ -78,7 +78,7 @@ def test_with_enough_labels_it_is_queued_with_the_cases_that_have_them(database:
 
 
 def test_with_too_few_it_waits_and_nothing_is_queued(database: Database) -> None:
-    queue = NotedQueue(database)
+    queue = NotedQueue()
     with database.session() as session:
         run = ask(session, queue, choice(labelled=1, waiting=3))
         assert run.state == RunState.WAITING
@@ -88,23 +88,23 @@ def test_with_too_few_it_waits_and_nothing_is_queued(database: Database) -> None
 
 def test_cases_drawn_for_monitoring_do_not_count(database: Database) -> None:
     with database.session() as session:
-        assert ask(session, NotedQueue(database), choice(labelled=1, drawn=5)).state == RunState.WAITING
+        assert ask(session, NotedQueue(), choice(labelled=1, drawn=5)).state == RunState.WAITING
 
 
 def test_a_full_training_needs_no_new_case(database: Database) -> None:
     with database.session() as session:
-        assert ask(session, NotedQueue(database), choice(), kind="retraining").state == RunState.QUEUED
+        assert ask(session, NotedQueue(), choice(), kind="retraining").state == RunState.QUEUED
 
 
 def test_a_model_has_one_run_at_a_time(database: Database) -> None:
     with database.session() as session:
-        ask(session, NotedQueue(database), choice(labelled=2))
+        ask(session, NotedQueue(), choice(labelled=2))
         with pytest.raises(Rejected, match="one runs at a time"):
-            ask(session, NotedQueue(database), choice(labelled=2))
+            ask(session, NotedQueue(), choice(labelled=2))
 
 
 def test_each_fold_is_a_workflow_and_the_last_one_finishes_the_run_once(database: Database) -> None:
-    queue = NotedQueue(database)
+    queue = NotedQueue()
     with database.session() as session:
         run = ask(session, queue, choice(labelled=2))
         runs.begin_folds(session, queue, run, ["0", "1"])
@@ -118,7 +118,7 @@ def test_each_fold_is_a_workflow_and_the_last_one_finishes_the_run_once(database
 
 
 def test_what_failed_is_alarmed_and_goes_on_under_another_workflow(database: Database) -> None:
-    queue = NotedQueue(database)
+    queue = NotedQueue()
     with database.session() as session:
         run = ask(session, queue, choice(labelled=2))
         first = run.workflow_id
@@ -136,7 +136,7 @@ def test_what_failed_is_alarmed_and_goes_on_under_another_workflow(database: Dat
 
 def test_a_run_that_is_given_up_is_wanted_no_more_and_cannot_fail(database: Database) -> None:
     with database.session() as session:
-        run = ask(session, NotedQueue(database), choice(labelled=2))
+        run = ask(session, NotedQueue(), choice(labelled=2))
         runs.give_up(session, run, actor="user:x", reason="wrong cases")
         assert not runs.is_wanted(session, run.run_id)
         assert runs.fail_run(session, run, "train", "stopped") == RunState.REFUSED
@@ -147,7 +147,7 @@ def test_a_run_that_is_given_up_is_wanted_no_more_and_cannot_fail(database: Data
 
 def test_the_chain_of_the_model_holds(database: Database) -> None:
     with database.session() as session:
-        run = ask(session, NotedQueue(database), choice(labelled=2))
+        run = ask(session, NotedQueue(), choice(labelled=2))
         runs.move(session, run, RunState.TRAINING)
         runs.move(session, run, RunState.TRAINING)
         assert kinds(session) == ["training-waiting", "training-queued", "training-training"]
