@@ -65,11 +65,13 @@ class LiveModel:
     database: Database
     spool: Spool
     bundle: Bundle
+    registry: ModelRegistry = field(init=False)
     shelf: ModelShelf = field(init=False)
     _count: int = 0
 
     def __post_init__(self) -> None:
-        self.shelf = ModelShelf(cast(ModelRegistry, _Registry(self.bundle)), device="cpu", threads=1)
+        self.registry = cast(ModelRegistry, _Registry(self.bundle))
+        self.shelf = ModelShelf(self.registry, device="cpu", threads=1)
 
     def serve(
         self,
