@@ -25,7 +25,7 @@ from tests.support.config_folder import write_config
 from tests.support.story_rows import add_result, add_study, add_version
 
 NOW = utc_now()
-CHECKS = {
+CHECKS: dict[str, dict[str, Any]] = {
     "empty": {"name": "empty", "segment": None, "value": "all", "limit": "some segment", "verdict": "hold"},
     "laterality": {"name": "laterality", "segment": "a", "value": -3.0, "limit": "more", "verdict": "hold"},
     "confidence": {"name": "confidence", "segment": None, "value": 0.2, "limit": "at least 0.5", "verdict": "hold"},
@@ -148,7 +148,7 @@ def test_garbage_and_what_nobody_vouches_for_is_left_out_with_the_reason(databas
     with database.session() as session:
         for index in range(3):
             add_case(session, index)
-        held = {"state": ResultState.HELD, "verdict": "hold"}
+        held: dict[str, Any] = {"state": ResultState.HELD, "verdict": "hold"}
         add_case(session, 10, checks=[CHECKS["empty"]], **held)
         add_case(session, 11, checks=[CHECKS["confidence"], CHECKS["laterality"]], **held)
         add_case(session, 12, checks=[CHECKS["volume"]], verdict="review")  # a candidate: looked at, not garbage

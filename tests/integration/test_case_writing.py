@@ -73,8 +73,8 @@ def correct(live: LiveModel, result_id: str) -> NDArray[Any]:
 
 
 def write(live: LiveModel, results: list[str], target: Path, **options: Any) -> WrittenCases:
-    options = {"dataset_json": dataset_json(live.folder), "orientation": ORIENTATION} | options
-    return write_cases(live.database, live.spool, results, target, **options)
+    chosen: dict[str, Any] = {"dataset_json": dataset_json(live.folder), "orientation": ORIENTATION, **options}
+    return write_cases(live.database, live.spool, results, target, **chosen)
 
 
 def contents(target: Path) -> dict[str, tuple[bytes, int]]:

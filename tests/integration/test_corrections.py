@@ -90,7 +90,7 @@ def dice(one: NDArray[Any], other: NDArray[Any], value: int) -> float:
     return float(2 * ((one == value) & (other == value)).sum() / ((one == value).sum() + (other == value).sum()))
 
 
-@pytest.mark.requirement("ART-26")
+@pytest.mark.requirement("ART-26", open="the viewer in which readers approve, edit and reject")
 @pytest.mark.parametrize("encoding", ["BINARY", "LABELMAP"])
 @pytest.mark.parametrize(
     ("orientation", "order"),

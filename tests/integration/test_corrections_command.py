@@ -64,11 +64,13 @@ def site(tmp_path: Path) -> Iterator[Site]:
     settings = load_settings(config)
     database = prepare_state(settings)
     with live_model(tmp_path, database=database, spool=settings.spool_dir) as live:
+        kinds: tuple[dict[str, Any], ...] = (
+            {"orientation": "double-oblique", "order": "reversed"},
+            {"orientation": "axial-mirrored"},
+        )
         series = [
-            write_series(tmp_path / "in" / str(n), shape=SHAPE, spacing_mm=SPACING_MM, seed=n, **options)
-            for n, options in enumerate(
-                ({"orientation": "double-oblique", "order": "reversed"}, {"orientation": "axial-mirrored"}), start=1
-            )
+            write_series(tmp_path / "in" / str(n), shape=SHAPE, spacing_mm=SPACING_MM, seed=n, **kind)
+            for n, kind in enumerate(kinds, start=1)
         ]
         yield Site(config=config, live=live, results=[live.serve(one) for one in series], series=series)
     database.close()

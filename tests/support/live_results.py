@@ -88,7 +88,13 @@ class LiveModel:
         self._count += 1
         if series is None:
             patient = PhantomPatient(patient_id=patient_id or f"PID-{self._count}")
-            options = {"shape": SHAPE, "spacing_mm": SPACING_MM, "seed": self._count, "patient": patient} | phantom
+            options: dict[str, Any] = {
+                "shape": SHAPE,
+                "spacing_mm": SPACING_MM,
+                "seed": self._count,
+                "patient": patient,
+            }
+            options |= phantom
             series = write_series(self.folder / "scanner" / str(self._count), **options)
         uid = series.study_instance_uid
         result_id = hashlib.sha256(series.series_instance_uid.encode()).hexdigest()[:40]
