@@ -264,7 +264,7 @@ class _Writing:
         return found
 
     def _write_manifest(self) -> None:
-        write_json({"format": FORMAT, "cases": self._entries}, self._target / MANIFEST)
+        write_json({"format": FORMAT, "cases": self._entries}, self._target / MANIFEST, sort_keys=True)
 
 
 def _digest(parts: object) -> str:

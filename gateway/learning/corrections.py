@@ -53,7 +53,8 @@ def record_correction(
     """Keeps what `by` said of a result; `labels` belong to `corrected` and to nothing else, `seconds` is how long it
     took. Neither `reason` nor `by` may say anything of the patient.
 
-    Raises Rejected for a result that is not one to judge (none yet, superseded, other grid); ObjectMissing and
+    Raises Rejected for a result that is not one to judge (none yet, superseded, other grid), and for a correction that
+    changes nothing; ObjectMissing and
     ObjectChanged when its own labels are not what they were, SpoolFull, SpoolUnsafe. Done twice it is there twice, and
     means the same.
     """
@@ -66,7 +67,11 @@ def record_correction(
     stored: tuple[str, str] | None = None
     dice: dict[str, float | None] | None = None
     if labels is not None:
-        dice = _dice(load_labels(spool, result), labels, result_id)
+        predicted = load_labels(spool, result)
+        dice = _dice(predicted, labels, result_id)
+        # Handed back as it was: read and right, or never read. Only a person knows.
+        if np.array_equal(predicted, labels.array):
+            raise Rejected(f"result {result_id}: the labels are its own, unchanged; approve it if they are right")
         packed = packed_labels(LabelMap(array=labels.array, geometry=labels.geometry))
         name = f"correction-{hashlib.sha256(packed).hexdigest()[:16]}.npz"
         stored = spool.store_result_file(key, result_id, name, packed)
