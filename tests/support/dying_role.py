@@ -49,7 +49,7 @@ from gateway.state import prepare_state
 from gateway.stop_signal import set_on_stop_signals
 from gateway.supervisor import Supervisor
 from storage.learning_records import ServingPeriod
-from storage.models import RegisteredModel
+from storage.models import ModelRegistry, RegisteredModel
 from storage.records import Delivery
 
 
@@ -106,11 +106,18 @@ class _Emr(EmrClient):
         return receipt
 
 
+class _Registry(ModelRegistry):
+    def _point(self, name: str, alias: str, model: RegisteredModel | None) -> None:
+        super()._point(name, alias, model)
+        boundary(f"alias-{alias}")
+
+
 def plug_in() -> None:
     """Put the points into the composition root; the parts themselves are the real ones."""
     kinds = {"ModelShelf": _Shelf, "Withdrawal": _Withdrawal, "Dispatch": _Dispatch}
     for name, kind in {**kinds, "DimsePacs": _Pacs, "EmrClient": _Emr}.items():
         setattr(app, name, kind)
+    app.open_registry = lambda settings: _Registry(settings.models_dir, url=settings.gateway.database.registry_url)
 
 
 def live(group: str, settings: Settings, roles: tuple[str, ...]) -> None:
