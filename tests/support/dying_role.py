@@ -11,7 +11,8 @@ A test puts a file named after a point into the folder $DYING_ROLE_CONTROL:
 Points are the boundaries of the story's steps (`infer:begin` is before the step, `infer:end` between its own commit
 and DBOS's note of it), `predict` and `predict-<version>` (in the middle of an inference), `withdraw-<model>` (a
 rollback is in table and registry, and no result has followed), `attempt-<destination>:begin` and `:end` as for a step,
-`<destination>:sent` (the destination has answered, and nobody has written that down).
+`<destination>:sent` (the destination has answered, and nobody has written that down), `alias-<alias>` (the model registry has
+moved an alias).
 
 With --lives a dead process is followed by a new one that need not import everything again: each life is a fork of a
 parent that does nothing else. `supervise` runs the gateway's own supervisor over processes of this kind.
