@@ -1,6 +1,6 @@
 """What a fine-tuning learns of a new site, and what it forgets of the old one.
 
-    python -m benchmarks.learning --work FOLDER [--json] [--smoke] [--seeds N] [--threads N]
+    python -m benchmarks.learning --work FOLDER [--json] [--smoke] [--seeds N] [--only-seed N] [--threads N]
 
 Of the 200 hippocampus cases, in an order that never changes: 100 train the champion (demo plans, fold `all`), 40 are
 locked and stay as they are (old set), 60 are another site's, of which 40 are fine-tuned on and 20 are locked (shifted
@@ -88,6 +88,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.learning", description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder for everything that is made")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--only-seed", type=int, help="once the champion is trained: this one, as one of several processes"
+    )
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--smoke", action="store_true", help="few cases and steps: whether it runs, not what it learns")
     parser.add_argument("--json", action="store_true", help="only the JSON object")
@@ -95,6 +98,8 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     sizes = SMOKE if options.smoke else Sizes()
     with stop_requests() as stop:
+        if options.only_seed is not None:
+            return only_seed(options.work, sizes, options.only_seed, stop)
         report = measure(
             options.work, sizes, seeds=options.seeds, threads=options.threads, stop=stop, quiet=options.json
         )
@@ -155,6 +160,14 @@ def measure(
             f"old_loss_mean <= {MOST_FORGOTTEN}": forgotten <= MOST_FORGOTTEN,
         },
     }
+
+
+def only_seed(work: Path, sizes: Sizes, seed: int, stop: threading.Event) -> int:
+    """The exit code: 0 when it is trained."""
+    found = [path.parents[1] for path in (work / "champion").glob(f"results/*/*/fold_all/{FINAL}")]
+    if not found:
+        raise SystemExit(f"{work}: there is no champion yet; start the benchmark without --only-seed first")
+    return int(fine_tuned(work, found[0], make_sets(work, sizes), sizes, seed, stop) is None)
 
 
 def _minutes(model_folder: Path) -> float:

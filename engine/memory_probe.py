@@ -234,7 +234,7 @@ def _peak_here(setup: TrainingSetup, most_bytes: int, threads: int) -> int | Non
     try:
         with tempfile.TemporaryDirectory() as folder, freed_memory_kept():
             run_steps(setup, Path(folder))
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, OSError) as error:  # OSError: where the folder is tidied up without memory
         if _is_of_memory(error):
             return None
         raise

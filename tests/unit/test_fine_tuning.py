@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import SimpleITK as sitk
 
 from tests.support.peers import require_peer
 
@@ -338,6 +339,20 @@ def test_a_folder_that_is_no_models_is_named(trained: Path, tmp_path: Path) -> N
         open_trained_model(empty)
     with pytest.raises(DatasetInvalid, match="no fold '7'; there are 0, 1"):
         open_trained_model(trained / MODEL).fold("7")
+
+
+def test_new_cases_stored_from_the_other_side_are_refused_where_labels_are_sides(tmp_path: Path) -> None:
+    labels = {"background": 0, "kidney_left": 1, "kidney_right": 2}
+    ran = seggate(tmp_path, "train", str(planned(tmp_path, labels=labels)), "--fold", "0", *SHORT)
+    assert ran.exit_code == 0, ran.output
+    new = write_new(tmp_path / "new", cases=2, labels=labels)
+    assert fine_tune(tuning(tmp_path, tmp_path / "alike", epochs=1, iterations=1)).is_finished
+    for path in sorted(new.glob("*Tr/*")):
+        image = sitk.ReadImage(str(path))
+        image.SetDirection((-1, 0, 0, 0, 1, 0, 0, 0, 1))
+        sitk.WriteImage(image, str(path))
+    with pytest.raises(DatasetInvalid, match="left and right are not on the same side"):
+        fine_tune(tuning(tmp_path, tmp_path / "exchanged", epochs=1, iterations=1))
 
 
 def test_without_training_json_the_folds_are_those_of_the_splits(trained: Path, tmp_path: Path) -> None:
