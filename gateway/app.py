@@ -112,6 +112,7 @@ def run_worker(settings: Settings, *, stop: threading.Event, boundary: Boundary 
     drift = DriftWatch(
         database=database,
         settings=settings.gateway.drift,
+        learning=settings.learning,
         state_dir=settings.state_dir,
         baselines=bundle_baselines(registry),
     )

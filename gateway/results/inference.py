@@ -21,6 +21,7 @@ from gateway import quarantine
 from gateway.disk_space import alarmed_when_full
 from gateway.errors import Permanent, Rejected, is_of_the_machine
 from gateway.intake.header import text_of
+from gateway.learning import pauses
 from gateway.model_shelf import ModelShelf
 from gateway.monitoring.study_facts import facts_of
 from gateway.results.orders import series_files
@@ -56,7 +57,7 @@ class Inference:
 
     def infer(self, result_id: str) -> str:
         """ "inferred"; "superseded" when a newer version of the study was declared whole before the start; "held" when
-        the study has been quarantined."""
+        the study has been quarantined or the model paused."""
         with self._database.session() as session:
             result = session.get_one(Result, result_id)
             if result.state != ResultState.PENDING:
@@ -81,6 +82,9 @@ class Inference:
             stop = quarantine.reason_to_stop(session, result.study_instance_uid)
             if stop is not None:
                 return quarantine.hold_result(session, result, stop)
+            wait = pauses.reason_to_wait(session, result.model_name)
+            if wait is not None:
+                return pauses.hold_result(session, result, wait)
             # Counted before the work: a study that kills its worker each time is parked after `attempts`.
             result.attempts += 1
             attempt = result.attempts
