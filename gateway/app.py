@@ -30,7 +30,7 @@ from gateway.delivery.reported import ReportedObjects
 from gateway.delivery.reporting import Reporting
 from gateway.destination_settings import FhirDestination
 from gateway.disk_space import ReserveWatch
-from gateway.due_work import enqueue_version
+from gateway.due_work import CANARY_CHECK, enqueue_version
 from gateway.durable import INFERENCE, JOBS, STUDIES, Enqueuer, delivery_queue
 from gateway.heartbeat import Heartbeat, executor_id
 from gateway.intake.assembly import Assembly
@@ -40,6 +40,7 @@ from gateway.intake.index_mark import IndexMark
 from gateway.intake.routes_file import RoutesFile
 from gateway.intake.routing_rules import RulesInvalid
 from gateway.model_shelf import ModelShelf
+from gateway.monitoring.canary import Canary
 from gateway.monitoring.drift_alarms import DriftWatch, bundle_baselines
 from gateway.results.encoding import Encoding
 from gateway.results.inference import Inference
@@ -88,6 +89,7 @@ def run_worker(settings: Settings, *, stop: threading.Event, boundary: Boundary 
         routes=routes,
         headers=headers,
         orders=Orders(database=database, spool=spool, shelf=shelf, enqueuer=enqueuer),
+        canary_ae=settings.gateway.canary.ae_title,
     )
     results = ResultWork(
         database=database,
@@ -116,7 +118,10 @@ def run_worker(settings: Settings, *, stop: threading.Event, boundary: Boundary 
         state_dir=settings.state_dir,
         baselines=bundle_baselines(registry),
     )
-    jobs = JobSteps(database, {"drift": drift.run})
+    canary = Canary(
+        database=database, spool=spool, settings=settings, registry=registry, shelf=shelf, enqueuer=enqueuer
+    )
+    jobs = JobSteps(database, {"drift": drift.run, "canary": canary.run, CANARY_CHECK: canary.check})
     register_job_workflows(story, jobs, attempts=worker.attempts)
     heartbeat.start()
     try:

@@ -13,7 +13,7 @@ import typer
 
 from gateway.command_options import DEFAULT_CONFIG, Config, Json
 from gateway.dataset_cli import dataset
-from gateway.monitoring_cli import models_pause, models_resume, tasks
+from gateway.monitoring_cli import canary, models_pause, models_resume, tasks
 from gateway.training_cli import Phantoms, Weights, evaluate, export, plan, select, train
 
 app = typer.Typer(
@@ -335,6 +335,7 @@ def config_show(config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
     raise typer.Exit(command.show(config, as_json=as_json))
 
 
+app.command()(canary)
 models.command("pause")(models_pause)
 models.command("resume")(models_resume)
 app.add_typer(dataset, name="dataset")

@@ -1,4 +1,4 @@
-"""Commands of what watches the models: `seggate tasks …`, `models pause` and `resume` (the others: gateway/cli.py)."""
+"""Commands of what watches the models: `seggate tasks …`, `canary`, `models pause` and `resume` (gateway/cli.py)."""
 
 from __future__ import annotations
 
@@ -71,3 +71,15 @@ def models_resume(
     from gateway.commands import model_pause as command
 
     raise typer.Exit(command.resume_model(config, name, as_json=as_json))
+
+
+def canary(
+    model: Annotated[str | None, typer.Argument(help="A model's name. Default: every model that serves.")] = None,
+    config: Config = DEFAULT_CONFIG,
+    as_json: Json = False,
+) -> None:
+    """Send a synthetic study of each model the real way now, and wait for what comes of it; nothing leaves the
+    gateway."""
+    from gateway.commands import canary as command
+
+    raise typer.Exit(command.canary(config, model, as_json=as_json))

@@ -44,6 +44,11 @@ JOB_LIST: Mapping[str, Job] = MappingProxyType(
                 summary="compares each model's latest studies with its first",
                 cron=lambda settings: settings.drift_cron,
             ),
+            Job(
+                name="canary",
+                summary="sends a synthetic study for each model and compares what comes",
+                cron=lambda settings: settings.canary_cron,
+            ),
         )
     }
 )

@@ -27,6 +27,7 @@ from gateway.monitoring.study_facts import facts_of
 from gateway.results.orders import series_files
 from gateway.results.series import SeriesPart, decode, read_series
 from storage import ledger
+from storage.canary_records import CANARY_RULE
 from storage.database import Database
 from storage.errors import ObjectMissing, StorageError
 from storage.records import Result, ResultState, Study, StudyVersion, utc_now
@@ -140,7 +141,8 @@ class Inference:
                 # Another run of the same step was faster; what it wrote may have left the house already.
                 return "inferred"
             row.measurements, row.runtime = measurements, runtime
-            session.merge(facts)
+            if row.rule != CANARY_RULE:  # it says nothing of the site's images
+                session.merge(facts)
             ledger.append(
                 session,
                 subject=ledger.study_subject(row.study_instance_uid),
