@@ -30,6 +30,7 @@ class CanaryRun(Record):
     address: Mapped[str] = mapped_column(String(64))  # of the receiver, where all of its objects come from, too
     started_at: Mapped[datetime]
     due_at: Mapped[datetime]  # a result that is not there by then is too slow
+    sent_at: Mapped[datetime | None]  # when all of its objects were stored
     judged_at: Mapped[datetime | None]
     outcome: Mapped[str | None] = mapped_column(String(8))  # good | wrong | void
     detail: Mapped[str | None] = mapped_column(Text)  # what is wrong, or why it says nothing

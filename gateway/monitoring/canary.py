@@ -132,6 +132,8 @@ class Canary:
                 run = session.get_one(CanaryRun, study_instance_uid)
                 canary_watch.record(session, run, outcome="wrong", detail=f"it could not be sent: {fault}")
             return Started(model=name, study_instance_uid=None, reason=fault)
+        with self._database.session() as session:
+            session.get_one(CanaryRun, study_instance_uid).sent_at = utc_now()
         return Started(model=name, study_instance_uid=study_instance_uid, reason=f"sanity case {case.name}")
 
     def _write(
@@ -150,7 +152,7 @@ class Canary:
         why = ""
         for case in cases:
             loaded = _loaded(bundle, case)
-            for axis in slice_axes(loaded.volume, bundle.contract.slice_axis):
+            for axis in slice_axes(loaded.volume, bundle.contract):
                 target = folder / f"{case.name}-{axis}"
                 series = write_canary_series(
                     target,
@@ -208,12 +210,12 @@ class Canary:
             objects = session.scalars(
                 select(ResultObject).where(ResultObject.result_id == (result.result_id if result else ""))
             ).all()
-            late = canary_watch.late(session, run, utc_now())
+            late = canary_watch.overdue(session, run, utc_now())
             paused = is_paused(session, run.model_name)
         if result is not None and result.state == ResultState.HELD and paused:
             return self._record(run, "void", "the model was paused meanwhile")
         if result is None or result.state in (ResultState.PENDING, ResultState.HELD):
-            return None if late is None else self._record(run, "wrong", late)
+            return None if late is None else self._record(run, *late)
         if result.state != ResultState.RELEASED:
             return self._record(run, "wrong", f"its result is {result.state}: {result.state_reason}")
         if result.model_version != run.model_version:

@@ -1,9 +1,9 @@
 """A sanity case as a DICOM series of a study of its own: the same voxels on the same grid, of no patient (OPS-59).
 
 Slices lie along the axis that the model's contract wants, else along the one of the coarsest spacing; axes change
-places and direction, nothing is resampled. Whole numbers of 16 bit are stored as they are. Other values are scaled to 16
-bit with RescaleSlope and RescaleIntercept: an error of at most 1 in 65,000 of the largest, and what is 0 stays exactly
-0, since preprocessing crops by it.
+places and direction, nothing is resampled. Whole numbers of 16 bit are stored as they are. Other values are scaled to
+16 bit with RescaleSlope and RescaleIntercept: an error of at most 1 in 65,000 of the largest, and what is 0 stays
+exactly 0, since preprocessing crops by it.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from pydicom.uid import (
     MRImageStorage,
     PositronEmissionTomographyImageStorage,
 )
-from pydicom.valuerep import DSfloat
+from pydicom.valuerep import DSfloat, format_number_as_ds
 
-from engine.volume import Volume
+from engine.manifest import Contract
+from engine.volume import AS_STORED, Volume
 from gateway.errors import Rejected
 from storage.part10 import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 
@@ -60,11 +61,14 @@ def modality_of(allowed: tuple[str, ...]) -> str:
     return found
 
 
-def slice_axes(volume: Volume, wanted: str | None) -> tuple[SliceAxis, ...]:
-    """How the slices may lie, the best first: as the contract wants it, else the coarsest spacing across them."""
+def slice_axes(volume: Volume, contract: Contract) -> tuple[SliceAxis, ...]:
+    """How the slices may lie, the best first: as the contract wants it, else the coarsest spacing across them. A model
+    that takes voxels as they are stored is given them in the order of the case, or not at all."""
     axes: tuple[SliceAxis, ...] = ("axial", "coronal", "sagittal")
-    if wanted is not None:
-        return tuple(axis for axis in axes if axis == wanted)
+    if contract.orientation == AS_STORED:
+        axes = tuple(axis for axis in axes if _ORIENTATIONS[axis] == volume.geometry.orientation)
+    if contract.slice_axis is not None:
+        return tuple(axis for axis in axes if axis == contract.slice_axis)
 
     def distance(axis: SliceAxis) -> float:
         return volume.reoriented(_ORIENTATIONS[axis])[0].geometry.spacing_mm[0]
@@ -127,7 +131,7 @@ def stored_values(
 
 
 def _as_said(value: float) -> float:
-    return float(DSfloat(value, True))
+    return float(format_number_as_ds(value))
 
 
 def _common(volume: Volume, study_instance_uid: str, modality: str, model: str, *, signed: bool) -> Dataset:

@@ -53,10 +53,17 @@ def record(
     return outcome
 
 
-def late(session: Session, run: CanaryRun, now: datetime) -> str | None:
-    """That a run without a result is too slow, and where its study stands; None while there is time."""
+def overdue(session: Session, run: CanaryRun, now: datetime) -> tuple[str, str] | None:
+    """Outcome and detail of a run that has no result in time: too slow, and where its study stands. None while there is
+    time. One whose sender ended in the middle says nothing."""
     if now <= run.due_at:
         return None
+    if run.sent_at is None:
+        return "void", "its sender ended before all of it was sent"
+    return "wrong", _why_late(session, run)
+
+
+def _why_late(session: Session, run: CanaryRun) -> str:
     within = f"slow: no result within {(run.due_at - run.started_at).total_seconds():g} s"
     study = session.get(Study, run.study_instance_uid)
     if study is None:
@@ -87,16 +94,17 @@ class CanaryWatch:
             del self._enqueued[job_id]
         waiting = [due for due in self._enqueued.values() if due + self._within < now]
         with self._database.session() as session:
-            overdue = session.scalars(
+            late = session.scalars(
                 select(CanaryRun).where(CanaryRun.judged_at.is_(None), CanaryRun.due_at < now - _GRACE)
             ).all()
-            for run in overdue:
-                why = late(session, run, now) or ""
-                record(session, run, outcome="wrong", detail=f"{why}; no worker has compared it")
+            for run in late:
+                found = overdue(session, run, now)
+                if found is not None:
+                    record(session, run, outcome=found[0], detail=f"{found[1]}; no worker has compared it")
             if waiting:
                 message = (
                     f"slow: the run of the job canary that was due at {min(waiting):%Y-%m-%d %H:%M} UTC has not ended; "
                     "is a worker up?"
                 )
                 alarms.raise_alarm(session, kind=ALARM, subject=_GATEWAY, message=message)
-        return len(overdue) + len(waiting)
+        return len(late) + len(waiting)

@@ -27,6 +27,7 @@ def upgrade() -> None:
         sa.Column("address", sa.String(length=64), nullable=False),
         sa.Column("started_at", storage.records.UtcDateTime(timezone=True), nullable=False),
         sa.Column("due_at", storage.records.UtcDateTime(timezone=True), nullable=False),
+        sa.Column("sent_at", storage.records.UtcDateTime(timezone=True), nullable=True),
         sa.Column("judged_at", storage.records.UtcDateTime(timezone=True), nullable=True),
         sa.Column("outcome", sa.String(length=8), nullable=True),
         sa.Column("detail", sa.Text(), nullable=True),
