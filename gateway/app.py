@@ -31,7 +31,7 @@ from gateway.delivery.reported import ReportedObjects
 from gateway.delivery.reporting import Reporting
 from gateway.destination_settings import FhirDestination
 from gateway.disk_space import ReserveWatch
-from gateway.due_work import enqueue_version
+from gateway.due_work import CANARY_CHECK, enqueue_version
 from gateway.durable import INFERENCE, JOBS, SHADOW, STUDIES, TRAINING, Enqueuer, delivery_queue
 from gateway.heartbeat import Heartbeat, executor_id
 from gateway.intake.assembly import Assembly
@@ -50,6 +50,7 @@ from gateway.learning.training_child import TrainingChild
 from gateway.learning.training_steps import TrainingWork, results_wait
 from gateway.learning.watch import Watch
 from gateway.model_shelf import ModelShelf
+from gateway.monitoring.canary import Canary
 from gateway.monitoring.drift_alarms import DriftWatch, bundle_baselines
 from gateway.results.encoding import Encoding
 from gateway.results.inference import Inference
@@ -121,6 +122,7 @@ def run_worker(settings: Settings, *, stop: threading.Event, boundary: Boundary 
         routes=routes,
         headers=headers,
         orders=Orders(database=database, spool=spool, shelf=shelf, enqueuer=enqueuer, unusable=watch.unusable),
+        canary_ae=settings.gateway.canary.ae_title,
     )
     results = ResultWork(
         database=database,
@@ -148,16 +150,26 @@ def run_worker(settings: Settings, *, stop: threading.Event, boundary: Boundary 
     drift = DriftWatch(
         database=database,
         settings=settings.gateway.drift,
+        learning=settings.learning,
         state_dir=settings.state_dir,
         baselines=bundle_baselines(registry),
     )
     policy = LearningPolicy(database=database, enqueuer=enqueuer, registry=registry, settings=settings)
+    canary = Canary(
+        database=database, spool=spool, settings=settings, registry=registry, shelf=shelf, enqueuer=enqueuer
+    )
 
     def drift_and_policy() -> str:
         said, found = drift.run()
         return "; ".join(filter(None, (said, policy.after_drift(found))))
 
-    jobs = {"drift": drift_and_policy, "learning": policy.look_at_waiting, "retraining": policy.retrain_all}
+    jobs: Mapping[str, Callable[[], str]] = {
+        "drift": drift_and_policy,
+        "learning": policy.look_at_waiting,
+        "retraining": policy.retrain_all,
+        "canary": canary.run,
+        CANARY_CHECK: canary.check,
+    }
     register_job_workflows(story, JobSteps(database, jobs), attempts=worker.attempts)
     trainings = TrainingWork(
         settings=settings,

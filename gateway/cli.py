@@ -17,7 +17,7 @@ from gateway.dataset_cli import dataset
 from gateway.fine_tuning_cli import train_fine_tune
 from gateway.learning_cli import learn
 from gateway.models_cli import models
-from gateway.monitoring_cli import tasks
+from gateway.monitoring_cli import canary, models_pause, models_resume, tasks
 from gateway.training_cli import evaluate, export, plan, select, train
 
 app = typer.Typer(
@@ -251,6 +251,9 @@ def config_show(config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
     raise typer.Exit(command.show(config, as_json=as_json))
 
 
+app.command()(canary)
+models.command("pause")(models_pause)
+models.command("resume")(models_resume)
 app.add_typer(dataset, name="dataset")
 train.command("fine-tune")(train_fine_tune)
 app.add_typer(train, name="train")

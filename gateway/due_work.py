@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from sqlalchemy.orm import Session
 
-from gateway.durable import INFERENCE, ROUTINE, SHADOW, STUDIES, Enqueuer, delivery_queue
-from gateway.workflows import DELIVER, MAKE_RESULT, PROCESS_STUDY, SHADOW_RESULT
+from gateway.durable import INFERENCE, JOBS, ROUTINE, SHADOW, STUDIES, Enqueuer, delivery_queue
+from gateway.workflows import DELIVER, MAKE_RESULT, PROCESS_STUDY, RUN_JOB, SHADOW_RESULT
 from storage.learning_records import ShadowRun
 from storage.records import Delivery, Result, StudyVersion
+
+CANARY_CHECK = "canary-check"
 
 
 def enqueue_version(session: Session, enqueuer: Enqueuer, version: StudyVersion, *, priority: int = ROUTINE) -> None:
@@ -61,5 +63,20 @@ def enqueue_delivery(
         workflow_id=delivery.workflow_id,
         argument=delivery.delivery_id,
         priority=priority,
+        delay_s=delay_s,
+    )
+
+
+def enqueue_canary_check(
+    session: Session, enqueuer: Enqueuer, study_instance_uid: str, *, why: str, delay_s: float = 0.0
+) -> None:
+    """Comparing what canaries gave; `why` and the study make it one run (gateway/monitoring/canary.py)."""
+    enqueuer.enqueue(
+        session,
+        queue=JOBS,
+        workflow=RUN_JOB,
+        workflow_id=f"{CANARY_CHECK} {study_instance_uid} {why}",
+        argument=CANARY_CHECK,
+        priority=ROUTINE,
         delay_s=delay_s,
     )

@@ -57,3 +57,9 @@ def configure(settings: LoggingSettings, *, process: str) -> None:
         logger.setLevel(level.upper())
         logger.handlers.clear()
         logger.propagate = True
+
+
+def keep_off_standard_output() -> None:
+    """For a command: what it prints may be one JSON document, so lines of the log go to standard error."""
+    # Asked anew for each line: whoever runs commands one after the other may have exchanged the stream.
+    structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))

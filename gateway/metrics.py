@@ -1,7 +1,8 @@
 """Prometheus metrics, read from the database and the spool at each scrape (ART-18).
 
 Counting where the truth is keeps the numbers right across restarts and processes. No label holds patient data or a
-UID; destinations, models, states and alarm kinds are the only labels.
+UID; destinations, models, states and alarm kinds are the only labels. Studies, results and latencies are those of
+patients: the gateway's own canaries are not among them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from storage.alarms import is_quiet, open_alarms
+from storage.canary_records import CANARY_RULE, no_canary
 from storage.database import Database
 from storage.errors import DatabaseAway
 from storage.records import (
@@ -78,7 +80,9 @@ def exposition(database: Database, spool: Spool) -> bytes:
 
 def _counts(session: Session) -> Iterable[Metric]:
     studies = GaugeMetricFamily("seggate_studies", "Studies by state.", labels=["state"])
-    by_state = session.execute(select(Study.state, func.count()).group_by(Study.state))
+    by_state = session.execute(
+        select(Study.state, func.count()).where(no_canary(Study.study_instance_uid)).group_by(Study.state)
+    )
     known = {state: count for state, count in by_state}
     for study_state in StudyState:
         studies.add_metric([study_state], known.get(study_state, 0))
@@ -98,9 +102,9 @@ def _counts(session: Session) -> Iterable[Metric]:
         "seggate_results", "Results by model, state and QA verdict.", labels=["model", "version", "state", "verdict"]
     )
     rows = session.execute(
-        select(Result.model_name, Result.model_version, Result.state, Result.verdict, func.count()).group_by(
-            Result.model_name, Result.model_version, Result.state, Result.verdict
-        )
+        select(Result.model_name, Result.model_version, Result.state, Result.verdict, func.count())
+        .where(Result.rule != CANARY_RULE)
+        .group_by(Result.model_name, Result.model_version, Result.state, Result.verdict)
     )
     for name, version, state, verdict, count in rows:
         results.add_metric([name, version, state, verdict or "none"], count)
@@ -157,7 +161,11 @@ def _latencies(session: Session) -> Iterable[Metric]:
     rows = session.execute(
         select(Result.model_name, Result.finished_at, Study.last_received_at)
         .join(Study, Study.study_instance_uid == Result.study_instance_uid)
-        .where(Result.state == ResultState.RELEASED, Result.finished_at >= utc_now() - _LATENCY_WINDOW)
+        .where(
+            Result.state == ResultState.RELEASED,
+            Result.finished_at >= utc_now() - _LATENCY_WINDOW,
+            Result.rule != CANARY_RULE,
+        )
     )
     seconds: dict[str, list[float]] = {}
     for model, finished, received in rows:

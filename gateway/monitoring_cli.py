@@ -1,4 +1,4 @@
-"""`seggate tasks …`: the commands of what watches the models (gateway/cli.py has the others)."""
+"""Commands of what watches the models: `seggate tasks …`, `canary`, `models pause` and `resume` (gateway/cli.py)."""
 
 from __future__ import annotations
 
@@ -48,3 +48,38 @@ def tasks_close(
     from gateway.commands import tasks as command
 
     raise typer.Exit(command.close(config, number, outcome=outcome, as_json=as_json))
+
+
+def models_pause(
+    name: Annotated[str, typer.Argument(help="A model's name.")],
+    reason: Annotated[str, typer.Option(help="Why; the ledger keeps it, and each study that waits says it.")],
+    config: Config = DEFAULT_CONFIG,
+    as_json: Json = False,
+) -> None:
+    """Run a model on no new study; what is ordered meanwhile waits until `resume`."""
+    from gateway.commands import model_pause as command
+
+    raise typer.Exit(command.pause_model(config, name, reason=reason, as_json=as_json))
+
+
+def models_resume(
+    name: Annotated[str, typer.Argument(help="A model's name.")],
+    config: Config = DEFAULT_CONFIG,
+    as_json: Json = False,
+) -> None:
+    """Let a paused model run again, on everything that waits for it too."""
+    from gateway.commands import model_pause as command
+
+    raise typer.Exit(command.resume_model(config, name, as_json=as_json))
+
+
+def canary(
+    model: Annotated[str | None, typer.Argument(help="A model's name. Default: every model that serves.")] = None,
+    config: Config = DEFAULT_CONFIG,
+    as_json: Json = False,
+) -> None:
+    """Send a synthetic study of each model the real way now, and wait for what comes of it; nothing leaves the
+    gateway."""
+    from gateway.commands import canary as command
+
+    raise typer.Exit(command.canary(config, model, as_json=as_json))

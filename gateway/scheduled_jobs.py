@@ -54,6 +54,11 @@ JOB_LIST: Mapping[str, Job] = MappingProxyType(
                 summary="trains each model anew that has new labelled cases",
                 cron=lambda settings: settings.retraining_cron,
             ),
+            Job(
+                name="canary",
+                summary="sends a synthetic study for each model and compares what comes",
+                cron=lambda settings: settings.canary_cron,
+            ),
         )
     }
 )

@@ -7,6 +7,7 @@ released while destinations.toml named nobody go to those that it names now. Enq
 so several schedulers may sweep at the same time. The first sweep is at the start.
 
 Other jobs (gateway/scheduled_jobs.py) are durable workflows of a worker, which the scheduler starts when they are due.
+That canaries are late is told here too: where no worker takes work, no worker can say so.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from gateway import parking
 from gateway.delivery.release import send_unsent
 from gateway.due_work import enqueue_delivery, enqueue_result, enqueue_version
 from gateway.durable import Enqueuer
+from gateway.monitoring.canary_watch import CanaryWatch
 from gateway.scheduled_jobs import JOB_LIST, Job, enqueue_job, last_due
 from gateway.settings import Settings
 from storage.database import Database
@@ -50,6 +52,7 @@ class Scheduler:
         self._settings = settings
         self._database = database
         self._enqueuer: Enqueuer | None = None
+        self._canaries = CanaryWatch(database, within_s=settings.gateway.canary.result_within_s)
         # However late: a busy machine delays a job, and never skips it.
         defaults = {"coalesce": True, "max_instances": 1, "misfire_grace_time": None}
         self._scheduler = BackgroundScheduler(timezone="UTC", job_defaults=defaults)
@@ -80,6 +83,7 @@ class Scheduler:
         try:
             found = sweep(self._database, self._enqueuer)
             late = send_unsent(self._database, self._enqueuer, self._settings.destinations)
+            self._canaries.look(self._enqueuer, utc_now())
         except DatabaseAway as error:
             _log.warning("sweep skipped", error=str(error))
             return
@@ -95,7 +99,9 @@ class Scheduler:
             return
         try:
             with self._database.session() as session:
-                enqueue_job(session, self._enqueuer, job.name, due)
+                started = enqueue_job(session, self._enqueuer, job.name, due)
+            if job.name == "canary":
+                self._canaries.note(started, due)
         except DatabaseAway as error:
             _log.warning("job not started", job=job.name, error=str(error))
 

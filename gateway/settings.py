@@ -219,6 +219,15 @@ class GatewaySettings(BaseSettings):
     canary: CanarySettings = CanarySettings()
     web: WebSettings = WebSettings()
 
+    @model_validator(mode="after")
+    def _canary_is_no_sender(self) -> Self:
+        if self.canary.ae_title.strip() in {sender.ae_title.strip() for sender in self.senders}:
+            raise ValueError(
+                f"canary.ae_title: {self.canary.ae_title} is one of [[senders]]; what comes from it would be taken for "
+                "a canary"
+            )
+        return self
+
     @classmethod
     def settings_customise_sources(
         cls,

@@ -21,15 +21,26 @@ from storage.records import Result, ResultState, StudyVersion
 class StudyWork:
     """Steps of `process_study`."""
 
-    def __init__(self, *, database: Database, routes: RoutesFile, headers: HeaderReader, orders: Orders) -> None:
+    def __init__(
+        self,
+        *,
+        database: Database,
+        routes: RoutesFile,
+        headers: HeaderReader,
+        orders: Orders,
+        canary_ae: str | None = None,
+    ) -> None:
         self._database = database
+        self._canary_ae = canary_ae
         self._routes = routes
         self._headers = headers
         self._orders = orders
 
     def route(self, version_id: str) -> str:
         """ "matched", "unmatched" or "review"."""
-        outcome = route_version(self._database, self._headers, version_id, self._routes.current()).outcome
+        outcome = route_version(
+            self._database, self._headers, version_id, self._routes.current(), canary_ae=self._canary_ae
+        ).outcome
         if outcome == "unmatched":
             # Nothing will be ordered, so nobody else tells what becomes of the older results (CMP-17).
             with self._database.session() as session:

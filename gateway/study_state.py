@@ -8,8 +8,10 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from gateway import quarantine
+from storage.canary_records import CANARY_RULE
 from storage.records import Delivery, DeliveryState, Result, ResultState, Study, StudyState, StudyVersion
 
+OF_A_CANARY = "a canary: its result leaves the gateway to nobody"
 NOBODY_TO_SEND_TO = "nobody to send it to: destinations.toml names no destination"
 
 # Decided elsewhere; results of an older version do not change them.
@@ -66,6 +68,8 @@ def derived(results: Sequence[Result], deliveries: Sequence[Delivery]) -> tuple[
     going = [d for d in deliveries if d.state in _UNDER_WAY or d.next_attempt_at is not None]
     if going:
         return StudyState.DELIVERING, _waits(going)
+    if any(r.rule == CANARY_RULE for r in results):
+        return StudyState.VERIFIED, OF_A_CANARY
     for released in (r for r in results if r.state == ResultState.RELEASED):
         own = [d for d in deliveries if d.result_id == released.result_id]
         if all(d.state == DeliveryState.WITHHELD for d in own):

@@ -3,7 +3,7 @@
 | path | answers |
 | --- | --- |
 | `/health/live` | 200 while the process runs |
-| `/health/ready` | 200 when database, spool and workers are in order, else 503 with what is not |
+| `/health/ready` | 200 when database, spool, workers and canaries are in order, else 503 with what is not |
 | `/metrics` | Prometheus text format |
 
 The token guards everything but `/health/live`.
@@ -22,7 +22,9 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from sqlalchemy import func, select
 
 from gateway.metrics import exposition
+from gateway.monitoring.canary_watch import ALARM as CANARY_ALARM
 from gateway.settings import Settings, WebSettings, secret
+from storage.alarms import is_quiet, open_alarms
 from storage.database import Database
 from storage.errors import DatabaseAway, StorageError
 from storage.records import Executor, utc_now
@@ -71,7 +73,11 @@ def readiness(settings: Settings, database: Database, spool: Spool) -> dict[str,
                 .select_from(Executor)
                 .where(Executor.role == "worker", Executor.beat_at >= limit, Executor.stopped_at.is_(None))
             )
+            canaries = [alarm for alarm in open_alarms(session) if alarm.kind == CANARY_ALARM]
         checks["database"] = "ok"
+        if settings.gateway.scheduler.canary_cron:
+            loud = [alarm.subject for alarm in canaries if not is_quiet(alarm, utc_now())]
+            checks["canary"] = f"wrong: {', '.join(sorted(loud))}; see `seggate alarms`" if loud else "ok"
         checks["worker"] = "ok" if workers else "no worker has reported lately"
     except DatabaseAway as error:
         checks["database"] = str(error)

@@ -20,7 +20,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
-from storage import learning_records  # noqa: F401 - its tables are among Record.metadata
+from storage import canary_records, learning_records  # noqa: F401 - their tables are among Record.metadata
 from storage.errors import DatabaseAway
 from storage.records import Record
 

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -38,6 +39,7 @@ _CHUNK_BYTES = 1 << 20
 _OBJECT_ID = re.compile(r"[0-9a-f]{32}")
 _STUDY_KEY = re.compile(r"[0-9a-f]{32}")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_ASIDE = ".removed"
 _FOLDERS = ("tmp", "incoming", "studies", "quarantine")
 
 
@@ -247,6 +249,32 @@ class Spool:
             raise unsafe(error, self.root) from error
         stems = (name.removesuffix(".dcm") for name in sorted(names) if name.endswith(".dcm"))
         return [folder / f"{stem}.dcm" for stem in stems if _OBJECT_ID.fullmatch(stem)]
+
+    def set_study_aside(self, key: str) -> None:
+        """Take a study's whole folder, objects and results, out of its place, to be deleted by `sweep_studies_aside`;
+        nothing happens where there is none. Raises SpoolUnsafe."""
+        folder = self.root / "studies" / _checked(_STUDY_KEY, key)
+        aside = self.root / "tmp" / f"{key}{_ASIDE}"
+        try:
+            # Left by a call that was cut short.
+            shutil.rmtree(aside, ignore_errors=True)
+            if folder.is_dir():
+                folder.rename(aside)
+                sync_folder(folder.parent)
+        except OSError as error:
+            raise unsafe(error, self.root) from error
+
+    def sweep_studies_aside(self) -> int:
+        """Delete what was set aside; how many studies. Raises SpoolUnsafe."""
+        removed = 0
+        try:
+            for path in (self.root / "tmp").iterdir():
+                if path.name.endswith(_ASIDE) and _STUDY_KEY.fullmatch(path.name.removesuffix(_ASIDE)):
+                    shutil.rmtree(path)
+                    removed += 1
+        except OSError as error:
+            raise unsafe(error, self.root) from error
+        return removed
 
     def take_back(self, paths: Iterable[Path]) -> None:
         """Move settled objects that no row names back to `incoming/`. Raises SpoolUnsafe; then some are moved."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gateway.commands.output import print_json, say, table
+from gateway.logs import keep_off_standard_output
 from gateway.monitoring.drift_alarms import KIND, KIND_TRAINING, DriftWatch, bundle_baselines, draw_kind
 from gateway.monitoring.drift_window import ModelDrift, check_model, served_versions
 from gateway.settings import load_settings
@@ -23,6 +24,7 @@ def drift(config: Path, model: str | None, *, raise_alarms: bool, plot: Path | N
     if plot is not None and model is None:
         say("seggate: --plot needs the name of one model")
         return 2
+    keep_off_standard_output()
     settings = load_settings(config)
     database = existing_database(settings)
     baselines = bundle_baselines(open_registry(settings)) if registry_exists(settings) else _no_baseline
@@ -36,6 +38,7 @@ def drift(config: Path, model: str | None, *, raise_alarms: bool, plot: Path | N
         watch = DriftWatch(
             database=database,
             settings=own,
+            learning=settings.learning,
             state_dir=settings.state_dir,
             baselines=baselines,
         )

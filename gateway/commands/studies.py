@@ -13,6 +13,7 @@ from gateway.commands.output import console, local, print_json, printable, say, 
 from gateway.settings import load_settings
 from gateway.state import existing_database
 from storage import ledger
+from storage.canary_records import no_canary
 from storage.database import Database
 from storage.records import (
     Delivery,
@@ -34,13 +35,15 @@ _ASIDE_SHOWN = 20
 
 
 def studies(config: Path, *, state: str | None, limit: int, as_json: bool) -> int:
-    """Newest first. Names are shown on the screen and in --json because a person asked; they are in no log."""
+    """Newest first, without canaries. Names are shown on the screen and in --json because a person asked; they are in
+    no log."""
     if state is not None and state not in set(StudyState):
         say(f"seggate: unknown state {state!r}; choose from {', '.join(StudyState)}")
         return 2
     database = existing_database(load_settings(config))
     with database.reading() as session:
-        query = select(Study).order_by(Study.last_received_at.desc()).limit(limit)
+        query = select(Study).where(no_canary(Study.study_instance_uid)).order_by(Study.last_received_at.desc())
+        query = query.limit(limit)
         if state is not None:
             query = query.where(Study.state == state)
         rows = [_study_row(session, s) for s in session.scalars(query)]

@@ -1,7 +1,8 @@
 """Step `release`: a judged and encoded result becomes deliveries, in one transaction with its state (EMR-48).
 
 A result that was released while destinations.toml named nobody becomes deliveries once it names somebody
-(`send_unsent`). A result that went anywhere is not sent to destinations that are added later.
+(`send_unsent`). A result that went anywhere is not sent to destinations that are added later. The result of a canary is
+released, whatever its verdict, and becomes no delivery; whoever compares it is told (OPS-59).
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from sqlalchemy.orm import Session
 from gateway import quarantine, study_state, superseding
 from gateway.delivery.contact import AnyDestination, kind_of
 from gateway.destination_settings import DestinationSettings
-from gateway.due_work import enqueue_delivery
+from gateway.due_work import enqueue_canary_check, enqueue_delivery
 from gateway.durable import Enqueuer
 from storage import ledger
 from storage.alarms import clear_alarms, raise_alarm
+from storage.canary_records import CANARY_RULE, is_canary
 from storage.database import Database
 from storage.records import (
     Delivery,
@@ -54,6 +56,8 @@ class Release:
                 outcome = self._supersede(session, result)
             elif (stop := quarantine.reason_to_stop(session, result.study_instance_uid)) is not None:
                 outcome = quarantine.hold_result(session, result, stop)
+            elif result.rule == CANARY_RULE:
+                outcome = self._release_canary(session, result)
             elif result.verdict == "hold":
                 outcome = self._hold(session, result)
             else:
@@ -74,6 +78,12 @@ class Release:
                 "it is sent once a destination is named and the gateway was started again"
             )
             raise_alarm(session, **_NO_DESTINATION, message=message)
+        return str(ResultState.RELEASED)
+
+    def _release_canary(self, session: Session, result: Result) -> str:
+        result.state, result.finished_at = ResultState.RELEASED, utc_now()
+        _record(session, result, "released", {"verdict": result.verdict, "destinations": [], "canary": True})
+        enqueue_canary_check(session, self._enqueuer, result.study_instance_uid, why="released")
         return str(ResultState.RELEASED)
 
     def _hold(self, session: Session, result: Result) -> str:
@@ -168,6 +178,7 @@ def _unsent() -> Select[str, str]:
             Result.state == ResultState.RELEASED,
             Study.version == StudyVersion.number,
             Study.state != StudyState.QUARANTINED,
+            Result.rule != CANARY_RULE,
             ~exists().where(Delivery.result_id == Result.result_id),
         )
         .order_by(Result.finished_at, Result.result_id)
@@ -175,7 +186,9 @@ def _unsent() -> Select[str, str]:
 
 
 def _deliver(session: Session, enqueuer: Enqueuer, result: Result, destinations: Sequence[AnyDestination]) -> list[str]:
-    """A delivery per destination and its queue entry; the destinations' names."""
+    """A delivery per destination and its queue entry; the destinations' names. None for a canary, whoever asks."""
+    if result.rule == CANARY_RULE or is_canary(session, result.study_instance_uid):
+        return []
     now = utc_now()
     for destination in destinations:
         key = hashlib.sha256(f"{result.result_id}\n{destination.name}".encode()).hexdigest()[:40]

@@ -1,4 +1,7 @@
-"""Who may associate, and when: allow-list, called AE title, number of associations, free disk (REC-02, REC-04)."""
+"""Who may associate, and when: allow-list, called AE title, number of associations, free disk (REC-02, REC-04).
+
+Beside the configured senders the gateway's own canary may (OPS-59), from this host alone, while one is configured.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,14 @@ class Refusal(Enum):
 class Admission:
     """Decides on each association request; thread-safe."""
 
-    def __init__(self, settings: ReceiverSettings, senders: Sequence[SenderSettings], spool: Spool) -> None:
+    def __init__(
+        self,
+        settings: ReceiverSettings,
+        senders: Sequence[SenderSettings],
+        spool: Spool,
+        *,
+        canary_ae: str | None = None,
+    ) -> None:
         self._called_ae = settings.ae_title.strip() if settings.check_called_ae else None
         self._limit = settings.max_associations
         self._spool = spool
@@ -51,6 +61,8 @@ class Admission:
         for sender in senders:
             networks = tuple(ipaddress.ip_network(address, strict=False) for address in sender.addresses)
             self._senders.setdefault(sender.ae_title.strip(), []).append(networks)
+        if canary_ae is not None:
+            self._senders[canary_ae.strip()] = [_own_networks(settings.host)]
         self._lock = threading.Lock()
         self._open: set[str] = set()
         self._draining = False
@@ -91,6 +103,25 @@ class Admission:
     def open_associations(self) -> int:
         with self._lock:
             return len(self._open)
+
+
+def own_address(host: str) -> str:
+    """Where a receiver that listens on `host` is reached from its own host."""
+    return {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1", "localhost": "127.0.0.1"}.get(host, host)  # noqa: S104
+
+
+def is_own_address(peer_address: str, host: str) -> bool:
+    """Whether an object came from the host itself: from loopback, or from the very address that is listened on."""
+    return _contains(_own_networks(host), peer_address)
+
+
+def _own_networks(host: str) -> tuple[Network, ...]:
+    own: tuple[Network, ...] = (ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1/128"))
+    try:
+        address = ipaddress.ip_address(own_address(host))
+    except ValueError:  # a name: only loopback is certain
+        return own
+    return (*own, ipaddress.ip_network(address))
 
 
 def plain_address(text: str) -> str:

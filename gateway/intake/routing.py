@@ -1,7 +1,8 @@
 """Routing: which series of a study that is whole goes to which model, with the reason for every rule.
 
 Every series is judged by every rule over all of its images, and every judgement is kept with the values that decided
-(RTE-21, RTE-24). A rule that could not be judged is never taken for one that said no (RTE-23).
+(RTE-21, RTE-24). A rule that could not be judged is never taken for one that said no (RTE-23). The rules are not asked
+about the gateway's own canaries, whose model is known (gateway/intake/canary_mark.py).
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
 from gateway.intake.attribute_values import Image, InstanceFacts, SeriesHeaders, ValueUnreadable, images
+from gateway.intake.canary_mark import CanaryMark, canary_mark
 from gateway.intake.conditions import Truth, evaluate
 from gateway.intake.errors import IntakeRejected
 from gateway.intake.header import PARSER_ERRORS
 from gateway.intake.routing_rules import Rule, RuleSet
 from storage import ledger
 from storage.alarms import clear_alarms, raise_alarm
+from storage.canary_records import CANARY_RULE
 from storage.database import Database
 from storage.records import Instance, RoutingDecision, Series, Study, StudyState, StudyVersion, utc_now
 from storage.records import RuleSet as RuleSetRecord
@@ -205,7 +208,13 @@ def _count(number: int) -> str:
 
 
 def route_version(
-    database: Database, headers: HeaderReader, version_id: str, ruleset: RuleSet, *, again: bool = False
+    database: Database,
+    headers: HeaderReader,
+    version_id: str,
+    ruleset: RuleSet,
+    *,
+    again: bool = False,
+    canary_ae: str | None = None,
 ) -> Routed:
     """Route a version of a study and keep the decisions; a repeated call returns what was decided the first time.
 
@@ -225,16 +234,32 @@ def route_version(
             s.series_instance_uid: s.modality
             for s in session.scalars(select(Series).where(Series.study_instance_uid == version.study_instance_uid))
         }
+        used = [instance for instance in instances if instance.object_id in wanted]
+        mark = canary_mark(session, version.study_instance_uid, used, canary_ae=canary_ae)
     by_series: dict[str, list[Instance]] = {}
-    for instance in sorted(instances, key=lambda i: i.object_id):
-        if instance.object_id in wanted:
-            by_series.setdefault(str(instance.series_instance_uid), []).append(instance)
+    for instance in sorted(used, key=lambda i: i.object_id):
+        by_series.setdefault(str(instance.series_instance_uid), []).append(instance)
     study_modalities = tuple(sorted({m for uid in by_series if (m := modalities.get(uid))}))
     decisions: list[SeriesDecision] = []
     for uid, members in sorted(by_series.items()):
+        if mark is not None:
+            decisions.append(_of_canary(uid, mark))
+            continue
         decisions.extend(_route_stored(ruleset, headers, uid, members, study_modalities, len(by_series)))
     with database.session() as session:
         return _keep(session, version_id, ruleset, tuple(decisions), sorted(by_series), again=again)
+
+
+def _of_canary(series_instance_uid: str, mark: CanaryMark) -> SeriesDecision:
+    verdict = Verdict.NOT_MATCHED if mark.model is None else Verdict.MATCHED
+    return SeriesDecision(
+        series_instance_uid=series_instance_uid,
+        rule=CANARY_RULE,
+        verdict=verdict,
+        matched=mark.model is not None,
+        model=mark.model,
+        explanation={"verdict": verdict.value, "priority": "routine", "reason": mark.reason},
+    )
 
 
 def _route_stored(

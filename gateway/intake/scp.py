@@ -171,7 +171,8 @@ class Receiver:
         self.settings = settings
         self.spool = spool
         own = settings.gateway.receiver
-        self.admission = Admission(own, settings.gateway.senders, spool)
+        canary_ae = settings.gateway.canary.ae_title if settings.gateway.scheduler.canary_cron else None
+        self.admission = Admission(own, settings.gateway.senders, spool, canary_ae=canary_ae)
         self.refusals = RefusalCounter()
         self.stores_unknown_sop_classes = own.unknown_sop_classes == "store"
         self.entity = pynetdicom.AE(ae_title=own.ae_title)

@@ -3,6 +3,7 @@
 An alarm is open until a later window is as the reference was. A task is opened with the alarm, and again where a
 warning becomes critical; a person closes it. Somebody who keeps an alarm quiet keeps a warning quiet: a critical drift
 is a new alarm. What differs from the training data is an alarm of its own, so that taking it on hides nothing else.
+A new critical drift pauses the model where learning.toml says so; whoever resumes it is not overruled the next night.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from engine.bundle import load_bundle
 from engine.drift_check import StreamPair
 from engine.errors import BundleInvalid
 from engine.intensity_baseline import IntensityBaseline
+from gateway.learning.pauses import pause
+from gateway.learning_settings import LearningSettings
 from gateway.monitoring.drift_pictures import draw_streams, picture_path
 from gateway.monitoring.drift_window import ModelDrift, check_model, served_versions
 from gateway.monitoring.review_tasks import open_task, open_task_of
@@ -44,6 +47,7 @@ class DriftWatch:
 
     database: Database
     settings: DriftSettings
+    learning: LearningSettings
     state_dir: Path
     baselines: Baselines
 
@@ -68,7 +72,7 @@ class DriftWatch:
             for drift in drifts:
                 pictures = draw_drift(drift, self.state_dir)
                 with self.database.session() as session:
-                    tell(session, drift, pictures)
+                    tell(session, drift, pictures, pauses_model=self.learning.of(name).on_drift == "pause")
             found += drifts
         return found
 
@@ -117,11 +121,15 @@ def draw_kind(drift: ModelDrift, kind: str, path: Path) -> bool:
     return bool(pairs)
 
 
-def tell(session: Session, drift: ModelDrift, pictures: dict[str, str]) -> None:
-    """Raise the alarms and open or update the tasks, or clear the alarms where an answer says that all is well."""
+def tell(session: Session, drift: ModelDrift, pictures: dict[str, str], *, pauses_model: bool) -> None:
+    """Raise the alarms and open or update the tasks, or clear the alarms where an answer says that all is well.
+    `pauses_model`: so does a new critical drift."""
     if drift.report.severity != "none":
         examples = [one for finding in drift.report.drifted for one in drift.examples[finding.name]]
-        _tell_one(session, drift, KIND, describe(drift), examples, pictures.get(KIND))
+        is_new = _tell_one(session, drift, KIND, describe(drift), examples, pictures.get(KIND))
+        if is_new and drift.report.severity == "critical" and pauses_model:
+            streams = ", ".join(finding.name for finding in drift.report.drifted)
+            pause(session, drift.model_name, by="policy", reason=f"critical drift in {streams}")
     elif drift.report.too_few is None:
         alarms.clear_alarms(session, kind=KIND, subject=drift.subject, by=_BY)
     if drift.unlike_training:

@@ -38,6 +38,7 @@ from gateway.results.series import SeriesPart, decode, read_series
 from gateway.results.structured_report import SR_ENCODING, encode_notice, encode_structured_report
 from gateway.settings import Settings
 from storage import ledger
+from storage.canary_records import CANARY_RULE
 from storage.database import Database
 from storage.records import Result, ResultObject, ResultState, Study, StudyVersion
 from storage.spool import Spool
@@ -79,19 +80,20 @@ class Encoding:
     def encode(self, result_id: str) -> str:
         """ "encoded": SEG (in the encoding that destinations want first) and SR, or on hold the notice, or nothing.
 
-        "superseded" where the model was withdrawn meanwhile.
+        "superseded" where the model was withdrawn meanwhile. A canary has SEG and SR whatever its verdict: that they can
+        be made is part of what it shows.
         """
         with self._database.reading() as session:
             result = session.get_one(Result, result_id)
-            verdict = result.verdict
+            is_held = result.verdict == Verdict.HOLD and result.rule != CANARY_RULE
             if result.state == ResultState.SUPERSEDED:
                 return "superseded"
             if session.scalars(select(ResultObject).where(ResultObject.result_id == result_id)).first() is not None:
                 return "encoded"
-        if verdict == Verdict.HOLD and not self._settings.gateway.quality.notice_on_hold:
+        if is_held and not self._settings.gateway.quality.notice_on_hold:
             return "encoded"
         source = self._source(result_id, pixels=False)
-        if verdict == Verdict.HOLD:
+        if is_held:
             self._keep(source, [encode_notice(source.content)])
             return "encoded"
         self._keep(source, self._encoded(source, self._first_encoding(source.content)))

@@ -24,11 +24,13 @@ from gateway import quarantine
 from gateway.disk_space import alarmed_when_full
 from gateway.errors import Permanent, Rejected, is_of_the_machine
 from gateway.intake.header import text_of
+from gateway.learning import pauses
 from gateway.model_shelf import ModelShelf
 from gateway.monitoring.study_facts import facts_of
 from gateway.results.orders import series_files
 from gateway.results.series import SeriesPart, decode, read_series
 from storage import ledger
+from storage.canary_records import CANARY_RULE
 from storage.database import Database
 from storage.errors import ObjectMissing, StorageError
 from storage.models import RegisteredModel
@@ -108,7 +110,7 @@ class Inference:
 
     def infer(self, result_id: str) -> str:
         """ "inferred"; "superseded" when a newer version of the study was declared whole before the start, or the model
-        was withdrawn meanwhile; "held" when the study has been quarantined."""
+        was withdrawn meanwhile; "held" when the study has been quarantined or the model paused."""
         with self._database.session() as session:
             result = session.get_one(Result, result_id, with_for_update=True)
             if result.state != ResultState.PENDING:
@@ -133,6 +135,9 @@ class Inference:
             stop = quarantine.reason_to_stop(session, result.study_instance_uid)
             if stop is not None:
                 return quarantine.hold_result(session, result, stop)
+            wait = pauses.reason_to_wait(session, result.model_name)
+            if wait is not None:
+                return pauses.hold_result(session, result, wait)
             # Counted before the work: a study that kills its worker each time is parked after `attempts`.
             result.attempts += 1
             attempt = result.attempts
@@ -188,7 +193,8 @@ class Inference:
             if row.runtime is not None:  # another run of the same step was faster
                 return "inferred"
             row.measurements, row.runtime = measurements, runtime
-            session.merge(facts)
+            if row.rule != CANARY_RULE:  # it says nothing of the site's images
+                session.merge(facts)
             ledger.append(
                 session,
                 subject=ledger.study_subject(row.study_instance_uid),

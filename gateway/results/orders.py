@@ -21,6 +21,7 @@ from gateway.due_work import enqueue_result
 from gateway.durable import ROUTINE, URGENT, Enqueuer
 from gateway.errors import Rejected, meaning
 from gateway.intake.routing import Verdict
+from gateway.learning import pauses
 from gateway.learning.serving import open_period
 from gateway.model_shelf import ModelShelf
 from gateway.results.contract import ContractFinding, judge
@@ -199,6 +200,8 @@ def place(
             _alarm_failed(session, result)
         elif stop is not None:
             quarantine.hold_result(session, result, stop)
+        elif (wait := pauses.reason_to_wait(session, result.model_name)) is not None:
+            pauses.hold_result(session, result, wait)
         else:
             enqueue_result(session, enqueuer, result, priority=URGENT if urgent else ROUTINE)
     ledger.append(

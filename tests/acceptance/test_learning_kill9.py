@@ -129,9 +129,7 @@ def _run(gateway: WholeGateway) -> LearningRun:
 def _kill_while_it_trains(gateway: WholeGateway) -> None:
     """The worker, after the training of the fold has written its first checkpoint."""
     folder = run_folder(gateway.settings.models_dir, _run(gateway).run_id)
-    wait_until(
-        lambda: list(folder.rglob("fold_0/checkpoint_*.pth")) and _run(gateway), "a checkpoint", timeout_s=300
-    )
+    wait_until(lambda: list(folder.rglob("fold_0/checkpoint_*.pth")) and _run(gateway), "a checkpoint", timeout_s=300)
     with gateway.database.reading() as session:
         pid = session.scalars(select(Executor.pid).where(Executor.role == "worker")).one()
     os.kill(pid, signal.SIGKILL)

@@ -17,9 +17,11 @@ from engine.errors import BundleInvalid
 from engine.manifest import Channel, Contract
 from gateway.destination_settings import DestinationSettings
 from gateway.durable import ROUTINE, URGENT
+from gateway.learning.pauses import pause, resume
 from gateway.learning.serving import PROMOTED, begin_period
 from gateway.results.orders import Orders
 from gateway.retrying import retry_study
+from gateway.study_state import refresh
 from storage.alarms import open_alarms
 from storage.database import Database
 from storage.errors import ModelChanged, ModelMissing
@@ -244,6 +246,30 @@ def test_for_a_study_quarantined_meanwhile_nothing_is_queued(ward: Ward) -> None
     assert ward.results() == {"organs": (ResultState.HELD, "the study is quarantined: two patients")}
     assert ward.queue.calls == []
     assert ward.study() == (StudyState.QUARANTINED, "two patients")
+
+
+@pytest.mark.requirement("OPS-66", open="edit and reject rates of readers; what starts a shadow")
+def test_for_a_paused_model_the_result_waits_and_the_others_run(ward: Ward) -> None:
+    with ward.database.session() as session:
+        pause(session, "organs", by="user:ann", reason="a new scanner")
+    ward.route("organs", "other")
+    assert [ward.order() for _ in range(2)] == ["ordered"] * 2
+    waits = (ResultState.HELD, "model paused: a new scanner")
+    assert ward.results() == {"organs": waits, "other": (ResultState.PENDING, None)}
+    assert ward.study()[0] == StudyState.PROCESSING
+    with ward.database.session() as session:
+        (other,) = session.scalars(select(Result).where(Result.model_name == "other"))
+        other.state = ResultState.RELEASED
+        refresh(session, STUDY_UID)
+    assert ward.study() == waits  # held, and not finished
+    before = len(ward.queue.calls)
+    with ward.database.session() as session:
+        assert resume(session, ward.queue, "organs", by="user:ann").results == 1
+    assert ward.results()["organs"] == (ResultState.PENDING, None)
+    assert [call["workflow"] for call in ward.queue.calls[before:]] == ["make_result"]
+    assert ward.study()[0] == StudyState.PROCESSING
+    assert ward.order() == "ordered"
+    assert len(ward.results()) == 2
 
 
 @pytest.mark.requirement("CMP-17", open="withdrawal of the old result in the PACS")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from sqlalchemy.orm import Session
 
+from gateway.learning_settings import LearningSettings, ModelLearning
 from gateway.monitoring.drift_alarms import Baselines, DriftWatch
 from gateway.monitoring.drift_window import ModelDrift
 from gateway.settings import DriftSettings
@@ -93,5 +95,8 @@ def check(
     now: datetime = NOW,
     settings: DriftSettings = SETTINGS,
     baselines: Baselines = lambda _name, _version: None,
+    on_drift: Literal["fine-tune", "pause", "nothing"] = "nothing",
 ) -> list[ModelDrift]:
-    return DriftWatch(database=database, settings=settings, state_dir=folder, baselines=baselines).check(now=now)
+    learning = LearningSettings(models=(ModelLearning(name="tiny", on_drift=on_drift),))
+    watch = DriftWatch(database=database, settings=settings, learning=learning, state_dir=folder, baselines=baselines)
+    return watch.check(now=now)

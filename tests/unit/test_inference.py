@@ -19,6 +19,7 @@ from engine.bundle import load_bundle
 from engine.errors import MemoryExceeded
 from engine.predictor import Prediction
 from engine.volume import Volume
+from gateway.learning.pauses import pause
 from gateway.model_shelf import ModelShelf
 from gateway.results import inference as step
 from gateway.results.inference import Inference
@@ -27,10 +28,10 @@ from storage.alarms import open_alarms
 from storage.database import Database
 from storage.errors import ObjectChanged, SpoolFull
 from storage.models import ModelRegistry, RegisteredModel
-from storage.records import LedgerEvent, Result, ResultState, StudyFacts, StudyState
+from storage.records import LedgerEvent, Result, ResultState, Study, StudyFacts, StudyState
 from storage.spool import Spool
 from tests.support.phantoms import write_series
-from tests.support.story_rows import add_result, add_study, add_version
+from tests.support.story_rows import STUDY_UID, add_result, add_study, add_version
 
 MODEL = Path(gateway.__file__).parent / "demo" / "model"
 
@@ -109,6 +110,21 @@ def test_a_repeated_inference_of_what_was_overtaken_records_it_once(database: Da
     assert kinds(database) == ["superseded"]
     with database.reading() as session:
         assert session.get_one(Result, "r1").attempts == 0
+
+
+def test_what_was_queued_before_its_model_was_paused_waits_too(database: Database, tmp_path: Path) -> None:
+    with database.session() as session:
+        add_study(session, StudyState.PROCESSING)
+        add_version(session)
+        add_result(session, ResultState.PENDING)
+        pause(session, "tiny", by="policy", reason="critical drift in manufacturer")
+    step = inference(database, tmp_path / "spool")
+    assert [step.infer("r1") for _ in range(2)] == ["held"] * 2
+    assert kinds(database) == ["model-paused", "waits-for-model"]
+    with database.reading() as session:
+        result, study = session.get_one(Result, "r1"), session.get_one(Study, STUDY_UID)
+        assert (result.attempts, result.finished_at) == (0, None)
+        assert (study.state, study.state_reason) == ("held", "model paused: critical drift in manufacturer")
 
 
 def test_an_inference_that_was_done_is_not_done_again(database: Database, tmp_path: Path) -> None:
