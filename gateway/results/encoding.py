@@ -80,8 +80,8 @@ class Encoding:
     def encode(self, result_id: str) -> str:
         """ "encoded": SEG (in the encoding that destinations want first) and SR, or on hold the notice, or nothing.
 
-        "superseded" where the model was withdrawn meanwhile. A canary has SEG and SR whatever its verdict: that they can
-        be made is part of what it shows.
+        "superseded" where the model was withdrawn meanwhile. A canary has SEG and SR whatever its verdict: that they
+        can be made is part of what it shows.
         """
         with self._database.reading() as session:
             result = session.get_one(Result, result_id)

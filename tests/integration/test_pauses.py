@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from engine.bundle import load_bundle
 from gateway.cli import app
-from gateway.commands.models import register
+from gateway.learning.registration import register
 from gateway.demo.story import model_folder
 from gateway.errors import Rejected
 from gateway.learning.pauses import hold_result, is_paused, pause, reason_to_wait, resume

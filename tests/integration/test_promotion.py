@@ -118,7 +118,8 @@ def kinds(database: Database, name: str) -> list[tuple[str, Any]]:
 
 def put(database: Database, registry: ModelRegistry, model: RegisteredModel, **how: Any) -> RegisteredModel:
     """Promotes a version that has all that the plan asks for."""
-    return promote(database, registry, model.name, model.semver, **{"actor": APPROVER, "plan": PLAN} | how)
+    asked: dict[str, Any] = {"actor": APPROVER, "plan": PLAN, **how}
+    return promote(database, registry, model.name, model.semver, **asked)
 
 
 def force(database: Database, registry: ModelRegistry, name: str, semver: str) -> RegisteredModel:

@@ -43,7 +43,7 @@ def database(tmp_path: Path) -> Iterator[Database]:
 @pytest.fixture
 def name(request: pytest.FixtureRequest) -> str:
     """A model of this test alone: the registry is shared."""
-    return request.node.name.replace("_", "-")[:60]
+    return str(request.node.name).replace("_", "-")[:60]
 
 
 def two_versions(database: Database, registry: ModelRegistry, folder: Path, name: str) -> None:

@@ -11,8 +11,8 @@ A test puts a file named after a point into the folder $DYING_ROLE_CONTROL:
 Points are the boundaries of the story's steps (`infer:begin` is before the step, `infer:end` between its own commit
 and DBOS's note of it), `predict` and `predict-<version>` (in the middle of an inference), `withdraw-<model>` (a
 rollback is in table and registry, and no result has followed), `attempt-<destination>:begin` and `:end` as for a step,
-`<destination>:sent` (the destination has answered, and nobody has written that down), `alias-<alias>` (the model registry has
-moved an alias).
+`<destination>:sent` (the destination has answered, and nobody has written that down), `alias-<alias>` (the model
+registry has moved an alias).
 
 With --lives a dead process is followed by a new one that need not import everything again: each life is a fork of a
 parent that does nothing else. `supervise` runs the gateway's own supervisor over processes of this kind.
@@ -118,7 +118,8 @@ def plug_in() -> None:
     kinds = {"ModelShelf": _Shelf, "Withdrawal": _Withdrawal, "Dispatch": _Dispatch}
     for name, kind in {**kinds, "DimsePacs": _Pacs, "EmrClient": _Emr}.items():
         setattr(app, name, kind)
-    app.open_registry = lambda settings: _Registry(settings.models_dir, url=settings.gateway.database.registry_url)
+    registry = "open_registry"  # app's own name for it
+    setattr(app, registry, lambda settings: _Registry(settings.models_dir, url=settings.gateway.database.registry_url))
 
 
 def live(group: str, settings: Settings, roles: tuple[str, ...]) -> None:
