@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import structlog
 from sqlalchemy import ColumnElement, Select, and_, or_, select
@@ -34,6 +35,7 @@ from storage.spool import Spool
 _log = structlog.get_logger(__name__)
 ROLLED_BACK = "model-rolled-back"
 _PERIODS_LOOKED_AT = 20
+_CLOCKS_APART = timedelta(minutes=1)  # of the hosts that write periods and results
 
 
 def recent_periods(session: Session, name: str) -> Sequence[ServingPeriod]:
@@ -174,7 +176,7 @@ class Withdrawal:
             session.get_one(ServingPeriod, period.period_id, with_for_update=True)
             if session.scalars(_told(period)).first() is not None:
                 return
-            made = select(Result.result_id).where(*_made_in(period)).order_by(Result.created_at, Result.result_id)
+            made = select(Result.result_id).where(*made_in(period)).order_by(Result.created_at, Result.result_id)
             released = list(session.scalars(made.where(Result.state == ResultState.RELEASED)))
             again = list(
                 session.scalars(
@@ -236,11 +238,12 @@ def _told(period: ServingPeriod) -> Select[int]:
     return select(ReviewTask.task_id).where(ReviewTask.kind == "rollback", ReviewTask.subject == _task_subject(period))
 
 
-def _made_in(period: ServingPeriod) -> tuple[ColumnElement[bool], ...]:
+def made_in(period: ServingPeriod) -> tuple[ColumnElement[bool], ...]:
+    """Conditions for the results of a period's version since it began, whatever became of them."""
     return (
         Result.model_name == period.model_name,
         Result.model_version == period.model_version,
-        Result.created_at >= period.began_at,
+        Result.created_at >= period.began_at - _CLOCKS_APART,
     )
 
 
@@ -251,7 +254,7 @@ def _to_do_again(period: ServingPeriod) -> Select[Result]:
         .join(StudyVersion, StudyVersion.version_id == Result.version_id)
         .join(Study, Study.study_instance_uid == Result.study_instance_uid)
         .where(
-            *_made_in(period),
+            *made_in(period),
             Study.version == StudyVersion.number,
             or_(
                 Result.state.in_([ResultState.PENDING, ResultState.FAILED]),

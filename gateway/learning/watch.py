@@ -25,7 +25,7 @@ from sqlalchemy.orm import Session
 from engine.errors import BundleInvalid, EngineError
 from gateway.errors import GatewayError, Transient, is_of_the_machine, meaning
 from gateway.learning.promotion import roll_back
-from gateway.learning.rollback import Withdrawal, is_unfinished, recent_periods, withdrawn_periods
+from gateway.learning.rollback import Withdrawal, is_unfinished, made_in, recent_periods, withdrawn_periods
 from gateway.learning.serving import open_period
 from gateway.learning_settings import ChangePlan, LearningSettings
 from gateway.model_shelf import ModelShelf
@@ -90,9 +90,7 @@ def watched_rates(session: Session, period: ServingPeriod, plan: ChangePlan) -> 
     rows = session.execute(
         select(Result.study_instance_uid, Result.state, Result.verdict, Result.checks)
         .where(
-            Result.model_name == period.model_name,
-            Result.model_version == period.model_version,
-            Result.created_at >= period.began_at,
+            *made_in(period),
             Result.verdict.is_not(None) | (Result.state == ResultState.FAILED),
         )
         .order_by(Result.created_at, Result.result_id)

@@ -18,7 +18,7 @@ from gateway.state import open_registry
 from storage.learning_records import ShadowRun
 from storage.records import Delivery, Result, ResultObject, Study
 from tests.support.emr_double import EmrDouble
-from tests.support.intensity_model import SWAPPED_BANDS, write_intensity_bundle
+from tests.support.intensity_model import PHANTOM_BANDS, SWAPPED_BANDS, write_intensity_bundle
 from tests.support.pacs import ScriptedPacs, scripted
 from tests.support.phantoms import write_series
 from tests.support.waiting import wait_until
@@ -56,9 +56,9 @@ def peers(tmp_path: Path) -> Iterator[tuple[WholeGateway, ScriptedPacs, EmrDoubl
     ):
         (gateway.config / "routes.toml").write_text(ROUTES)
         (gateway.config / "learning.toml").write_text(LEARNING)
-        for semver, how in (("1.0.0", {}), ("2.0.0", {"bands": SWAPPED_BANDS})):
+        for semver, bands in (("1.0.0", PHANTOM_BANDS), ("2.0.0", SWAPPED_BANDS)):
             bundle = write_intensity_bundle(
-                tmp_path / semver, name="sides", semver=semver, spacing_mm=SPACING_MM, **how
+                tmp_path / semver, name="sides", semver=semver, spacing_mm=SPACING_MM, bands=bands
             )
             register(gateway.settings, bundle, candidate=semver != "1.0.0", actor="test")
         registry, learning = open_registry(gateway.settings), gateway.settings.learning
@@ -80,7 +80,7 @@ def test_nothing_of_a_version_in_shadow_leaves_and_killed_in_its_middle_it_goes_
         gateway.send(series.files)
         gateway.wait_for_state(series.study_instance_uid, "verified")
         uids.append(series.study_instance_uid)
-    pid = wait_until(lambda: gateway.blocked_pid("predict-2.0.0"), "the shadow is in the middle of an inference")
+    pid = wait_until(lambda: gateway.blocked_pid("predict-2.0.0") or 0, "the shadow is in the middle of an inference")
     before = (outside(pacs, emr), inside(gateway, uids))
 
     os.kill(pid, signal.SIGKILL)

@@ -15,7 +15,7 @@ from storage.errors import ModelMissing
 from storage.learning_records import ShadowRun
 from storage.models import SHADOW
 from storage.records import ResultState, StudyState, utc_now
-from tests.support.intensity_model import SWAPPED_BANDS, write_intensity_bundle
+from tests.support.intensity_model import PHANTOM_BANDS, SWAPPED_BANDS, write_intensity_bundle
 from tests.support.live_studies import begin_period
 from tests.support.story_rows import add_result, add_study, add_version
 
@@ -32,9 +32,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (config / "learning.toml").write_text(_LEARNING)
     settings = load_settings(config)
     prepare_state(settings).close()
-    for semver in ("1.0.0", "2.0.0"):
-        bands = {"bands": SWAPPED_BANDS} if semver == "2.0.0" else {}
-        bundle = write_intensity_bundle(folder / semver, name="sides", semver=semver, **bands)
+    for semver, bands in (("1.0.0", PHANTOM_BANDS), ("2.0.0", SWAPPED_BANDS)):
+        bundle = write_intensity_bundle(folder / semver, name="sides", semver=semver, bands=bands)
         register(settings, bundle, candidate=semver == "2.0.0", actor="test")
     return config
 

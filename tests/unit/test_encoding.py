@@ -12,6 +12,7 @@ from typing import Any, cast
 import pytest
 from pydicom import dcmread
 from pydicom.dataset import Dataset
+from sqlalchemy import select
 
 from gateway.results.content import EncodedObject
 from gateway.results.encoding import Encoding, _identified, _Source
@@ -178,6 +179,15 @@ def test_what_was_never_made_in_this_encoding_is_named_as_a_pacs_has_it(desk: De
     desk.replaces("SEG BINARY", "SR SR", "SC SC", taken=("2.25.3", "2.25.2"))
     desk.encoding.encode("r1")
     assert desk.named("LABELMAP") == ("2.25.3", "2.25.2")
+
+
+@pytest.mark.requirement("ART-23")
+def test_of_a_result_that_was_withdrawn_no_object_is_made(desk: Desk) -> None:
+    with desk.database.session() as session:
+        session.get_one(Result, "r1").state = ResultState.SUPERSEDED
+    assert desk.encoding.encode("r1") == "superseded"
+    with desk.database.reading() as session:
+        assert session.scalars(select(ResultObject)).all() == []
 
 
 @pytest.mark.requirement("OUT-44", "QUE-27")

@@ -81,6 +81,24 @@ def test_a_result_that_was_superseded_meanwhile_goes_no_further() -> None:
     assert steps.names == ["infer"]
 
 
+@pytest.mark.requirement("ART-23")
+def test_a_result_whose_model_was_withdrawn_as_it_was_judged_goes_no_further() -> None:
+    steps = Steps(**(RESULT | {"judge": "superseded"}))
+    assert Engine().story.make_result(steps, "r1") == "superseded"
+    assert steps.names == ["infer", "judge"]
+
+
+@pytest.mark.requirement("ART-23")
+def test_a_version_in_shadow_that_fails_is_parked_by_its_own_step() -> None:
+    steps = Steps(compare=[BackendFailed("device lost"), Permanent("no network")], park_shadow="failed")
+    assert Engine(attempts=3).story.shadow_result(steps, "7", "turn") == "failed"
+    assert steps.calls == [
+        ("compare", "7", "turn"),
+        ("compare", "7", "turn"),
+        ("park_shadow", "7", "compare", "Permanent: no network"),
+    ]
+
+
 def test_a_held_result_is_still_encoded_and_release_decides() -> None:
     steps = Steps(**(RESULT | {"judge": "hold", "release": "held"}))
     assert Engine().story.make_result(steps, "r1") == "held"
