@@ -17,9 +17,9 @@ from engine.errors import BundleInvalid
 from gateway import quarantine, study_state, superseding
 from gateway.due_work import enqueue_result
 from gateway.durable import ROUTINE, URGENT, Enqueuer
-from gateway.errors import Rejected, meaning
+from gateway.errors import Rejected, Transient, meaning
 from gateway.intake.routing import Verdict
-from gateway.learning.serving import open_period
+from gateway.learning.serving import open_period, overtaken
 from gateway.model_shelf import ModelShelf
 from gateway.results.contract import ContractFinding, judge
 from gateway.results.series import read_series
@@ -41,8 +41,6 @@ from storage.records import (
 )
 from storage.spool import Spool
 
-_Planned = tuple[Result, bool, Sequence[ContractFinding]]  # whether it is urgent, what the contract says against it
-
 
 class Orders:
     """Step `order` of the story."""
@@ -56,7 +54,8 @@ class Orders:
     def order(self, version_id: str) -> str:
         """Write a Result row per matched series part and enqueue what is to run; "ordered" or "nothing-to-run".
 
-        Repeated, it adds what is missing. A model that cannot be had stops no other: it has a FAILED row.
+        Repeated, it adds what is missing. A model that cannot be had stops no other: it has a FAILED row. Raises
+        Transient where another version was promoted, or this one rolled back, while it was being planned with.
         """
         with self._database.reading() as session:
             version = session.get_one(StudyVersion, version_id)
@@ -64,33 +63,22 @@ class Orders:
             wanted = [(d, urgent) for d, urgent in _wanted(session, version_id) if _work(d) not in known]
             files = {d.series_instance_uid: series_files(session, self._spool, version, d) for d, _ in wanted}
             content = content_key(session, version)
-            serving = _serving(session, wanted)
-        while True:
-            planned = [
-                (result, urgent, refusals)
-                for decision, urgent in wanted
-                for result, refusals in self._plan(
-                    version, content, decision, files[decision.series_instance_uid], serving[str(decision.model)]
-                )
-            ]
-            with self._database.session() as session:
-                # Another version may have been promoted, or this one rolled back, since it was planned with.
-                if serving == _serving(session, wanted, held=True):
-                    return self._order(session, version, planned)
-            with self._database.reading() as session:
-                serving = _serving(session, wanted)
-
-    def _order(self, session: Session, version: StudyVersion, planned: Sequence[_Planned]) -> str:
-        # Another run of the same step may have been faster.
-        known = _ordered(session, version.version_id)
-        added = [(r, u) for r, u, _ in planned if _work(r) not in known]
-        refused = {r.result_id: refusals for r, _, refusals in planned if refusals}
-        self._write(session, version, added, refused)
-        superseding.no_longer_wanted(session, version)
-        study = session.get_one(Study, version.study_instance_uid)
-        if study.version == version.number and study.state == StudyState.PROCESSING:
-            study_state.refresh(session, study.study_instance_uid)
-
+        planned = [
+            (result, urgent, refusals)
+            for decision, urgent in wanted
+            for result, refusals in self._plan(version, content, decision, files[decision.series_instance_uid])
+        ]
+        with self._database.session() as session:
+            _refuse_overtaken(session, [result for result, _, _ in planned])
+            # Another run of the same step may have been faster.
+            known = _ordered(session, version_id)
+            added = [(r, u) for r, u, _ in planned if _work(r) not in known]
+            refused = {r.result_id: refusals for r, _, refusals in planned if refusals}
+            self._write(session, version, added, refused)
+            superseding.no_longer_wanted(session, version)
+            study = session.get_one(Study, version.study_instance_uid)
+            if study.version == version.number and study.state == StudyState.PROCESSING:
+                study_state.refresh(session, study.study_instance_uid)
         return "ordered" if known or any(r.state == ResultState.PENDING for r, _ in added) else "nothing-to-run"
 
     def _write(
@@ -145,19 +133,11 @@ class Orders:
         )
 
     def _plan(
-        self,
-        version: StudyVersion,
-        content: str,
-        decision: RoutingDecision,
-        files: Sequence[Path],
-        semver: str | None,
+        self, version: StudyVersion, content: str, decision: RoutingDecision, files: Sequence[Path]
     ) -> list[tuple[Result, list[ContractFinding]]]:
-        """Per part of the series the row, and what the contract says against it. `semver` is the version that is to
-        serve, None where only the registry says so."""
+        """Per part of the series the row, and what the contract says against it."""
         try:
-            model = self._shelf.champion(str(decision.model))
-            if semver not in (None, model.semver):  # the shelf looks every two seconds, and an alias follows
-                model = self._shelf.version(model.name, str(semver))
+            model = self._serving(str(decision.model))
             bundle = self._shelf.bundle(model)
         except (ModelMissing, ModelChanged, BundleInvalid) as error:
             reason = f"order: {meaning(error).__name__}: {error}"
@@ -174,6 +154,16 @@ class Orders:
             result = _planned(version, content, decision, model, part=part.part, state=state, reason=reason or None)
             planned.append((result, failed))
         return planned
+
+    def _serving(self, name: str) -> RegisteredModel:
+        """The champion. The shelf looks every two seconds, and the alias follows: until then our serving period says
+        which one it is, so that nothing is ordered from a version that was withdrawn."""
+        model = self._shelf.champion(name)
+        with self._database.reading() as session:
+            period = open_period(session, name)
+        if period is None or period.model_version == model.semver:
+            return model
+        return self._shelf.version(name, period.model_version)
 
 
 def _planned(
@@ -243,13 +233,11 @@ def _wanted(session: Session, version_id: str) -> list[tuple[RoutingDecision, bo
     return [(decision, work in urgent) for work, decision in first.items()]
 
 
-def _serving(
-    session: Session, wanted: Sequence[tuple[RoutingDecision, bool]], *, held: bool = False
-) -> dict[str, str | None]:
-    """Model → the version that is to serve; None before its first period. `held`: it does to the end of the
-    transaction."""
-    periods = {name: open_period(session, name, held=held) for name in {str(d.model) for d, _ in wanted}}
-    return {name: None if period is None else period.model_version for name, period in periods.items()}
+def _refuse_overtaken(session: Session, planned: Sequence[Result]) -> None:
+    """What is ordered is of the version that serves to the end of the transaction, or Transient is raised."""
+    for name, semver in {(r.model_name, r.model_version) for r in planned if r.model_version}:
+        if overtaken(session, name, semver):
+            raise Transient(f"{name} {semver} was being ordered when another version was to serve; it is planned again")
 
 
 def _alarm_failed(session: Session, result: Result) -> None:

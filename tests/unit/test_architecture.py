@@ -13,6 +13,7 @@ ROOMS = (
     "gateway/commands",
     "gateway/demo",
     "gateway/intake",
+    "gateway/learning",
     "gateway/monitoring",
     "gateway/results",
     "gateway/delivery",
