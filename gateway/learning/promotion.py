@@ -323,3 +323,17 @@ def _evidence(bundle: Bundle, found: Grounds, plan: ChangePlan) -> Mapping[str, 
 def _digest(document: Mapping[str, Any]) -> str:
     canonical = json.dumps(document, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+__all__ = [
+    "ACCEPTED",
+    "POLICY",
+    "Grounds",
+    "PromotionRefused",
+    "grounds",
+    "open_period",
+    "promote",
+    "roll_back",
+    "serve_first",
+    "stable_before",
+]

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
 from engine.bundle import Bundle, load_bundle
@@ -26,16 +26,28 @@ IMPORTED, PROMOTED, ROLLED_BACK = "model-imported", "model-promoted", "model-rol
 """Kinds of ledger events of a model."""
 
 
-def open_period(session: Session, name: str, *, held: bool = False) -> ServingPeriod | None:
-    """The period of the version that is to serve; None before the first. `held`: nobody ends it before the caller's
-    transaction does (None as well where somebody just has)."""
-    query = (
+def open_period(session: Session, name: str) -> ServingPeriod | None:
+    """The period of the version that is to serve; None before the first."""
+    return session.scalars(_open(name)).first()
+
+
+def overtaken(session: Session, name: str, semver: str) -> bool:
+    """Whether another version is to serve than this one; if not, that stays so to the end of the transaction. False for
+    a model that has no periods yet."""
+    period = session.scalars(_open(name).with_for_update(read=True)).first()
+    if period is not None:
+        return period.model_version != semver
+    # Somebody has just ended it, and what follows is not to be seen in this statement's snapshot.
+    return session.scalars(select(ServingPeriod).where(ServingPeriod.model_name == name).limit(1)).first() is not None
+
+
+def _open(name: str) -> Select[tuple[ServingPeriod]]:
+    return (
         select(ServingPeriod)
         .where(ServingPeriod.model_name == name, ServingPeriod.ended_at.is_(None))
         .order_by(ServingPeriod.period_id.desc())
         .limit(1)
     )
-    return session.scalars(query.with_for_update(read=True) if held else query).first()
 
 
 def periods(session: Session, name: str) -> list[ServingPeriod]:

@@ -19,10 +19,10 @@ from engine.errors import BundleInvalid
 from gateway import quarantine, study_state, superseding
 from gateway.due_work import enqueue_result
 from gateway.durable import ROUTINE, URGENT, Enqueuer
-from gateway.errors import Rejected, meaning
+from gateway.errors import Rejected, Transient, meaning
 from gateway.intake.routing import Verdict
 from gateway.learning import pauses
-from gateway.learning.serving import open_period
+from gateway.learning.serving import open_period, overtaken
 from gateway.model_shelf import ModelShelf
 from gateway.results.contract import ContractFinding, judge
 from gateway.results.series import read_series
@@ -43,8 +43,6 @@ from storage.records import (
     utc_now,
 )
 from storage.spool import Spool
-
-_Planned = tuple[Result, bool, Sequence[ContractFinding]]  # whether it is urgent, what the contract says against it
 
 
 class Orders:
@@ -71,7 +69,8 @@ class Orders:
     def order(self, version_id: str) -> str:
         """Write a Result row per matched series part and enqueue what is to run; "ordered" or "nothing-to-run".
 
-        Repeated, it adds what is missing. A model that cannot be had stops no other: it has a FAILED row.
+        Repeated, it adds what is missing. A model that cannot be had stops no other: it has a FAILED row. Raises
+        Transient where another version was promoted, or this one rolled back, while it was being planned with.
         """
         with self._database.reading() as session:
             version = session.get_one(StudyVersion, version_id)
@@ -79,65 +78,54 @@ class Orders:
             wanted = [(d, urgent) for d, urgent in _wanted(session, version_id) if _work(d) not in known]
             files = {d.series_instance_uid: series_files(session, self._spool, version, d) for d, _ in wanted}
             content = content_key(session, version)
-            serving = _serving(session, wanted)
-        while True:
-            planned = [
-                (result, urgent, refusals)
-                for decision, urgent in wanted
-                for result, refusals in self._plan(
-                    version, content, decision, files[decision.series_instance_uid], serving[str(decision.model)]
-                )
-            ]
-            with self._database.session() as session:
-                # Another version may have been promoted, or this one rolled back, since it was planned with.
-                if serving == _serving(session, wanted, held=True):
-                    return self._order(session, version, planned)
-            with self._database.reading() as session:
-                serving = _serving(session, wanted)
-
-    def _order(self, session: Session, version: StudyVersion, planned: Sequence[_Planned]) -> str:
-        # Another run of the same step may have been faster.
-        known = _ordered(session, version.version_id)
-        added = [(r, u) for r, u, _ in planned if _work(r) not in known]
-        refused = {r.result_id: refusals for r, _, refusals in planned if refusals}
-        place(session, self._enqueuer, version, added, refused)
-        superseding.no_longer_wanted(session, version)
-        study = session.get_one(Study, version.study_instance_uid)
-        if study.version == version.number and study.state == StudyState.PROCESSING:
-            study_state.refresh(session, study.study_instance_uid)
-
+        planned = [
+            (result, urgent, refusals)
+            for decision, urgent in wanted
+            for result, refusals in self._plan(version, content, decision, files[decision.series_instance_uid])
+        ]
+        with self._database.session() as session:
+            _refuse_overtaken(session, [result for result, _, _ in planned])
+            # Another run of the same step may have been faster.
+            known = _ordered(session, version_id)
+            added = [(r, u) for r, u, _ in planned if _work(r) not in known]
+            refused = {r.result_id: refusals for r, _, refusals in planned if refusals}
+            place(session, self._enqueuer, version, added, refused)
+            superseding.no_longer_wanted(session, version)
+            study = session.get_one(Study, version.study_instance_uid)
+            if study.version == version.number and study.state == StudyState.PROCESSING:
+                study_state.refresh(session, study.study_instance_uid)
         return "ordered" if known or any(r.state == ResultState.PENDING for r, _ in added) else "nothing-to-run"
 
     def _plan(
-        self,
-        version: StudyVersion,
-        content: str,
-        decision: RoutingDecision,
-        files: Sequence[Path],
-        semver: str | None,
+        self, version: StudyVersion, content: str, decision: RoutingDecision, files: Sequence[Path]
     ) -> list[tuple[Result, list[ContractFinding]]]:
-        """Per part of the series the row, and what the contract says against it. `semver` is the version that is to
-        serve, None where only the registry says so."""
+        """Per part of the series the row, and what the contract says against it."""
         try:
-            model, bundle = self._usable(str(decision.model), semver)
+            model, bundle = self._usable(str(decision.model))
         except (ModelMissing, ModelChanged, BundleInvalid) as error:
             reason = f"order: {meaning(error).__name__}: {error}"
             return [(_planned(version, content, decision, None, state=ResultState.FAILED, reason=reason), [])]
         return plan_series(version, content, decision, files, model, bundle)
 
-    def _usable(self, name: str, semver: str | None) -> tuple[RegisteredModel, Bundle]:
-        """The version that serves; `semver` where a serving period says which, which the registry's alias follows."""
-        model = self._shelf.champion(name)
-        if semver not in (None, model.semver):  # the shelf looks every two seconds
-            model = self._shelf.version(name, str(semver))
+    def _usable(self, name: str) -> tuple[RegisteredModel, Bundle]:
+        model = self._serving(name)
         try:
             return model, self._shelf.bundle(model)
         except (ModelChanged, BundleInvalid) as error:
             if not self._unusable(model, str(error)):
                 raise
-        # Another version serves since; the period that this was planned with has ended, so it is planned once more.
-        model = self._shelf.champion(name)
+        model = self._serving(name)  # another version, since
         return model, self._shelf.bundle(model)
+
+    def _serving(self, name: str) -> RegisteredModel:
+        """The champion. The shelf looks every two seconds, and the alias follows: until then our serving period says
+        which one it is, so that nothing is ordered from a version that was withdrawn."""
+        model = self._shelf.champion(name)
+        with self._database.reading() as session:
+            period = open_period(session, name)
+        if period is None or period.model_version == model.semver:
+            return model
+        return self._shelf.version(name, period.model_version)
 
 
 def plan_series(
@@ -290,13 +278,11 @@ def _wanted(session: Session, version_id: str) -> list[tuple[RoutingDecision, bo
     return [(decision, work in urgent) for work, decision in first.items()]
 
 
-def _serving(
-    session: Session, wanted: Sequence[tuple[RoutingDecision, bool]], *, held: bool = False
-) -> dict[str, str | None]:
-    """Model → the version that is to serve; None before its first period. `held`: it does to the end of the
-    transaction."""
-    periods = {name: open_period(session, name, held=held) for name in {str(d.model) for d, _ in wanted}}
-    return {name: None if period is None else period.model_version for name, period in periods.items()}
+def _refuse_overtaken(session: Session, planned: Sequence[Result]) -> None:
+    """What is ordered is of the version that serves to the end of the transaction, or Transient is raised."""
+    for name, semver in {(r.model_name, r.model_version) for r in planned if r.model_version}:
+        if overtaken(session, name, semver):
+            raise Transient(f"{name} {semver} was being ordered when another version was to serve; it is planned again")
 
 
 def is_urgent(session: Session, result: Result) -> bool:

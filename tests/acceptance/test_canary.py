@@ -14,8 +14,8 @@ import pytest
 from pydicom import dcmread
 from sqlalchemy import func, select
 
-from gateway.learning.registration import register
 from gateway.demo.synthetic_study import PATIENT_ID as DEMO_PATIENT
+from gateway.learning.registration import register
 from gateway.monitoring.canary_series import PATIENT_ID
 from gateway.sending import send_files
 from gateway.setting_types import PeerAddress

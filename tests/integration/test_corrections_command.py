@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from engine.nifti import read_label_map, read_nifti
 from gateway.cli import app
-from gateway.learning.registration import register
 from gateway.learning.corrections import correction_of, right_labels
+from gateway.learning.registration import register
 from gateway.results.inference import load_labels
 from gateway.results.segmentation import encode_segmentation
 from gateway.settings import load_settings

@@ -17,6 +17,7 @@ from engine.errors import BundleInvalid
 from engine.manifest import Channel, Contract
 from gateway.destination_settings import DestinationSettings
 from gateway.durable import ROUTINE, URGENT
+from gateway.errors import Transient
 from gateway.learning.pauses import pause, resume
 from gateway.learning.serving import PROMOTED, begin_period
 from gateway.results.orders import Orders
@@ -355,6 +356,9 @@ def test_what_is_promoted_while_a_study_is_planned_is_what_it_is_ordered_with(
         return bundle(model)
 
     monkeypatch.setattr(ward.shelf, "bundle", promoted_meanwhile)
+    with pytest.raises(Transient, match="is planned again"):  # the story repeats the step
+        ward.order()
+    assert (ordered_versions(ward), ward.queue.calls) == ([], [])
     assert ward.order() == "ordered"
     assert ordered_versions(ward) == ["1.1.0"]
     assert len(ward.queue.calls) == 1

@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 
 from engine.bundle import load_bundle
 from gateway.cli import app
-from gateway.learning.registration import register
 from gateway.demo.story import model_folder
 from gateway.errors import Rejected
 from gateway.learning.pauses import hold_result, is_paused, pause, reason_to_wait, resume
+from gateway.learning.registration import register
 from gateway.monitoring.drift_alarms import tell
 from gateway.monitoring.drift_window import check_model
 from gateway.settings import load_settings
