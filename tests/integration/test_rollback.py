@@ -384,4 +384,4 @@ def _with_kind(live: LiveStudies, semver: str, kind: str) -> None:
     def predict(asked: RegisteredModel, volume: Volume, *, budget_bytes: int | None) -> Prediction:
         return own(shelf, model if asked.semver == semver else asked, volume, budget_bytes=budget_bytes)
 
-    live.shelf.predict = predict  # type: ignore[method-assign]
+    live.shelf.predict = predict  # type: ignore[method-assign, assignment]
