@@ -34,14 +34,6 @@ from tests.support.whole_gateway import WholeGateway, whole_gateway
 
 _STEPS = ("write cases", "plan", "train", "count", "export", "register", "examine", "offer")
 _POINTS = (*(f"{step}:{side}" for step in _STEPS for side in ("begin", "end")), "alias-champion", "alias-previous")
-_ROUTES = f"""
-time_zone = "UTC"
-[[rules]]
-name = "phantoms"
-model = "{site.MODEL}"
-[rules.when]
-all = [{{ attribute = "Modality", op = "equals", value = "MR" }}]
-"""
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +45,7 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WholeGateway]:
     with whole_gateway(
         folder / "gateway", pacs_address=nobody, emr_url=f"http://127.0.0.1:{nobody[1]}/fhir"
     ) as gateway:
-        (gateway.config / "routes.toml").write_text(_ROUTES)
+        (gateway.config / "routes.toml").write_text(site.ROUTES)
         (gateway.config / "learning.toml").write_text(
             f"""[[models]]
 name = "{site.MODEL}"

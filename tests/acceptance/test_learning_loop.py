@@ -35,14 +35,6 @@ from tests.support.running_gateway import RunningGateway, running_gateway
 pytestmark = pytest.mark.requirement("CARD-05")
 
 REFERENCE, WINDOW, AFTER, BAD = 60, 30, 6, 4
-ROUTES = f"""
-time_zone = "UTC"
-[[rules]]
-name = "phantoms"
-model = "{site.MODEL}"
-[rules.when]
-all = [{{ attribute = "Modality", op = "equals", value = "MR" }}]
-"""
 GATEWAY = """
 [scheduler]
 drift_cron = "* * * * *"
@@ -147,7 +139,7 @@ max_hold_rate = 0.4
     patients = [f"LOOP-{seed:04}" for seed in range(1, 400)]
     with running_gateway(
         folder,
-        routes=ROUTES,
+        routes=site.ROUTES,
         bundles=[load_bundle(trained.bundle)],
         patients=patients,
         gateway_toml=GATEWAY,

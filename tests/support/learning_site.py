@@ -43,6 +43,14 @@ origin = "tests"
 orientation = "LPS"
 modalities = ["MR"]
 """
+ROUTES = f"""
+time_zone = "UTC"
+[[rules]]
+name = "phantoms"
+model = "{MODEL}"
+[rules.when]
+all = [{{ attribute = "Modality", op = "equals", value = "MR" }}]
+"""
 Scanner = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
 
