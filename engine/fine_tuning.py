@@ -13,8 +13,9 @@ which the encoder has half.
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ FORMAT = 1
 
 # Of the file; what a fold begins with is compared fold by fold.
 _MAY_DIFFER = ("software", "base")
+_LOOK_S = 0.5
 _SIDES: tuple[SidesPolicy, ...] = ("keep", "swap", "ignore")
 _MIRRORS: tuple[MirrorPolicy, ...] = ("all", "lateral", "none")
 
@@ -117,6 +119,21 @@ class FineTuned:
     is_finished: bool
     model_folder: Path
     folds: tuple[Path, ...]
+
+
+@contextmanager
+def _turn(folder: Path, stop: Callable[[], bool]) -> Iterator[None]:
+    """Holds the folder of what all folds share; another process that prepares a fold there is waited for."""
+    with ExitStack() as held:
+        while True:
+            try:
+                held.enter_context(training_lock(folder))
+                break
+            except TrainingRefused:
+                if stop():
+                    raise _Stopped from None
+                time.sleep(_LOOK_S)
+        yield
 
 
 @contextmanager
@@ -196,12 +213,12 @@ class _Run:
             if asked() and done < total:
                 raise _Stopped
 
-        with training_lock(self.tuning.results / JOINED), training_lock(first):
-            self._note()
-            with reading_dataset(self.old.folder), reading_dataset(self.new.folder):
-                dataset = join_raw(self.old, self.new, self.raw)
-            self._plan(dataset, tell)
-            try:
+        try:
+            with training_lock(first), _turn(self.tuning.results / JOINED, asked):
+                self._note()
+                with reading_dataset(self.old.folder), reading_dataset(self.new.folder):
+                    dataset = join_raw(self.old, self.new, self.raw)
+                self._plan(dataset, tell)
                 preprocess_experiment(
                     self.experiment(),
                     [self.model.configuration],
@@ -209,9 +226,9 @@ class _Run:
                     tell=tell,
                     progress=advance,
                 )
-            except _Stopped:
-                return False
-            return not asked()
+        except _Stopped:
+            return False
+        return not asked()
 
     def request(self, experiment: Experiment, fold: TrainedFold) -> FoldRequest:
         tuning = self.tuning
