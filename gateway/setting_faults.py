@@ -14,7 +14,9 @@ from pydantic_settings import SettingsError
 
 PREFIX, DELIMITER = "SEGGATE_", "__"
 # Read elsewhere: by the command line, by gateway/heartbeat.py, by tests and benchmarks.
-_NO_SETTINGS = frozenset({"SEGGATE_CONFIG", "SEGGATE_EXECUTOR", "SEGGATE_SHARED", "SEGGATE_REQUIRE_PEERS"})
+_NO_SETTINGS = frozenset(
+    {"SEGGATE_CONFIG", "SEGGATE_EXECUTOR", "SEGGATE_LAUNCHER", "SEGGATE_SHARED", "SEGGATE_REQUIRE_PEERS"}
+)
 # What Kubernetes sets in every container beside a Service named seggate.
 _OF_KUBERNETES = re.compile(r"SEGGATE_(?:\w+_)?(?:SERVICE_(?:HOST|PORT\w*)|PORT(?:_\d+_(?:TCP|UDP)\w*)?)")
 _FIELD = re.compile(r'field "(\w+)"')

@@ -56,13 +56,17 @@ class LearningPolicy:
     def ask_for(
         self, learning: ModelLearning, kind: runs.Kind, *, requested_by: str, reason: str
     ) -> LearningRun | None:
-        """None where a run is under way, or a candidate waits for its decision."""
+        """None where a run is under way, or a candidate waits for its decision; for the policy also where the last one
+        failed: somebody has to see why first."""
         try:
             champion = self._registry.champion(learning.name)
         except ModelMissing:
             return None
         with self._database.session() as session:
-            if runs.run_under_way(session, learning.name) or runs.runs_of(session, learning.name, [RunState.CANDIDATE]):
+            known = runs.runs_of(session, learning.name)
+            if any(run.state in (*runs.UNDER_WAY, RunState.CANDIDATE) for run in known):
+                return None
+            if requested_by == POLICY and known and known[0].state == RunState.FAILED:
                 return None
             choice = self._choice(session, learning)
             run = runs.request_run(
