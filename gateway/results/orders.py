@@ -97,21 +97,25 @@ class Orders:
     ) -> list[tuple[Result, list[ContractFinding]]]:
         """Per part of the series the row, and what the contract says against it."""
         try:
-            model, bundle = self._serving(str(decision.model))
+            model, bundle = self._usable(str(decision.model))
         except (ModelMissing, ModelChanged, BundleInvalid) as error:
             reason = f"order: {meaning(error).__name__}: {error}"
             return [(_planned(version, content, decision, None, state=ResultState.FAILED, reason=reason), [])]
         return plan_series(version, content, decision, files, model, bundle)
 
-    def _serving(self, name: str) -> tuple[RegisteredModel, Bundle]:
-        model = self._shelf.champion(name)
+    def _usable(self, name: str) -> tuple[RegisteredModel, Bundle]:
+        """The version that serves; where its bundle cannot be loaded, the one that serves instead since then."""
+        model = self._serving(name)
         try:
             return model, self._shelf.bundle(model)
         except (ModelChanged, BundleInvalid) as error:
             if not self._unusable(model, str(error)):
                 raise
-        model = self._shelf.champion(name)
+        model = self._serving(name)
         return model, self._shelf.bundle(model)
+
+    def _serving(self, name: str) -> RegisteredModel:
+        return self._shelf.champion(name)
 
 
 def plan_series(
