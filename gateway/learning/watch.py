@@ -7,26 +7,26 @@ where `watch_least` is 1): a single odd study says nothing of a version. After `
 version is kept. The limits are looked at after every study, so a version whose true rate is near a limit is rolled back
 more often than by a single look; docs/learning.md has the figures. To go back too early harms nobody.
 
-A period that a rollback began is not watched: it would go back to what was just withdrawn.
+After a rollback the stable version is watched where its own first studies had not ended, with the one before it to go
+back to: never what was just withdrawn.
 """
 
 from __future__ import annotations
 
-import fcntl
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import structlog
-from sqlalchemy import select, text
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from engine.errors import BundleInvalid, EngineError
-from gateway.errors import GatewayError, Transient, is_of_the_machine, meaning
+from gateway.errors import GatewayError, is_of_the_machine
 from gateway.learning.promotion import roll_back
 from gateway.learning.rollback import Withdrawal, is_unfinished, made_in, recent_periods, withdrawn_periods
-from gateway.learning.serving import open_period
+from gateway.learning.serving import settle
 from gateway.learning_settings import ChangePlan, LearningSettings
 from gateway.model_shelf import ModelShelf
 from storage import ledger
@@ -75,13 +75,13 @@ class Watched:
 
 
 def is_watched(periods: Sequence[ServingPeriod]) -> bool:
-    """Of `recent_periods`: whether the version that serves is new, with another one to go back to."""
+    """Of `recent_periods`: whether the version that serves is new, with one to go back to that was not withdrawn."""
     return (
         bool(periods)
         and periods[0].ended_at is None
         and periods[0].watched_until is None
         and periods[0].previous_version is not None
-        and not (len(periods) > 1 and periods[1].rolled_back)
+        and periods[0].previous_version not in {p.model_version for p in withdrawn_periods(periods)}
     )
 
 
@@ -209,23 +209,15 @@ class Watch:
         try:
             model = self._shelf.version(period.model_name, period.model_version)
             self._shelf.bundle(model)
+            # A device that is busy, or memory that others use, is raised: it says nothing of the model.
             return "; ".join(check(model)) or None
         except (BundleInvalid, ModelChanged, ModelMissing) as error:
             return str(error)
-        except EngineError as error:
-            if meaning(error) is Transient:  # a device that is busy says nothing of the model
-                raise
-            return str(error)
 
     def _roll_back(self, period: ServingPeriod, reason: str) -> None:
-        name = period.model_name
-        # What cannot be loaded itself is nothing to go back to.
-        self._shelf.bundle(self._shelf.version(name, str(period.previous_version)))
-        with self._alone(name):
-            with self._database.reading() as session:
-                now = open_period(session, name)
-            if now is not None and now.period_id == period.period_id:
-                roll_back(self._database, self._registry, name, actor=ACTOR, reason=reason)
+        name, version = period.model_name, period.model_version
+        # By the version that is meant: two workers that see the same fault must not go back two.
+        roll_back(self._database, self._registry, name, actor=ACTOR, reason=reason, withdrawn=version)
         self._finish(name)
 
     def _finish(self, name: str, *, at_most: int | None = None) -> None:
@@ -235,11 +227,9 @@ class Watch:
             left = [p for p in withdrawn_periods(periods) if is_unfinished(session, p)]
         if not left:
             return
-        stable = self._registry.champion(name)
-        if stable.semver != periods[0].model_version:
-            with self._alone(name):
-                stable = self._registry.promote(name, periods[0].model_version)
+        settle(self._database, self._registry, name)
         self._shelf.forget(name)
+        stable = self._registry.get(name, periods[0].model_version)
         for period in left:
             self._withdrawal.withdraw(period, stable, at_most=at_most)
         with self._database.session() as session:
@@ -275,18 +265,6 @@ class Watch:
             with self._database.session() as session:
                 message = f"{name} cannot be rolled back or watched: {error}"
                 raise_alarm(session, kind=ROLLBACK_FAILED, subject=ledger.model_subject(name), message=message)
-
-    @contextmanager
-    def _alone(self, name: str) -> Iterator[None]:
-        """One worker at a time: two that see the same fault must not go back two versions."""
-        if not self._database.is_sqlite:
-            with self._database.engine.connect() as connection, connection.begin():
-                connection.execute(text("SELECT pg_advisory_xact_lock(hashtext(:what))"), {"what": f"rollback:{name}"})
-                yield
-            return
-        with (self._registry.folder / "rollback.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
 
 
 def _subject(period: ServingPeriod) -> str:

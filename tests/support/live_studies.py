@@ -27,6 +27,7 @@ from gateway.results.encoding import Encoding
 from gateway.results.inference import Inference
 from gateway.results.orders import Orders
 from gateway.steps import ResultWork
+from storage import ledger
 from storage.alarms import open_alarms
 from storage.database import Database
 from storage.errors import ModelMissing
@@ -80,6 +81,7 @@ class KnownModels:
     folder: Path
     models: list[RegisteredModel] = field(default_factory=list)
     aliases: dict[str, str] = field(default_factory=dict)  # of MODEL: alias → semver
+    settled: int | None = None
 
     def add(self, bundle: Bundle) -> None:
         self.models.append(
@@ -117,6 +119,17 @@ class KnownModels:
         if self.aliases.get(CHAMPION) != semver:
             self.aliases = {**self.aliases, PREVIOUS: self.aliases.get(CHAMPION, semver), CHAMPION: semver}
         return self.get(name, semver)
+
+    def serve(self, name: str, semver: str, *, previous: str | None) -> RegisteredModel:
+        self.aliases = {a: v for a, v in self.aliases.items() if a not in (CHAMPION, PREVIOUS) and v != semver}
+        self.aliases |= {CHAMPION: semver} | ({PREVIOUS: previous} if previous else {})
+        return self.get(name, semver)
+
+    def settled_period(self, _name: str) -> int | None:
+        return self.settled
+
+    def note_settled(self, _name: str, period_id: int) -> None:
+        self.settled = period_id
 
     def set_shadow(self, name: str, semver: str) -> RegisteredModel:
         self.aliases[SHADOW] = self.get(name, semver).semver
@@ -202,7 +215,18 @@ class LiveStudies:
         )
 
     def register(self, semver: str, kind: str = GOOD) -> RegisteredModel:
-        self.models.add(write_version(self.models.folder, semver, kind))
+        bundle = write_version(self.models.folder, semver, kind)
+        self.models.add(bundle)
+        detail = {
+            "semver": semver,
+            "weights_digest": bundle.weights_digest,
+            "configuration_digest": bundle.configuration_digest,
+            "evidence_digest": bundle.evidence_digest,
+        }
+        with self.database.session() as session:
+            ledger.append(
+                session, subject=ledger.model_subject(MODEL), kind="model-imported", actor="user:test", detail=detail
+            )
         return self.models.get(MODEL, semver)
 
     def promote(self, semver: str) -> ServingPeriod:
