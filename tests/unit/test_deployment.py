@@ -30,7 +30,7 @@ OURS = ("Dockerfile.gateway", "Dockerfile.worker")
 DOCKERFILES = (*OURS, "pacs/Dockerfile", "emr/Dockerfile")
 SEGGATE_SERVICES = ("receiver", "worker", "services")
 # Read by the program itself rather than from gateway.toml; each is checked against the source that reads it.
-OTHER_VARIABLES = {"SEGGATE_CONFIG": cli, "SEGGATE_EXECUTOR": heartbeat}
+OTHER_VARIABLES = {"SEGGATE_CONFIG": command_options, "SEGGATE_EXECUTOR": heartbeat}
 
 
 @dataclass

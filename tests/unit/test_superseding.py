@@ -167,7 +167,7 @@ def test_a_version_that_no_rule_wants_supersedes_what_was_released(
     with database.session() as session:
         add_versions(session, 2)
         add(session, ResultState.RELEASED, 1)
-    monkeypatch.setattr(steps, "route_version", lambda *_: SimpleNamespace(outcome="unmatched"))
+    monkeypatch.setattr(steps, "route_version", lambda *_, **_more: SimpleNamespace(outcome="unmatched"))
     routes: Any = SimpleNamespace(current=lambda: None)
     work = StudyWork(database=database, routes=routes, headers=cast(Any, None), orders=cast(Any, None))
     assert [work.route(f"{STUDY_UID} v2") for _ in range(2)] == ["unmatched"] * 2
