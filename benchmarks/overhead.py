@@ -55,7 +55,7 @@ def measure(study: Path, repeats: int, scratch: Path, *, quiet: bool) -> dict[st
         if not quiet:
             print(line, file=sys.stderr)
 
-    copies = [_copy(study, scratch / f"copy{n}", n) for n in range(repeats + 1)]
+    copies = [copy_study(study, scratch / f"copy{n}", n) for n in range(repeats + 1)]
     stage = Stage(scratch / "stage")
     try:
         set_the_stage(stage, scratch / "copy0", ROOT / "config" / "routes.toml", tell)
@@ -106,7 +106,7 @@ def _row(outcome: Outcome, answered: datetime, quiet_s: float) -> dict[str, Any]
     }
 
 
-def _copy(study: Path, folder: Path, number: int) -> tuple[Path, str]:
+def copy_study(study: Path, folder: Path, number: int) -> tuple[Path, str]:
     """The study under new UIDs, everything else as it is; returns the folder and the new Study Instance UID."""
     folder.mkdir()
     uids: dict[str, UID] = {}

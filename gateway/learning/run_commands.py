@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.json_reader import read_json
+from engine.planners import PLANNERS
 from engine.training_profile import TRAINING_PROFILES
 from gateway.errors import Permanent
 from gateway.learning_settings import ModelLearning
@@ -105,8 +107,16 @@ class RunCommands:
         return found
 
     def plan(self) -> list[str]:
-        """Of a full training."""
-        return ["plan", str(self.raw), "--plans-name", self.plans_name, "--preprocessed", str(self.preprocessed)]
+        """Of a full training: by the planner that planned the model. Raises Permanent for one that we do not have."""
+        planned = read_json(self.trained / "plans.json", error=Permanent).get("experiment_planner_used")
+        planner = next((name for name, known in PLANNERS.items() if known.name == planned), None)
+        if planner is None:
+            raise Permanent(f"{self.trained.name}: planned by {str(planned)[:60]!r}, which cannot be planned by here")
+        return [
+            *("plan", str(self.raw), "--planner", planner, "--profile", self.learning.retraining.profile),
+            *("--plans-name", self.plans_name, "--configuration", self.configuration),
+            *("--preprocessed", str(self.preprocessed), "--device", self.device),
+        ]
 
     def train(self, fold: str) -> list[str]:
         own = self.learning.fine_tuning
@@ -126,7 +136,11 @@ class RunCommands:
 
     def select(self, folds: Sequence[str]) -> list[str]:
         named = [part for fold in folds for part in ("--fold", fold)]
-        return ["select", str(self.raw), "--configuration", self.configuration, *named, *self._places()]
+        profile = self.learning.retraining.profile if self.kind == "retraining" else "nnunet"
+        return [
+            *("select", str(self.raw), "--profile", profile, "--configuration", self.configuration),
+            *(*named, *self._places()),
+        ]
 
     def export(self, *, name: str, semver: str) -> list[str]:
         return [

@@ -36,6 +36,7 @@ def trained(tmp_path: Path) -> Path:
         (model / f"fold_{fold}").mkdir(parents=True)
         (model / f"fold_{fold}" / "checkpoint_final.pth").touch()
     (model / "fold_4").mkdir()
+    (model / "plans.json").write_text('{"experiment_planner_used": "nnUNetPlannerResEncM"}')
     return model
 
 
@@ -81,7 +82,15 @@ def test_a_full_training_has_its_own_epochs_and_trainer(tmp_path: Path, trained:
     assert words[:3] == ["train", "run", str(made.raw)]
     assert words[words.index("--epochs") + 1] == "7"
     assert made.model_folder.name == "nnUNetTrainerArticle__nnUNetPlans__3d_fullres"
-    assert made.plan()[0] == "plan"
+    plan = made.plan()
+    assert plan[plan.index("--planner") + 1] == "ResEncM"
+    assert made.select(["0"])[2:4] == ["--profile", "article"]
+
+
+def test_plans_of_a_planner_that_is_not_here_are_refused(tmp_path: Path, trained: Path) -> None:
+    (trained / "plans.json").write_text('{"experiment_planner_used": "MyPlanner"}')
+    with pytest.raises(Permanent, match="'MyPlanner'"):
+        commands(tmp_path, trained, "retraining").plan()
 
 
 def test_every_word_of_every_command_is_one_that_the_command_line_knows(tmp_path: Path, trained: Path) -> None:
