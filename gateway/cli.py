@@ -339,8 +339,8 @@ app.add_typer(dataset, name="dataset")
 app.add_typer(train, name="train")
 for command in (plan, evaluate, select, export):
     app.command()(command)
-for command in (promotion_cli.promote, promotion_cli.rollback, promotion_cli.compare, promotion_cli.history):
-    models.command()(command)
+for of_models in (promotion_cli.promote, promotion_cli.rollback, promotion_cli.compare, promotion_cli.history):
+    models.command()(of_models)
 
 
 def main() -> None:

@@ -113,9 +113,13 @@ def promote(
                     actor=actor,
                     previous=before.model_version if before is not None else None,
                     ended_why=f"{semver} was promoted",
-                    detail=_evidence(bundle, found, plan)
-                    | {"reason": reason.strip(), "forced": force, "overridden": list(found.missing) if force else []}
-                    | ({} if system_user is None else {"system_user": system_user}),
+                    detail={
+                        **_evidence(bundle, found, plan),
+                        "reason": reason.strip(),
+                        "forced": force,
+                        "overridden": list(found.missing) if force else [],
+                        **({} if system_user is None else {"system_user": system_user}),
+                    },
                 )
     settle(database, registry, name)
     return registry.get(name, semver)
@@ -192,7 +196,7 @@ def roll_back(
                 kind=ROLLED_BACK,
                 actor=actor,
                 previous=after[0] if after else None,
-                ended_why=reason.strip() or "rolled back",
+                ended_why=reason.strip() or "no reason given",
                 detail={
                     "withdrawn": now.model_version,
                     "withdrawn_weights_digest": now.weights_digest,

@@ -41,7 +41,7 @@ def overtaken(session: Session, name: str, semver: str) -> bool:
     return session.scalars(select(ServingPeriod).where(ServingPeriod.model_name == name).limit(1)).first() is not None
 
 
-def _open(name: str) -> Select[tuple[ServingPeriod]]:
+def _open(name: str) -> Select[ServingPeriod]:
     return (
         select(ServingPeriod)
         .where(ServingPeriod.model_name == name, ServingPeriod.ended_at.is_(None))

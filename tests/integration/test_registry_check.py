@@ -27,7 +27,7 @@ def models_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("models")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def registry(models_folder: Path) -> ModelRegistry:
     return ModelRegistry(models_folder)
 
@@ -43,7 +43,7 @@ def database(tmp_path: Path) -> Iterator[Database]:
 @pytest.fixture
 def name(request: pytest.FixtureRequest) -> str:
     """A model of this test alone: the registry is shared."""
-    return request.node.name.replace("_", "-")[:60]
+    return str(request.node.name).replace("_", "-")[:60]
 
 
 def two_versions(database: Database, registry: ModelRegistry, folder: Path, name: str) -> None:
