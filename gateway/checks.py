@@ -239,8 +239,12 @@ def check_models(settings: Settings, rules: RuleSet | None) -> list[Finding]:
             findings.append(report("models", f"{name}: {error}"))
     serving = {m.name for m in registered if CHAMPION in m.aliases}
     for missing in (name for name in wanted if name not in serving):
+        waiting = [m.semver for m in registered if m.name == missing]
         detail = (
-            f"routes.toml names {missing!r}, which is not here: `seggate models import PATH --name {missing}`; a "
+            f"routes.toml names {missing!r}, of which no version serves: `seggate models promote {missing} "
+            f"{waiting[-1]}`, or import it with --orientation if nobody stated that"
+            if waiting
+            else f"routes.toml names {missing!r}, which is not here: `seggate models import PATH --name {missing}`; a "
             f"bundle gets its name when it is exported: `seggate export DATASET --name {missing}`"
         )
         findings.append(failed("models", detail))

@@ -115,7 +115,8 @@ def promote(
                     ended_why=f"{semver} was promoted",
                     detail={
                         **_evidence(bundle, found, plan),
-                        **{"reason": reason.strip(), "forced": force},
+                        "reason": reason.strip(),
+                        "forced": force,
                         "overridden": list(found.missing) if force else [],
                         **({} if system_user is None else {"system_user": system_user}),
                     },
@@ -195,7 +196,7 @@ def roll_back(
                 kind=ROLLED_BACK,
                 actor=actor,
                 previous=after[0] if after else None,
-                ended_why=reason.strip() or "rolled back",
+                ended_why=reason.strip() or "no reason given",
                 detail={
                     "withdrawn": now.model_version,
                     "withdrawn_weights_digest": now.weights_digest,

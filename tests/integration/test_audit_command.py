@@ -43,7 +43,7 @@ def test_a_ledger_as_it_was_written_is_whole(kept: tuple[Path, Database]) -> Non
     assert "3 events in whole chains" in verify(kept[0], STUDY).output
 
 
-@pytest.mark.requirement("ART-22", open="promotion and rollback in the registry")
+@pytest.mark.requirement("ART-22")
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -15,7 +15,7 @@ from gateway.errors import Rejected, meaning
 from gateway.learning.promotion import POLICY, PromotionRefused, promote, roll_back
 from gateway.learning.registration import register_bundle
 from gateway.learning.registry_check import check_model
-from gateway.learning.serving import open_period, periods
+from gateway.learning.serving import open_period, overtaken, periods
 from gateway.learning_settings import ChangePlan
 from storage import ledger
 from storage.database import Database
@@ -82,16 +82,22 @@ def either_database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[
     found.close()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def registry(models_folder: Path) -> ModelRegistry:
     return ModelRegistry(models_folder)
 
 
+@pytest.fixture(scope="module")
+def immortal(models_folder: Path) -> MortalRegistry:
+    return MortalRegistry(models_folder)
+
+
 @pytest.fixture
-def mortal(models_folder: Path) -> Iterator[MortalRegistry]:
-    found = MortalRegistry(models_folder)
-    found.seen = []
+def mortal(immortal: MortalRegistry) -> Iterator[MortalRegistry]:
+    found = immortal
+    found.seen, found.writes, found.dies_at = [], 0, None
     yield found
+    found.dies_at = None
     while found.seen and found.seen[0] is None:
         del found.seen[0]
     assert None not in found.seen, "after the first there was a moment without a champion"
@@ -118,7 +124,7 @@ def kinds(database: Database, name: str) -> list[tuple[str, Any]]:
 
 def put(database: Database, registry: ModelRegistry, model: RegisteredModel, **how: Any) -> RegisteredModel:
     """Promotes a version that has all that the plan asks for."""
-    asked: dict[str, Any] = {"actor": APPROVER, "plan": PLAN, **how}
+    asked: dict[str, Any] = {"actor": APPROVER, "plan": PLAN} | how
     return promote(database, registry, model.name, model.semver, **asked)
 
 
@@ -549,6 +555,32 @@ def test_promotions_at_once_end_with_one_champion_that_registry_and_ledger_agree
         **{a: v for a, v in aliases(mortal, name).items() if a in (CANDIDATE, SHADOW)},
     }
     assert check_model(database, mortal, name) == ""
+
+
+def test_a_version_is_not_withdrawn_while_a_study_is_ordered_from_it(
+    either_database: Database, registry: ModelRegistry, tmp_path: Path, name: str
+) -> None:
+    database = either_database
+    register_versions(database, registry, tmp_path, name, "1.0.0", "1.1.0")
+    force(database, registry, name, "1.1.0")
+    began = threading.Event()
+
+    def withdraw() -> None:
+        began.set()
+        roll_back(database, registry, name, actor="watch", reason="bad", withdrawn="1.1.0")
+
+    thread = threading.Thread(target=withdraw)
+    with database.session() as session:
+        assert not overtaken(session, name, "1.1.0")
+        thread.start()
+        assert began.wait(10)
+        thread.join(1.0)
+        assert thread.is_alive(), "the rollback did not wait for the order"
+    thread.join()
+    with database.session() as session:
+        assert overtaken(session, name, "1.1.0")
+        assert not overtaken(session, name, "1.0.0")
+        assert not overtaken(session, "a model without periods", "1.0.0")
 
 
 def test_two_who_accept_the_same_version_promote_it_once(

@@ -27,7 +27,7 @@ def models_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("models")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def registry(models_folder: Path) -> ModelRegistry:
     return ModelRegistry(models_folder)
 

@@ -242,7 +242,8 @@ def test_a_model_that_a_route_names_must_serve_here_and_be_unchanged(tmp_path: P
     source = Path(checks.__file__).parent / "demo" / "model"
     bundle = load_bundle(source)
     settings.models_dir.mkdir(parents=True)
-    model = open_registry(settings).register(
+    registry = open_registry(settings)
+    model = registry.register(
         source,
         name="hippocampus-mr",
         semver="1.0.0",
@@ -250,8 +251,12 @@ def test_a_model_that_a_route_names_must_serve_here_and_be_unchanged(tmp_path: P
         configuration_digest=bundle.configuration_digest,
         licence=bundle.licence,
         description="",
-        serve=True,
+        serve=False,
     )
+    waiting = checks.check_models(settings, rules)
+    assert [f.status for f in waiting] == [Status.OK, Status.FAILED]
+    assert "`seggate models promote hippocampus-mr 1.0.0`" in waiting[1].detail
+    registry.promote("hippocampus-mr", "1.0.0")
     assert [f.status for f in checks.check_models(settings, rules)] == [Status.OK]
     weights = next(model.folder.rglob("*.onnx"))
     weights.write_bytes(weights.read_bytes() + b"\0")
