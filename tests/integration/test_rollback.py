@@ -189,21 +189,23 @@ def test_a_run_that_is_under_way_ends_without_effect(live: LiveStudies, monkeypa
     assert not (live.spool.root / "studies" / study_key(running) / "results" / old.result_id).exists()
 
 
-def test_a_result_that_was_ordered_before_the_news_reached_its_worker_is_done_again_too(live: LiveStudies) -> None:
+def test_a_result_of_the_withdrawn_version_that_appears_afterwards_is_done_again_too(live: LiveStudies) -> None:
+    """Another worker planned with the version and wrote its rows after the rollback."""
     live.promote("2.0.0")
-    for n in range(3):
-        uid = live.receive(n)
-        live.make(uid)
-    # Another worker believes for two seconds what it knew of the champion.
-    champion = live.models.champion
-    live.models.champion = lambda name: live.models.get(name, "2.0.0")  # type: ignore[method-assign]
-    live.shelf.forget(MODEL)
     late = live.receive(9)
-    live.models.champion = champion  # type: ignore[method-assign]
+    _set_state(live, late, ResultState.NOT_RUN)
+    for n in range(3):
+        live.make(live.receive(n))
+    _set_state(live, late, ResultState.PENDING)
     assert live.current(late) == [("2.0.0", "pending")]
     assert live.make(late) == "superseded"
     assert live.current(late) == [("1.0.0", "pending")]
     assert live.make(late) == "released"
+
+
+def _set_state(live: LiveStudies, uid: str, state: ResultState) -> None:
+    with live.database.session() as session:
+        session.scalars(select(Result).where(Result.study_instance_uid == uid)).one().state = state
 
 
 def test_results_of_older_study_versions_and_of_quarantined_studies_are_left(live: LiveStudies) -> None:
