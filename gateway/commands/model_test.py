@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from gateway.commands.model_promotion import acting
 from gateway.commands.output import local, print_json, printable, say, table
 from gateway.learning_settings import Change
 from gateway.settings import load_settings
@@ -55,7 +55,7 @@ def test(
                 name,
                 version,
                 change=change,
-                requested_by=requested_by or f"user:{getpass.getuser()}",
+                requested_by=requested_by or acting(None)[0],
                 progress=lambda share, what: bar.update(task, completed=share, description=what),
             )
     except EngineError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
+from gateway.commands.model_promotion import acting
 from gateway.commands.output import local, print_json, say, table
 from gateway.durable import Enqueuer, prepare
 from gateway.errors import Rejected
@@ -32,7 +32,7 @@ def start(config: Path, model: str, *, kind: runs.Kind, reason: str, as_json: bo
         policy = LearningPolicy(
             database=database, enqueuer=enqueuer, registry=open_registry(settings), settings=settings
         )
-        run = policy.ask_for(learning, kind, requested_by=f"user:{getpass.getuser()}", reason=reason)
+        run = policy.ask_for(learning, kind, requested_by=acting(None)[0], reason=reason)
         if run is None:
             say(
                 f"seggate: {model}: nothing serves, or another training or candidate is there; see `seggate learn list`"
@@ -106,7 +106,7 @@ def retry(config: Path, run_id: str, *, as_json: bool) -> int:
         try:
             with database.session() as session:
                 run = _found(session, run_id, lock=True)
-                runs.retry_run(session, enqueuer, run, actor=f"user:{getpass.getuser()}")
+                runs.retry_run(session, enqueuer, run, actor=acting(None)[0])
         except Rejected as error:
             say(f"seggate: {error}")
             return 1
@@ -120,7 +120,7 @@ def stop(config: Path, run_id: str, *, reason: str, as_json: bool) -> int:
         try:
             with database.session() as session:
                 run = _found(session, run_id, lock=True)
-                runs.give_up(session, run, actor=f"user:{getpass.getuser()}", reason=reason)
+                runs.give_up(session, run, actor=acting(None)[0], reason=reason)
         except Rejected as error:
             say(f"seggate: {error}")
             return 1

@@ -19,7 +19,7 @@ from gateway.learning import runs
 from gateway.learning.candidates import consider_promotion
 from gateway.learning.case_writing import write_cases
 from gateway.learning.lineage import commands_of
-from gateway.learning.registration import register
+from gateway.learning.registration import register_bundle
 from gateway.learning.run_commands import RunCommands
 from gateway.learning.training_child import TrainingChild
 from gateway.model_shelf import ModelShelf
@@ -153,7 +153,7 @@ class TrainingWork:
         """The version, registered as candidate."""
         run = self._run(run_id)
         bundle = load_bundle(self._commands(run).bundle, verify=True)
-        model = register(self._settings, bundle, candidate=True, actor="worker")
+        model = register_bundle(self._database, self._registry, bundle, candidate=True, actor="worker")
         with self._database.session() as session:
             row = runs.get_run(session, run_id, lock=True)
             row.semver = model.semver
