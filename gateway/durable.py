@@ -23,6 +23,8 @@ APPLICATION_NAME = "seggate"
 
 # In the order in which they matter: who runs `shadow` stands back while results wait (gateway/learning/shadow.py).
 STUDIES, INFERENCE, JOBS, SHADOW, TRAINING = "studies", "inference", "jobs", "shadow", "training"
+# Nobody waits for the second in which they begin, and each look at a queue costs all workers some CPU.
+_UNHURRIED, _UNHURRIED_POLL_S = frozenset({JOBS, SHADOW, TRAINING}), 1.0
 URGENT, ROUTINE = 1, 100
 _ENDED = ("SUCCESS", "ERROR", "CANCELLED", "MAX_RECOVERY_ATTEMPTS_EXCEEDED")
 _STATUSES_AT_ONCE = 500
@@ -148,8 +150,9 @@ def launch(*, queues: Sequence[tuple[str, int]], poll_s: float) -> None:
     DBOS.listen_queues([name for name, _ in queues])
     DBOS.launch()
     for name, concurrency in queues:
+        every_s = max(poll_s, _UNHURRIED_POLL_S) if name in _UNHURRIED else poll_s
         DBOS.register_queue(
-            name, worker_concurrency=concurrency, polling_interval_sec=poll_s, on_conflict="always_update"
+            name, worker_concurrency=concurrency, polling_interval_sec=every_s, on_conflict="always_update"
         )
 
 
