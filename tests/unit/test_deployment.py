@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel
 from typer.main import get_command
 
-from gateway import cli, heartbeat, metrics
+from gateway import cli, command_options, heartbeat, metrics
 from gateway.intake.routing_rules import parse_rules
 from gateway.probe import CALLING_AE_TITLE, PROBES
 from gateway.settings import GatewaySettings, Settings, load_settings
