@@ -1,6 +1,8 @@
 """Which changes of the images the drift check notices, how soon, and how often it is wrong.
 
     python -m benchmarks.drift [--json] [--work FOLDER] [--processes N] [--splits N] [--window N]
+    python -m benchmarks.drift --per-year [--years N]   alarms that nothing has caused (benchmarks/drift_years.py)
+    python -m benchmarks.drift --scale                  seconds of a check over thousands of studies (drift_scale.py)
 
 The 200 hippocampus cases are live traffic of the demo model. Each change is made before the pipeline, on
 u = (x - p0.5) / (p99.5 - p0.5) of each study: gamma and contrast on u clipped to 0...1, noise of so many u, a gain that
@@ -25,7 +27,7 @@ import platform
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
@@ -69,22 +71,39 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--splits", type=int, default=50)
     parser.add_argument("--window", type=int, default=30)
+    parser.add_argument("--per-year", action="store_true", help="alarms in years in which nothing changes")
+    parser.add_argument("--years", type=int, default=200, help="how many years, with --per-year")
+    parser.add_argument("--scale", action="store_true", help="how long a check over thousands of studies takes")
     parser.add_argument("--json", action="store_true", help="only the JSON object")
     options = parser.parse_args()
+    changes = (UNCHANGED,) if options.per_year or options.scale else (UNCHANGED, *IMAGE_CHANGES)
     with tempfile.TemporaryDirectory(prefix="seggate-drift-") as scratch:
-        facts = make_facts(options.work or Path(scratch), options.processes, quiet=options.json)
-    print(json.dumps(measure(facts, splits=options.splits, window=options.window, quiet=options.json)))
+        facts = make_facts(options.work or Path(scratch), options.processes, changes=changes, quiet=options.json)
+    if options.per_year:
+        from benchmarks.drift_years import alarms_per_year
+
+        rows = [_row(entry) for entry in facts[UNCHANGED]]
+        baseline = load_bundle(MODEL, verify=False).evidence.baseline
+        assert baseline is not None
+        found = alarms_per_year(rows, baseline, years=options.years, processes=options.processes, quiet=options.json)
+    elif options.scale:
+        from benchmarks.drift_scale import seconds_of_a_check
+
+        found = seconds_of_a_check(facts[UNCHANGED], quiet=options.json)
+    else:
+        found = measure(facts, splits=options.splits, window=options.window, quiet=options.json)
+    print(json.dumps(found))
     return 0
 
 
-def make_facts(work: Path, processes: int, *, quiet: bool) -> dict[str, list[dict[str, Any]]]:
+def make_facts(work: Path, processes: int, *, changes: Sequence[str], quiet: bool) -> dict[str, list[dict[str, Any]]]:
     """Of each change the facts of every case, in the cases' order."""
     work.mkdir(parents=True, exist_ok=True)
     shared = Path(os.environ.get("SEGGATE_SHARED", ROOT.parent / "shared"))
     dataset = open_dataset(shared / "data" / "Dataset004_Hippocampus")
     facts: dict[str, list[dict[str, Any]]] = {}
     with ProcessPoolExecutor(processes) as pool:
-        for change in (UNCHANGED, *IMAGE_CHANGES):
+        for change in changes:
             make = partial(_facts_of, work, change, dataset.folder)
             facts[change] = list(pool.map(make, dataset.cases, chunksize=4))
             if not quiet:

@@ -32,6 +32,9 @@ ALPHA = 0.5
 """Studies that are added to every bin or category (Laplace): one that a side never had gives no infinity."""
 
 
+_MANY = 64  # groups from which on a loop over the studies is quicker
+
+
 class Stream(Protocol):
     """One fact of the studies of a reference, in their order."""
 
@@ -72,15 +75,14 @@ class Numbers:
     values: FloatArray
 
     def of_groups(self, groups: Groups) -> FloatArray:
-        order = np.argsort(_ranked(self.values), kind="stable")
-        ordered = _ranked(self.values)[order]
-        inside = groups[:, order]
-        n, m = inside.sum(axis=1, keepdims=True), (~inside).sum(axis=1, keepdims=True)
-        away = np.cumsum(inside, axis=1) / n - np.cumsum(~inside, axis=1) / m
+        ranked = _ranked(self.values)
+        order = np.argsort(ranked, kind="stable")
         # Equal values are one step of the distributions.
-        last = np.append(ordered[1:] != ordered[:-1], True)
-        largest: FloatArray = np.abs(away[:, last]).max(axis=1) * np.sqrt(n * m / (n + m))[:, 0]
-        return largest
+        last = np.append(ranked[order][1:] != ranked[order][:-1], True)
+        n, total = groups.sum(axis=1), groups.shape[1]
+        largest = _largest_gap(groups, n, order, last) / (n * (total - n))
+        scaled: FloatArray = largest * np.sqrt(n * (total - n) / total)
+        return scaled
 
     def distance(self, live: FloatArray) -> float:
         """Of live studies (n,) from all of these."""
@@ -133,6 +135,29 @@ def _smoothed(sums: FloatArray) -> FloatArray:
     spread: FloatArray = sums + ALPHA / sums.shape[-1]
     smoothed: FloatArray = spread / spread.sum(axis=-1, keepdims=True)
     return smoothed
+
+
+def _largest_gap(
+    groups: Groups, n: NDArray[np.int64], order: NDArray[np.intp], last: NDArray[np.bool_]
+) -> NDArray[np.int64]:
+    """(D,): the largest |F_group - F_rest| over all values, times n m. In whole numbers: N c - n k, where c of the
+    group and k of all are not above a value; `last` marks the places in `order` after which it is looked at."""
+    total = groups.shape[1]
+    if len(groups) < _MANY:
+        steps = np.cumsum(groups[:, order] * total - n[:, None], axis=1)
+        few: NDArray[np.int64] = np.abs(steps[:, last]).max(axis=1)
+        return few
+    # Study by study over all groups at once: a table of all steps would be read from memory again and again.
+    by_study = np.ascontiguousarray(groups.T)
+    gap, highest, lowest = (np.zeros(len(groups), dtype=np.int64) for _ in range(3))
+    for place, is_last in zip(order, last, strict=True):
+        gap += by_study[place] * total
+        gap -= n
+        if is_last:
+            np.maximum(highest, gap, out=highest)
+            np.minimum(lowest, gap, out=lowest)
+    many: NDArray[np.int64] = np.maximum(highest, -lowest)
+    return many
 
 
 def _ranked(values: FloatArray) -> FloatArray:

@@ -92,7 +92,8 @@ def _draw(studies: int, window: int, draws: int, rng: np.random.Generator) -> li
     for start in range(0, draws, block):
         count = min(block, draws - start)
         chosen = np.argpartition(rng.random((count, studies)), window, axis=1)[:, :window]
-        groups = np.zeros((count, studies), dtype=np.bool_)
+        # Stored study by study, which is how numbers are looked at.
+        groups = np.zeros((studies, count), dtype=np.bool_).T
         np.put_along_axis(groups, chosen, True, axis=1)
         blocks.append(groups)
     return blocks

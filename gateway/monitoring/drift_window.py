@@ -8,17 +8,25 @@ brings a baseline. What an answer leads to: gateway/monitoring/drift_alarms.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from engine.drift_check import DriftReport, StreamPair, check_drift, largest_window, most_unlike, stream_pair
+from engine.drift_check import (
+    DriftReport,
+    StreamPair,
+    StudyRow,
+    check_drift,
+    largest_window,
+    most_unlike,
+    stream_pair,
+)
 from engine.intensity_baseline import IntensityBaseline
 from engine.training_comparison import TrainingFinding, compare_with_training, histogram_stream
-from gateway.monitoring.study_rows import PARTS, RecordedStudy, recorded_studies
+from gateway.monitoring.study_rows import PARTS, RecordedStudy, recorded_studies, study_rows
 from gateway.settings import DriftSettings
 from storage.records import StudyFacts
 
@@ -76,36 +84,55 @@ def check_model(
 ) -> list[ModelDrift]:
     """All scanners together first, then each that has enough studies for an answer. `baseline`: of the bundle."""
     studies = recorded_studies(session, model_name, model_version)
-    model = (model_name, model_version)
-    found = [_checked(studies, None, model, settings, now, baseline)]
+    groups: dict[str | None, _Chosen] = {None: _choose(studies, settings, now)}
     scanners = sorted({study.scanner for study in studies if study.scanner})
     if len(scanners) > 1:
         for scanner in scanners:
-            own = [study for study in studies if study.scanner == scanner]
-            one = _checked(own, scanner, model, settings, now, baseline)
-            if one.report.too_few is None or one.training:
-                found.append(one)
-    return found
+            groups[scanner] = _choose([study for study in studies if study.scanner == scanner], settings, now)
+    needed = {study.result_id for chosen in groups.values() for study in chosen.all}
+    rows = study_rows(session, sorted(needed))
+    model = (model_name, model_version)
+    found = [_checked(chosen, rows, scanner, model, baseline) for scanner, chosen in groups.items()]
+    return [one for one in found if one.scanner is None or one.report.too_few is None or one.training]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Chosen:
+    """Studies that are compared: the reference with the window `live`, and the `recent` ones with the training data."""
+
+    reference: Sequence[RecordedStudy]
+    live: Sequence[RecordedStudy]
+    recent: Sequence[RecordedStudy]
+
+    @property
+    def all(self) -> tuple[RecordedStudy, ...]:
+        return (*self.reference, *self.live, *self.recent)
+
+
+def _choose(studies: Sequence[RecordedStudy], settings: DriftSettings, now: datetime) -> _Chosen:
+    since = now - timedelta(days=settings.window_days)
+    reference, later = studies[: settings.reference_studies], studies[settings.reference_studies :]
+    recent = [study for study in studies if study.recorded_at >= since]
+    return _Chosen(
+        reference=reference,
+        live=[study for study in later if study.recorded_at >= since][-max(1, largest_window(len(reference))) :],
+        recent=recent[-max(1, largest_window(settings.reference_studies)) :],
+    )
 
 
 def _checked(
-    studies: Sequence[RecordedStudy],
+    chosen: _Chosen,
+    rows: Mapping[str, StudyRow],
     scanner: str | None,
     model: tuple[str, str],
-    settings: DriftSettings,
-    now: datetime,
     baseline: IntensityBaseline | None,
 ) -> ModelDrift:
-    since = now - timedelta(days=settings.window_days)
-    reference, later = studies[: settings.reference_studies], studies[settings.reference_studies :]
-    live = [study for study in later if study.recorded_at >= since][-max(1, largest_window(len(reference))) :]
-    known, seen = [study.row for study in reference], [study.row for study in live]
+    live, recent = chosen.live, chosen.recent
+    known, seen = [rows[study.result_id] for study in chosen.reference], [rows[study.result_id] for study in live]
     report = check_drift(known, seen)
     pairs = tuple(stream_pair(known, seen, finding.name) for finding in report.drifted)
     examples = {pair.name: tuple(live[index].result_id for index in most_unlike(pair)) for pair in pairs}
-    recent = [study for study in studies if study.recorded_at >= since]
-    recent = recent[-max(1, largest_window(settings.reference_studies)) :]
-    training = () if baseline is None else _against_training(recent, baseline)
+    training = () if baseline is None else _against_training([rows[study.result_id] for study in recent], baseline)
     for finding in training:
         if finding.severity != "none":
             places = [finding.members[index] for index in most_unlike(finding.pair)]
@@ -121,9 +148,9 @@ def _checked(
     )
 
 
-def _against_training(studies: Sequence[RecordedStudy], baseline: IntensityBaseline) -> tuple[TrainingFinding, ...]:
+def _against_training(rows: Sequence[StudyRow], baseline: IntensityBaseline) -> tuple[TrainingFinding, ...]:
     histograms = {
-        (channel, part): [study.row.histograms.get(histogram_stream(channel, part)) for study in studies]
+        (channel, part): [row.histograms.get(histogram_stream(channel, part)) for row in rows]
         for channel in range(len(baseline.channels))
         for part in PARTS
     }

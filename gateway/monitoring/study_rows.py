@@ -20,29 +20,23 @@ PARTS: tuple[Part, ...] = ("whole", "foreground")
 _PER_LABEL = ("volume_ml", "confidence", "border_entropy", "fold_dice", "mirror_dice", "components")
 
 
+_AT_ONCE = 500
+
+
 @dataclass(frozen=True, kw_only=True)
 class RecordedStudy:
-    """`row` of the result `result_id`, recorded at that time, made on that scanner ("": unknown)."""
+    """That there are facts of the result `result_id`, recorded at that time, made on that scanner ("": unknown)."""
 
     result_id: str
     recorded_at: datetime
     scanner: str
-    row: StudyRow
 
 
 def recorded_studies(session: Session, model_name: str, model_version: str) -> list[RecordedStudy]:
-    """Of a model's version, oldest first; those that were judged alone, since the verdict is a stream."""
+    """Of a model's version, oldest first; those that were judged alone, since the verdict is a stream. The facts
+    themselves are left where they are: of ten thousand studies a few hundred are compared."""
     found = session.execute(
-        select(
-            StudyFacts.result_id,
-            StudyFacts.recorded_at,
-            StudyFacts.scanner,
-            StudyFacts.acquisition,
-            StudyFacts.image,
-            Result.measurements,
-            Result.runtime,
-            Result.verdict,
-        )
+        select(StudyFacts.result_id, StudyFacts.recorded_at, StudyFacts.scanner)
         .join(Result, Result.result_id == StudyFacts.result_id)
         .where(
             StudyFacts.model_name == model_name,
@@ -52,20 +46,31 @@ def recorded_studies(session: Session, model_name: str, model_version: str) -> l
         .order_by(StudyFacts.recorded_at, StudyFacts.result_id)
     )
     return [
-        RecordedStudy(
-            result_id=result_id,
-            recorded_at=recorded_at,
-            scanner=scanner,
-            row=study_row(
-                acquisition,
-                image,
-                measurements or [],
-                verdict=verdict,
-                confidence=(runtime or {}).get("mean_confidence"),
-            ),
-        )
-        for result_id, recorded_at, scanner, acquisition, image, measurements, runtime, verdict in found
+        RecordedStudy(result_id=result_id, recorded_at=recorded_at, scanner=scanner)
+        for result_id, recorded_at, scanner in found
     ]
+
+
+def study_rows(session: Session, result_ids: Sequence[str]) -> dict[str, StudyRow]:
+    """The facts of these results, which have been judged."""
+    rows: dict[str, StudyRow] = {}
+    for start in range(0, len(result_ids), _AT_ONCE):
+        found = session.execute(
+            select(
+                StudyFacts.result_id,
+                StudyFacts.acquisition,
+                StudyFacts.image,
+                Result.measurements,
+                Result.runtime,
+                Result.verdict,
+            )
+            .join(Result, Result.result_id == StudyFacts.result_id)
+            .where(StudyFacts.result_id.in_(result_ids[start : start + _AT_ONCE]))
+        )
+        for result_id, acquisition, image, measurements, runtime, verdict in found:
+            confidence = (runtime or {}).get("mean_confidence")
+            rows[result_id] = study_row(acquisition, image, measurements or [], verdict=verdict, confidence=confidence)
+    return rows
 
 
 def study_row(
