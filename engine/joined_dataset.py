@@ -81,7 +81,7 @@ def join_raw(old: RawDataset, new: RawDataset | None, folder: Path) -> RawDatase
         for source, target in _files(case, folder, ending):
             _take_over(source, target, case)
     document = {key: value for key, value in old.json.document.items() if key not in _OWN_KEYS}
-    patients = {} if new is None else _patients(old, new)
+    patients = _patients(old, new)
     write_json(
         {**document, "numTraining": len(cases), **({"patients": patients} if patients else {})}, folder / DATASET_JSON
     )
@@ -130,9 +130,10 @@ def _link(source: Path, target: Path) -> None:
             shutil.copy2(source, made)
 
 
-def _patients(old: RawDataset, new: RawDataset) -> Mapping[str, str]:
-    used = {case.name for case in (*old.cases, *new.cases)}
-    return {case: who for case, who in {**old.json.patients, **new.json.patients}.items() if case in used}
+def _patients(old: RawDataset, new: RawDataset | None) -> Mapping[str, str]:
+    both = [old] if new is None else [old, new]
+    used = {case.name for dataset in both for case in dataset.cases}
+    return {case: who for dataset in both for case, who in dataset.json.patients.items() if case in used}
 
 
 def _short(value: object) -> str:

@@ -87,6 +87,7 @@ class ModelLearning(Section):
     on_drift: Literal["fine-tune", "pause", "nothing"] = "fine-tune"
     trained: Path | None = None  # nnU-Net's model folder of the first version: TRAINER__PLANS__CONFIGURATION
     dataset: Path | None = None  # its dataset in nnUNet_raw: for rehearsal, and for a full retraining
+    preprocessed: Path | None = None  # nnUNet_preprocessed, for the splits of folds that nnU-Net itself has trained
     locked: Path | None = None  # cases that no training sees, a dataset in nnUNet_raw's layout
     selection: SelectionSettings = SelectionSettings()
     fine_tuning: FineTuningSettings = FineTuningSettings()
@@ -118,4 +119,6 @@ class LearningSettings(Section):
 
     def of(self, name: str) -> ModelLearning:
         """The entry of a model; one that is watched and never trained where it has none."""
-        return next((m for m in self.models if m.name == name), ModelLearning(name=name, on_drift="nothing"))
+        known = next((m for m in self.models if m.name == name), None)
+        # Not checked: a name that no model can have has no entry either.
+        return known or ModelLearning.model_construct(name=name, on_drift="nothing")

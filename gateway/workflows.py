@@ -84,9 +84,9 @@ class TrainingSteps(Protocol):
     def train(self, fold_key: str) -> str: ...  # "trained" | "ended"
     def count(self, fold_key: str) -> str: ...  # "last" | "not the last"
     def export(self, run_id: str) -> str: ...  # "exported" | "ended"
-    def register(self, run_id: str) -> str: ...  # the version
-    def examine(self, run_id: str) -> str: ...  # "ACCEPTED" | "REJECTED" | "OUTSIDE_PLAN"
-    def offer(self, run_id: str) -> str: ...  # "shadow" | "waits" | "promoted"
+    def register(self, run_id: str) -> str: ...  # the version | "ended"
+    def examine(self, run_id: str) -> str: ...  # "ACCEPTED" | "REJECTED" | "OUTSIDE_PLAN" | "ended"
+    def offer(self, run_id: str) -> str: ...  # "shadow" | "waits" | "promoted" | "ended"
     def fail_run(self, run_id: str, step: str, reason: str) -> str: ...
 
 
@@ -178,7 +178,8 @@ class Story:
         try:
             if self._do("export", steps.export, run_id) == "ended":
                 return "ended"
-            self._do("register", steps.register, run_id)
+            if self._do("register", steps.register, run_id) == "ended":
+                return "ended"
             verdict = self._do("examine", steps.examine, run_id)
             if verdict != "ACCEPTED":
                 return str(verdict)

@@ -23,7 +23,7 @@ from gateway.settings import Settings, load_settings
 from gateway.state import existing_database, open_registry, open_spool
 from storage.database import Database
 from storage.learning_records import Correction
-from storage.records import Result, ResultState, utc_now
+from storage.records import Result, ResultState, Study, utc_now
 from storage.spool import Spool
 
 _ABLE = (ResultState.RELEASED, ResultState.HELD)
@@ -175,9 +175,14 @@ def _find(session: Session, words: str) -> Result | None:
         say(f"seggate: {words[:80]!r} is neither a result's id nor a study's UID")
         return None
     column = Result.study_instance_uid if "." in words else Result.result_id
+    # A whole UID is that study's, also where it begins another one's.
+    is_whole = session.get(Study, words) is not None
     found = session.scalars(
         select(Result)
-        .where(column.startswith(words, autoescape=True), Result.state.in_(_ABLE))
+        .where(
+            column == words if is_whole else column.startswith(words, autoescape=True),
+            Result.state.in_(_ABLE),
+        )
         .order_by(Result.created_at, Result.result_id)
         .limit(_MOST + 1)
     ).all()

@@ -21,6 +21,7 @@ _LEFT_OUT = {
     "other-labels": "have other labels than the version that serves",
     "quarantined": "quarantined",
     "rejected": "rejected by a reader",
+    "unfit": "cannot be made a case, as a training found (`seggate learn show`)",
 }
 
 

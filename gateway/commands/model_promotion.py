@@ -13,6 +13,7 @@ from engine.errors import BundleInvalid
 from gateway.commands.output import local, print_json, say, table
 from gateway.learning.promotion import PromotionRefused, promote, roll_back
 from gateway.learning.registry_check import check_model
+from gateway.learning.runs import close_decided
 from gateway.learning.serving import open_period, periods
 from gateway.settings import Settings, load_settings
 from gateway.state import existing_database, open_registry
@@ -53,6 +54,8 @@ def promote_model(
             )
         except (PromotionRefused, ModelChanged, BundleInvalid) as error:
             return _refused(error, as_json=as_json)
+        with database.session() as session:
+            close_decided(session, name)
         return _told(database, registry, model, before, as_json=as_json)
 
 

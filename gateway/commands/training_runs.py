@@ -115,8 +115,9 @@ def retry(config: Path, run_id: str, *, as_json: bool) -> int:
 
 
 def stop(config: Path, run_id: str, *, reason: str, as_json: bool) -> int:
-    """The run is given up; a fold that trains ends within seconds."""
-    with _opened(load_settings(config)) as (database, _):
+    """The run is given up; a fold that trains ends within seconds, a candidate runs in shadow no more."""
+    settings = load_settings(config)
+    with _opened(settings) as (database, _):
         try:
             with database.session() as session:
                 run = _found(session, run_id, lock=True)
@@ -124,6 +125,10 @@ def stop(config: Path, run_id: str, *, reason: str, as_json: bool) -> int:
         except Rejected as error:
             say(f"seggate: {error}")
             return 1
+        registry = open_registry(settings)
+        shadow = registry.shadow(run.model_name) if run.semver is not None else None
+        if shadow is not None and shadow.semver == run.semver:
+            registry.clear_shadow(run.model_name)
     _present(run, as_json=as_json)
     return 0
 

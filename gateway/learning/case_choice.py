@@ -31,7 +31,7 @@ from gateway.learning.corrections import USABLE, corrections_of_model, mean_dice
 from gateway.learning_settings import ModelLearning
 from gateway.monitoring.study_rows import study_row
 from gateway.settings import CanarySettings
-from storage.learning_records import Correction, ServingPeriod
+from storage.learning_records import Correction, LearningRun, ServingPeriod
 from storage.records import Result, ResultState, Study, StudyFacts, StudyState
 
 HARD_CHECKS = frozenset({"empty", "volume", "border", "laterality"})
@@ -137,13 +137,18 @@ def choose_cases(
     the default AE title). The same rows and `now` give the same choice."""
     version = _serving(session, learning.name)
     said = corrections_of_model(session, learning.name)
+    trainings, unfit = _trainings_of(session, learning.name, version), _unfit(session, learning.name)
+    learnt = frozenset(
+        session.scalars(select(Correction.result_id).where(Correction.learnt_by.in_(trainings)).distinct())
+    )
     since = now - timedelta(days=learning.selection.recent_days)
     rows = _recent(session, learning.name, since, now)
     labels = _labels(rows, version)
     corrections = {row.result.result_id: said.get(row.result.result_id) for row in rows}
     canary_ae = (canary or CanarySettings()).ae_title
     reasons = {
-        row.result.result_id: _why_left_out(row, corrections[row.result.result_id], labels, canary_ae) for row in rows
+        row.result.result_id: _why_left_out(row, corrections[row.result.result_id], labels, canary_ae, learnt, unfit)
+        for row in rows
     }
     # Readers judge what failed a hard check, too.
     judged = Counter(
@@ -154,7 +159,7 @@ def choose_cases(
     read = judged["approved"] + judged["corrected"] + judged["rejected"]
     selection = learning.selection
     is_queued = are_queued(judged["corrected"], read, selection.corrected_share)
-    known = _patients_learnt(session, learning.name)
+    known = _patients_learnt(session, learning.name, trainings)
     left_out: Counter[str] = Counter()
     candidates: list[Candidate] = []
     for row in rows:
@@ -258,7 +263,12 @@ def _measured(result: Result) -> list[tuple[int, str]]:
 
 
 def _why_left_out(
-    row: _Row, correction: Correction | None, labels: list[tuple[int, str]] | None, canary_ae: str
+    row: _Row,
+    correction: Correction | None,
+    labels: list[tuple[int, str]] | None,
+    canary_ae: str,
+    learnt: frozenset[str],
+    unfit: frozenset[str],
 ) -> str | None:
     result = row.result
     if row.study.calling_ae == canary_ae:
@@ -267,11 +277,12 @@ def _why_left_out(
         return "quarantined"
     if result.verdict is None or labels is None or _measured(result) != labels:
         return "other-labels"
-    if correction is not None:
-        if correction.learnt_by is not None:
-            return "learnt"
-        if correction.kind not in USABLE:
-            return "rejected" if correction.kind == "rejected" else "opened-and-unread"
+    if result.result_id in learnt:
+        return "learnt"
+    if result.result_id in unfit:
+        return "unfit"
+    if correction is not None and correction.kind not in USABLE:
+        return "rejected" if correction.kind == "rejected" else "opened-and-unread"
     return "failed-hard-check" if _failed_hard(result) else None
 
 
@@ -279,13 +290,34 @@ def _failed_hard(result: Result) -> bool:
     return any(check["verdict"] == "hold" and check["name"] in HARD_CHECKS for check in result.checks or [])
 
 
-def _patients_learnt(session: Session, name: str) -> frozenset[str]:
-    """Of whom a case was learnt from by any version of the model."""
+def _trainings_of(session: Session, name: str, version: str | None) -> frozenset[str]:
+    """The trainings that a version descends from. What others learnt, which were refused or rolled back, it has not."""
+    made_by = {
+        run.semver: run
+        for run in session.scalars(
+            select(LearningRun).where(LearningRun.model_name == name, LearningRun.semver.is_not(None))
+        )
+    }
+    found: list[str] = []
+    while version in made_by and made_by[version].run_id not in found:
+        found.append(made_by[version].run_id)
+        version = made_by[version].base_version
+    return frozenset(found)
+
+
+def _unfit(session: Session, name: str) -> frozenset[str]:
+    """Results of which a training could make no case."""
+    chosen = session.scalars(select(LearningRun.cases).where(LearningRun.model_name == name))
+    return frozenset(case["result_id"] for cases in chosen for case in cases or () if case.get("left_out"))
+
+
+def _patients_learnt(session: Session, name: str, trainings: frozenset[str]) -> frozenset[str]:
+    """Of whom a case was learnt from by the version that serves, or one before it."""
     found = session.scalars(
         select(Study)
         .join(Result, Result.study_instance_uid == Study.study_instance_uid)
         .join(Correction, Correction.result_id == Result.result_id)
-        .where(Correction.model_name == name, Correction.learnt_by.is_not(None))
+        .where(Correction.model_name == name, Correction.learnt_by.in_(trainings))
         .distinct()
     )
     return frozenset(patient_of(study) for study in found)

@@ -21,6 +21,7 @@ from gateway.learning_settings import ModelLearning
 from gateway.monitoring.drift_window import ModelDrift
 from gateway.monitoring.review_tasks import close_task, open_task, open_task_of
 from gateway.settings import Settings
+from storage import ledger
 from storage.database import Database
 from storage.errors import ModelMissing
 from storage.learning_records import LearningRun, RunState
@@ -63,6 +64,8 @@ class LearningPolicy:
         except ModelMissing:
             return None
         with self._database.session() as session:
+            ledger.hold(session, ledger.model_subject(learning.name))  # two that ask at once get one
+            runs.close_decided(session, learning.name)
             known = runs.runs_of(session, learning.name)
             if any(run.state in (*runs.UNDER_WAY, RunState.CANDIDATE) for run in known):
                 return None
@@ -97,8 +100,8 @@ class LearningPolicy:
                 continue
             with self._database.reading() as session:
                 choice = self._choice(session, learning)
-            if not choice.to_learn:
-                said.append(f"{learning.name}: no new labelled case")
+            if not choice.ready:
+                said.append(f"{learning.name}: {choice.sentence}")
                 continue
             run = self.ask_for(learning, "retraining", requested_by=POLICY, reason="retraining_cron")
             said.append(f"{learning.name}: {'one is under way' if run is None else run.state}")

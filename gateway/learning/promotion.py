@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import distinct, func, select
 from sqlalchemy.orm import Session
 
 from engine.bundle import Bundle
@@ -36,8 +36,11 @@ from storage.database import Database
 from storage.errors import ModelChanged, ModelMissing
 from storage.learning_records import GateReport, ServingPeriod, ShadowRun
 from storage.models import ModelRegistry, RegisteredModel
+from storage.records import Result
 
 ACCEPTED = "ACCEPTED"
+IN_SHADOW = "it ran in shadow"
+"""How a reason begins that time alone removes."""
 POLICY = "policy"
 """The actor of a promotion that no person asked for."""
 _IN_LEDGER = ("plans_digest", "dataset_digest", "cases_digest", "exclusions_digest", "validation")
@@ -246,8 +249,9 @@ def grounds(
         .limit(1)
     ).first()
     done = session.scalar(
-        select(func.count())
+        select(func.count(distinct(Result.study_instance_uid)))
         .select_from(ShadowRun)
+        .join(Result, Result.result_id == ShadowRun.result_id)
         .where(ShadowRun.model_name == model.name, ShadowRun.model_version == model.semver, ShadowRun.state == "done")
     )
     studies = int(done or 0)
@@ -256,7 +260,7 @@ def grounds(
     if known:  # before the first there is nothing that a version could be worse than
         missing += _missing_of_report(report, model, known)
         if studies < plan.shadow_studies:
-            missing.append(f"it ran in shadow on {studies} of {plan.shadow_studies} studies")
+            missing.append(f"{IN_SHADOW} on {studies} of {plan.shadow_studies} studies")
         if plan.approval == "other-person":
             missing += _missing_of_person(actor, {who, report.requested_by if report is not None else None})
     return Grounds(report=report, shadow_studies=studies, requested_by=who, missing=tuple(missing))

@@ -49,7 +49,14 @@ def recent_periods(session: Session, name: str) -> Sequence[ServingPeriod]:
 
 
 def withdrawn_periods(periods: Sequence[ServingPeriod]) -> list[ServingPeriod]:
-    """Of `recent_periods` those that were rolled back since a version was last promoted, newest first."""
+    """Of `recent_periods` those of other versions than the one that serves that were rolled back, newest first."""
+    if not periods or periods[0].ended_at is not None:
+        return []
+    return [p for p in periods[1:] if p.rolled_back and p.model_version != periods[0].model_version]
+
+
+def withdrawn_since_promotion(periods: Sequence[ServingPeriod]) -> list[ServingPeriod]:
+    """Of those the ones since a version was last promoted."""
     if not periods or periods[0].ended_at is not None:
         return []
     found: list[ServingPeriod] = []

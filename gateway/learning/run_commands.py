@@ -25,11 +25,14 @@ FINAL = "checkpoint_final.pth"
 
 @dataclass(frozen=True, kw_only=True)
 class RunCommands:
-    """Of one run. `trained` is the model folder (TRAINER__PLANS__CONFIGURATION) of the version that it begins from."""
+    """Of one run. `trained` is the model folder (TRAINER__PLANS__CONFIGURATION) of the version that it begins from,
+    `old` the raw dataset that this learnt from, `old_preprocessed` the folder with its splits, where there is one."""
 
     folder: Path
     kind: str
     trained: Path
+    old: Path
+    old_preprocessed: Path | None
     learning: ModelLearning
     device: str
 
@@ -123,7 +126,8 @@ class RunCommands:
         if self.kind == "fine-tuning":
             return [
                 *("train", "fine-tune", str(self.trained), "--cases", str(self.cases), "--results", str(self.results)),
-                *("--old", str(self.learning.dataset), "--fold", fold, "--device", self.device),
+                *("--old", str(self.old), "--fold", fold, "--device", self.device),
+                *(() if self.old_preprocessed is None else ("--preprocessed", str(self.old_preprocessed))),
                 *("--epochs", str(own.epochs), "--iterations", str(own.iterations)),
                 *("--rehearsal", str(own.rehearsal), *_budget(own.budget_s), *_threads(own.threads)),
             ]

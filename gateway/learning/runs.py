@@ -21,11 +21,11 @@ from gateway.errors import Rejected
 from gateway.learning.case_choice import CaseChoice
 from gateway.workflows import FINISH_RUN, PREPARE_RUN, TRAIN_FOLD
 from storage import alarms, ledger
-from storage.learning_records import LearningRun, RunState
+from storage.learning_records import LearningRun, RunState, ServingPeriod
 from storage.records import utc_now
 
 Kind = Literal["fine-tuning", "retraining"]
-FAILED = "training-failed"
+FAILED, WAITS = "training-failed", "candidate-waits"
 UNDER_WAY = (RunState.WAITING, RunState.QUEUED, RunState.TRAINING, RunState.TESTING)
 _FOLDERS = "learning"
 
@@ -86,6 +86,7 @@ def request_run(
         reason=reason,
         state=RunState.WAITING,
         state_reason=choice.sentence,
+        folder=f"{_FOLDERS}/{run_id}",
         requested_at=now,
         updated_at=now,
         workflow_id=f"learn-{run_id}",
@@ -108,8 +109,10 @@ def queue_run(session: Session, enqueuer: Enqueuer, run: LearningRun, choice: Ca
 
 
 def begin_folds(session: Session, enqueuer: Enqueuer, run: LearningRun, folds: Sequence[str]) -> None:
-    """Each fold is a workflow of its own, taken by whichever worker is free."""
-    run.figures = {**(run.figures or {}), "folds": {fold: "queued" for fold in folds}}
+    """Each fold is a workflow of its own, taken by whichever worker is free. A repeat changes nothing."""
+    if has_begun(run):
+        return
+    run.figures = {**(run.figures or {}), "begun": run.workflow_id, "folds": {fold: "queued" for fold in folds}}
     for fold in folds:
         _enqueue(session, enqueuer, TRAIN_FOLD, f"{run.workflow_id}-fold-{fold}", f"{run.run_id}/{fold}")
 
@@ -165,6 +168,29 @@ def give_up(session: Session, run: LearningRun, *, actor: str, reason: str) -> N
         raise Rejected(f"training {run.run_id} is {run.state} already")
     move(session, run, RunState.REFUSED, f"given up by {actor}: {reason}")
     alarms.clear_alarms(session, kind=FAILED, subject=f"model:{run.model_name}", by=actor)
+
+
+def has_begun(run: LearningRun) -> bool:
+    """Whether the folds of this attempt are on their queue already."""
+    return (run.figures or {}).get("begun") == run.workflow_id
+
+
+def close_decided(session: Session, model_name: str) -> None:
+    """Candidates that somebody has promoted since are decided."""
+    for run in runs_of(session, model_name, [RunState.CANDIDATE]):
+        served = session.scalars(
+            select(ServingPeriod)
+            .where(
+                ServingPeriod.model_name == model_name,
+                ServingPeriod.model_version == run.semver,
+                ServingPeriod.began_at >= run.requested_at,
+            )
+            .order_by(ServingPeriod.period_id)
+            .limit(1)
+        ).first()
+        if served is not None:
+            move(session, run, RunState.PROMOTED, f"by {served.began_by}")
+            alarms.clear_alarms(session, kind=WAITS, subject=f"model:{model_name}", by=served.began_by)
 
 
 def is_wanted(session: Session, run_id: str) -> bool:

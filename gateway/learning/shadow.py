@@ -37,6 +37,7 @@ from gateway.results.quality import judge, source_doubts
 from gateway.results.series import SeriesPart
 from storage import ledger
 from storage.alarms import clear_alarms, raise_alarm
+from storage.canary_records import CANARY_RULE
 from storage.database import Database
 from storage.errors import ModelChanged, StorageError
 from storage.learning_records import ShadowRun
@@ -185,6 +186,8 @@ class Shadows:
     def _order(self, result_id: str) -> None:
         with self._database.reading() as session:
             result = session.get_one(Result, result_id)
+        if result.rule == CANARY_RULE:
+            return
         wanted = self._learning.of(result.model_name).change_plan.shadow_studies
         shadow = self._shelf.shadow(result.model_name) if wanted and result.state == ResultState.PENDING else None
         if shadow is None or shadow.semver == result.model_version:

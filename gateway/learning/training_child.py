@@ -24,8 +24,9 @@ from typing import Any
 import structlog
 
 from gateway.durable import Stopped
-from gateway.errors import Permanent
+from gateway.errors import Permanent, Transient
 from gateway.training_launcher import LAUNCHER
+from storage.errors import DatabaseAway
 
 _log = structlog.get_logger(__name__)
 NICENESS = 15
@@ -65,8 +66,8 @@ class TrainingChild:
 
         What it says on the way goes to the end of `log`. A command with a `pause_file` pauses while that exists, and is
         asked to stop when it is no longer `wanted`.
-        Raises Stopped when `stop` was set (the command has been asked to stop and has ended), Permanent with the
-        command's own words when it failed, or was killed.
+        Raises Stopped when `stop` was set (the command has been asked to stop and has ended), Transient when it was
+        killed, Permanent with the command's own words when it failed.
         """
         log.parent.mkdir(parents=True, exist_ok=True)
         answer = log.with_suffix(".json")
@@ -94,6 +95,8 @@ class TrainingChild:
         if self._stop.is_set():
             raise Stopped
         document = _document(answer)
+        if child.returncode < 0:
+            raise Transient(f"{' '.join(arguments[:2])}: {_ending(child.returncode, log)}")
         if child.returncode not in fine:
             raise Permanent(f"{' '.join(arguments[:2])}: {document.get('error') or _ending(child.returncode, log)}")
         return {**document, "exit_code": child.returncode}
@@ -116,9 +119,12 @@ class TrainingChild:
             since_look_s += _POLL_S
             if pause_file is not None and since_look_s >= _LOOK_S:
                 since_look_s = 0.0
-                if not wanted():
-                    break
-                waits = self._studies_wait()
+                try:
+                    if not wanted():
+                        break
+                    waits = self._studies_wait()
+                except DatabaseAway:  # nobody knows: it goes on as it is
+                    continue
                 if waits != pausing:
                     pausing = waits
                     _log.info("training pauses for studies" if waits else "training goes on", pid=child.pid)

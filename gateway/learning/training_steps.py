@@ -9,7 +9,7 @@ from sqlalchemy import select, update
 
 from engine.bundle import Bundle, load_bundle
 from engine.card_of_bundle import card_document
-from engine.dataset import RawDataset, open_dataset
+from engine.dataset import open_dataset
 from engine.joined_dataset import join_raw, refuse_other_task, refuse_same_names
 from engine.json_writer import write_json
 from gateway.commands.model_test import ACCEPTED, OUTSIDE_PLAN, REJECTED
@@ -76,7 +76,7 @@ class TrainingWork:
             self._spool,
             [case["result_id"] for case in run.cases],
             commands.cases,
-            dataset_json=self._old_dataset(run).json,
+            dataset_json=open_dataset(commands.old).json,
             orientation=bundle.contract.orientation,
         )
         with self._database.session() as session:
@@ -87,16 +87,24 @@ class TrainingWork:
                 | ({"left_out": why} if (why := written.left_out.get(case["result_id"])) else {})
                 for case in row.cases or []
             ]
+        least = self._settings.learning.of(run.model_name).selection.least
+        if len(written.names) < least and run.kind == "fine-tuning":
+            why = next(iter(written.left_out.values()), "")
+            raise Permanent(
+                f"{len(written.names)} of {len(run.cases)} cases could be written, and {least} are needed: {why}"
+            )
         return "written"
 
     def plan(self, run_id: str) -> str:
         """A full training is planned anew, with the old and the new cases; the folds are put on their queue."""
         run = self._run(run_id)
+        if runs.has_begun(run):
+            return "planned"
         if not self._goes_on(run_id, RunState.TRAINING):
             return "ended"
         commands = self._commands(run)
         if run.kind == "retraining":
-            old = self._old_dataset(run)
+            old = open_dataset(commands.old)
             new = open_dataset(commands.cases) if run.cases else None
             if new is not None:
                 refuse_other_task(old.json, new.json, what=new.name)
@@ -150,8 +158,10 @@ class TrainingWork:
         return "exported"
 
     def register(self, run_id: str) -> str:
-        """The version, registered as candidate."""
+        """The version, registered as candidate; "ended" where the run was given up."""
         run = self._run(run_id)
+        if run.state != RunState.TESTING:
+            return "ended"
         bundle = load_bundle(self._commands(run).bundle, verify=True)
         model = register_bundle(self._database, self._registry, bundle, candidate=True, actor="worker")
         with self._database.session() as session:
@@ -162,8 +172,10 @@ class TrainingWork:
         return model.semver
 
     def examine(self, run_id: str) -> str:
-        """The sanity suite's verdict on the candidate."""
+        """The sanity suite's verdict on the candidate; "ended" where the run was given up."""
         run = self._run(run_id)
+        if run.state != RunState.TESTING:
+            return "ended"
         document = self._child.run(
             [
                 *("models", "test", run.model_name, str(run.semver), "--change", run.kind),
@@ -178,6 +190,8 @@ class TrainingWork:
         with self._database.session() as session:
             row = runs.get_run(session, run_id, lock=True)
             row.figures = {**(row.figures or {}), "verdict": verdict}
+            if row.state != RunState.TESTING:
+                return "ended"
             if verdict != "ACCEPTED":
                 runs.move(session, row, RunState.REFUSED, f"{verdict}: {'; '.join(map(str, document['reasons']))}")
         return verdict
@@ -188,7 +202,10 @@ class TrainingWork:
         run = self._run(run_id)
         plan = self._settings.learning.of(run.model_name).change_plan
         with self._database.session() as session:
-            runs.move(session, runs.get_run(session, run_id, lock=True), RunState.CANDIDATE, "ACCEPTED")
+            row = runs.get_run(session, run_id, lock=True)
+            if row.state not in (RunState.TESTING, RunState.CANDIDATE):
+                return "ended"
+            runs.move(session, row, RunState.CANDIDATE, "ACCEPTED")
         if plan.shadow_studies:
             self._registry.set_shadow(run.model_name, str(run.semver))
             return "shadow"
@@ -222,12 +239,6 @@ class TrainingWork:
     def _base(self, run: LearningRun) -> Bundle:
         """The version that the run begins from."""
         return self._shelf.bundle(self._registry.get(run.model_name, run.base_version))
-
-    def _old_dataset(self, run: LearningRun) -> RawDataset:
-        folder = self._settings.learning.of(run.model_name).dataset
-        if folder is None:
-            raise Permanent(f"{run.model_name}: learning.toml names no dataset")
-        return open_dataset(folder)
 
     def _next_version(self, name: str) -> str:
         """The minor version after all that are registered: other weights, the same labels and channels."""

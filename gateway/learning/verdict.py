@@ -45,6 +45,9 @@ def broken_limits(found: Comparison, plan: ChangePlan) -> list[Reason]:
     reasons: list[Reason] = []
     if found.dice is not None:
         reasons += _lost("dice", "mean Dice", found.dice, plan.max_dice_loss)
+        if found.old_dice is None:
+            text = "every locked case is of the new test: nothing shows what was forgotten; add cases of the old one"
+            reasons.append(Reason(check="old-test", text=text, outside=True))
     if found.old_dice is not None and found.old_dice != found.dice:
         reasons += _lost("backward-transfer", "mean Dice of the old test", found.old_dice, plan.max_dice_loss)
     for name, figure in found.label_dice.items():

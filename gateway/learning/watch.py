@@ -25,12 +25,20 @@ from sqlalchemy.orm import Session
 from engine.errors import BundleInvalid, EngineError
 from gateway.errors import GatewayError, is_of_the_machine
 from gateway.learning.promotion import roll_back
-from gateway.learning.rollback import Withdrawal, is_unfinished, made_in, recent_periods, withdrawn_periods
+from gateway.learning.rollback import (
+    Withdrawal,
+    is_unfinished,
+    made_in,
+    recent_periods,
+    withdrawn_periods,
+    withdrawn_since_promotion,
+)
 from gateway.learning.serving import settle
 from gateway.learning_settings import ChangePlan, LearningSettings
 from gateway.model_shelf import ModelShelf
 from storage import ledger
 from storage.alarms import clear_alarms, raise_alarm
+from storage.canary_records import CANARY_RULE
 from storage.database import Database
 from storage.errors import ModelChanged, ModelMissing, StorageError
 from storage.learning_records import ServingPeriod
@@ -81,7 +89,7 @@ def is_watched(periods: Sequence[ServingPeriod]) -> bool:
         and periods[0].ended_at is None
         and periods[0].watched_until is None
         and periods[0].previous_version is not None
-        and periods[0].previous_version not in {p.model_version for p in withdrawn_periods(periods)}
+        and periods[0].previous_version not in {p.model_version for p in withdrawn_since_promotion(periods)}
     )
 
 
@@ -91,6 +99,7 @@ def watched_rates(session: Session, period: ServingPeriod, plan: ChangePlan) -> 
         select(Result.study_instance_uid, Result.state, Result.verdict, Result.checks)
         .where(
             *made_in(period),
+            Result.rule != CANARY_RULE,
             Result.verdict.is_not(None) | (Result.state == ResultState.FAILED),
         )
         .order_by(Result.created_at, Result.result_id)
@@ -237,6 +246,7 @@ class Watch:
 
     def _keep(self, period: ServingPeriod, rates: Watched) -> None:
         with self._database.session() as session:
+            ledger.hold(session, ledger.model_subject(period.model_name))  # in the order in which a promotion holds
             row = session.get_one(ServingPeriod, period.period_id, with_for_update=True)
             if row.watched_until is not None or row.ended_at is not None:
                 return

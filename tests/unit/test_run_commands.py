@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gateway.errors import Permanent
-from gateway.learning.lineage import trained_folder
+from gateway.learning.lineage import commands_of, trained_version
 from gateway.learning.run_commands import RunCommands
 from gateway.learning.runs import run_folder
 from gateway.learning_settings import FineTuningSettings, ModelLearning, RetrainingSettings
@@ -45,7 +45,15 @@ def learning(trained: Path, **changes: object) -> ModelLearning:
 
 
 def commands(folder: Path, trained: Path, kind: str = "fine-tuning", **changes: object) -> RunCommands:
-    return RunCommands(folder=folder, kind=kind, trained=trained, learning=learning(trained, **changes), device="cpu")
+    return RunCommands(
+        folder=folder,
+        kind=kind,
+        trained=trained,
+        old=trained.parent,
+        old_preprocessed=None,
+        learning=learning(trained, **changes),
+        device="cpu",
+    )
 
 
 def test_the_folds_are_those_that_the_model_has(tmp_path: Path, trained: Path) -> None:
@@ -143,14 +151,21 @@ def test_a_version_that_was_trained_here_is_followed_to_its_own_folder(
     own = run_folder(settings.models_dir, "a" * 32) / "results" / "Dataset004_Liver" / NAME
     with database.reading() as session:
         liver = settings.learning.of("liver")
-        assert trained_folder(session, settings, liver, "1.0.0") == trained
+        assert trained_version(session, settings, liver, "1.0.0").model == trained
         with pytest.raises(Permanent, match="is not there"):
-            trained_folder(session, settings, liver, "1.1.0")
+            trained_version(session, settings, liver, "1.1.0")
         own.mkdir(parents=True)
-        assert trained_folder(session, settings, liver, "1.1.0") == own
+        joined = own.parents[1] / "fine_tuning" / "raw" / "Dataset004_Liver"
+        joined.mkdir(parents=True)
+        found = trained_version(session, settings, liver, "1.1.0")
+        assert (found.model, found.dataset) == (own, joined)
+        # Or else the next training would forget what this one learnt.
+        second = LearningRun(run_id="b" * 32, model_name="liver", kind="fine-tuning", base_version="1.1.0")
+        words = commands_of(session, settings, second).train("0")
+        assert words[words.index("--old") + 1] == str(joined)
 
 
 def test_a_model_that_nobody_set_up_for_training_is_refused(database: Database, tmp_path: Path, trained: Path) -> None:
     settings = _settings(tmp_path, trained)
     with database.reading() as session, pytest.raises(Permanent, match="add `trained` and `dataset`"):
-        trained_folder(session, settings, settings.learning.of("other"), "1.0.0")
+        trained_version(session, settings, settings.learning.of("other"), "1.0.0")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from gateway.durable import Stopped
-from gateway.errors import Permanent
+from gateway.errors import Permanent, Transient
 from gateway.learning import training_child
 from gateway.learning.training_child import NICENESS, TrainingChild
 
@@ -71,7 +71,7 @@ def test_an_exit_code_that_is_fine_is_an_answer(playing: Start, tmp_path: Path) 
 
 def test_a_process_that_was_killed_is_named_by_its_signal(playing: Start, tmp_path: Path) -> None:
     child = playing("os.kill(os.getpid(), signal.SIGKILL)")
-    with pytest.raises(Permanent, match=r"ended by SIGKILL; see fold\.log"):
+    with pytest.raises(Transient, match=r"ended by SIGKILL; see fold\.log"):
         child.run(["train", "run"], log=tmp_path / "fold.log")
 
 

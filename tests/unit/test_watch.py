@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from gateway.learning.rollback import withdrawn_periods
+from gateway.learning.rollback import withdrawn_since_promotion
 from gateway.learning.watch import Rate, Watched, is_watched
 from storage.learning_records import ServingPeriod
 from storage.records import utc_now
@@ -99,6 +99,6 @@ def test_only_a_new_version_with_one_before_it_is_watched(periods: list[ServingP
 
 def test_what_was_rolled_back_before_the_last_promotion_is_settled() -> None:
     old = [period("1.0.0", ended_at=ENDED), period("0.9.0", ended_at=ENDED, rolled_back=True)]
-    assert withdrawn_periods([period("2.0.0"), *old]) == []
+    assert withdrawn_since_promotion([period("2.0.0"), *old]) == []
     both = [period("3.0.0", ended_at=ENDED, rolled_back=True), period("2.0.0", ended_at=ENDED, rolled_back=True)]
-    assert [p.model_version for p in withdrawn_periods([period("1.0.0"), *both, *old])] == ["3.0.0", "2.0.0"]
+    assert [p.model_version for p in withdrawn_since_promotion([period("1.0.0"), *both, *old])] == ["3.0.0", "2.0.0"]
