@@ -195,8 +195,8 @@ def _completed(
     if labels.has_regions:
         names = ", ".join(repr(label.name) for label in absent[:_MOST_NAMED])
         raise Rejected(
-            f"{name}: has no segment for {names}; labels of this model lie within one another, so that none can be kept "
-            "beside the others: give all of them, or --missing erase"
+            f"{name}: has no segment for {names}; labels of this model lie within one another, so that none can be "
+            "kept beside the others: give all of them, or --missing erase"
         )
     kept = np.isin(predicted, [label.value for label in absent]) & (array == 0)
     return np.where(kept, predicted, array)
