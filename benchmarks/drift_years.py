@@ -172,7 +172,8 @@ def _rate(events: int, years: int) -> dict[str, float]:
 def _against_training(rows: Sequence[StudyRow], baseline: IntensityBaseline) -> dict[str, Any]:
     """How many groups of LEAST_STUDIES different cases warn, and the largest KL of each stream."""
     random = np.random.default_rng(0)
-    warned, largest = 0, {}
+    warned = 0
+    largest: dict[str, float] = {}
     for _ in range(_GROUPS):
         chosen = [rows[index] for index in random.choice(len(rows), LEAST_STUDIES, replace=False)]
         live = {
