@@ -101,9 +101,9 @@ class Categories:
 
     def of_groups(self, groups: Groups) -> FloatArray:
         known = sorted(set(self.values))
-        table = np.array([[value == one for one in known] for value in self.values], dtype=np.float64)
-        sums = groups.astype(np.float64) @ table
-        rest = table.sum(axis=0) - sums
+        members = [[place for place, value in enumerate(self.values) if value == one] for one in known]
+        sums = np.stack([groups.T[places].sum(axis=0) for places in members], axis=1).astype(np.float64)
+        rest = np.array([len(places) for places in members]) - sums
         # A category that only the group has is unseen to the rest.
         unseen = (sums * (rest == 0)).sum(axis=1)
         return _g(np.where(rest == 0, 0.0, sums), rest, unseen)
