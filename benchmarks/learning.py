@@ -1,6 +1,7 @@
 """What a fine-tuning learns of a new site, and what it forgets of the old one.
 
-    python -m benchmarks.learning --work FOLDER [--json] [--smoke] [--seeds N] [--only-seed N] [--threads N]
+    python -m benchmarks.learning --work FOLDER [--json] [--smoke] [--rehearsal SHARE] [--seeds N] [--only-seed N]
+                                  [--threads N]
 
 Of the 200 hippocampus cases, in an order that never changes: 100 train the champion (demo plans, fold `all`), 40 are
 locked and stay as they are (old set), 60 are another site's, of which 40 are fine-tuned on and 20 are locked (shifted
@@ -41,6 +42,7 @@ from engine.fine_tuning import FineTuning, fine_tune
 from engine.json_writer import write_json
 from engine.metrics import composite_score
 from engine.nifti import read_nifti, write_image
+from engine.rehearsal import SHARE
 from engine.trained_model import open_trained_model
 from engine.training_checkpoint import FINAL
 from engine.training_processes import TrainingProcesses
@@ -87,6 +89,7 @@ SMOKE = Sizes(
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.learning", description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder for everything that is made")
+    parser.add_argument("--rehearsal", type=float, default=SHARE, help="share of old cases (default: a third)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
         "--only-seed", type=int, help="once the champion is trained: this one, as one of several processes"
@@ -99,9 +102,15 @@ def main() -> int:
     sizes = SMOKE if options.smoke else Sizes()
     with stop_requests() as stop:
         if options.only_seed is not None:
-            return only_seed(options.work, sizes, options.only_seed, stop)
+            return only_seed(options.work, sizes, options.rehearsal, options.only_seed, stop)
         report = measure(
-            options.work, sizes, seeds=options.seeds, threads=options.threads, stop=stop, quiet=options.json
+            options.work,
+            sizes,
+            seeds=options.seeds,
+            rehearsal=options.rehearsal,
+            threads=options.threads,
+            stop=stop,
+            quiet=options.json,
         )
     if report is None:
         print("stopped; the same command goes on", file=sys.stderr)
@@ -111,7 +120,7 @@ def main() -> int:
 
 
 def measure(
-    work: Path, sizes: Sizes, *, seeds: int, threads: int, stop: threading.Event, quiet: bool
+    work: Path, sizes: Sizes, *, seeds: int, rehearsal: float, threads: int, stop: threading.Event, quiet: bool
 ) -> dict[str, Any] | None:
     """None when it was told to stop."""
     sets = make_sets(work, sizes)
@@ -124,7 +133,7 @@ def measure(
     loss = unchanged - shifted
     rows: list[dict[str, Any]] = []
     for seed in range(seeds):
-        folder = fine_tuned(work, champion, sets, sizes, seed, stop)
+        folder = fine_tuned(work, champion, sets, sizes, rehearsal, seed, stop)
         if folder is None:
             return None
         found = {name: measured(work, folder, sets[name]) for name in ("site_locked", "old_locked")}
@@ -151,6 +160,7 @@ def measure(
         "champion_unchanged": round(unchanged, 4),
         "champion_shifted": round(shifted, 4),
         "loss": round(loss, 4),
+        "rehearsal_share": round(rehearsal, 4),
         "fine_tuned": rows,
         "regained_share_mean": round(regained, 4),
         "old_loss_mean": round(forgotten, 4),
@@ -162,12 +172,12 @@ def measure(
     }
 
 
-def only_seed(work: Path, sizes: Sizes, seed: int, stop: threading.Event) -> int:
+def only_seed(work: Path, sizes: Sizes, rehearsal: float, seed: int, stop: threading.Event) -> int:
     """The exit code: 0 when it is trained."""
     found = [path.parents[1] for path in (work / "champion").glob(f"results/*/*/fold_all/{FINAL}")]
     if not found:
         raise SystemExit(f"{work}: there is no champion yet; start the benchmark without --only-seed first")
-    return int(fine_tuned(work, found[0], make_sets(work, sizes), sizes, seed, stop) is None)
+    return int(fine_tuned(work, found[0], make_sets(work, sizes), sizes, rehearsal, seed, stop) is None)
 
 
 def _minutes(model_folder: Path) -> float:
@@ -259,7 +269,13 @@ def train_champion(work: Path, raw: RawDataset, sizes: Sizes, threads: int, stop
 
 
 def fine_tuned(
-    work: Path, champion: Path, sets: dict[str, RawDataset], sizes: Sizes, seed: int, stop: threading.Event
+    work: Path,
+    champion: Path,
+    sets: dict[str, RawDataset],
+    sizes: Sizes,
+    rehearsal: float,
+    seed: int,
+    stop: threading.Event,
 ) -> Path | None:
     """The fine-tuned model's folder; None when told to stop."""
     found = fine_tune(
@@ -267,10 +283,11 @@ def fine_tuned(
             model=champion,
             old=sets["champion"].folder,
             cases=sets["site"].folder,
-            results=work / f"seed_{seed}" / "results",
+            results=work / f"rehearsal_{rehearsal:.2f}" / f"seed_{seed}",
             preprocessed=work / "champion" / "preprocessed",
             epochs=sizes.epochs,
             iterations=sizes.iterations,
+            rehearsal=rehearsal,
             seed=seed,
             device=torch.device("cpu"),
             precision="bf16",
