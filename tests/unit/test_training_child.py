@@ -102,18 +102,19 @@ def test_a_stop_is_passed_on_and_waited_for(playing: Start, tmp_path: Path) -> N
 
 
 def test_it_pauses_while_studies_wait_and_leaves_no_pause_behind(playing: Start, tmp_path: Path) -> None:
-    waits = iter([True, True, False])
+    noticed = tmp_path / "noticed"
     child = playing(
         """
         pause = pathlib.Path(sys.argv[1])
         until = time.monotonic() + 30
         while not pause.exists() and time.monotonic() < until:
             time.sleep(0.01)
+        (pause.parent / "noticed").touch()
         while pause.exists() and time.monotonic() < until:
             time.sleep(0.01)
         print(json.dumps({"paused": time.monotonic() < until}))
         """,
-        studies_wait=lambda: next(waits, False),
+        studies_wait=lambda: not noticed.exists(),
     )
     pause = tmp_path / "pause"
     document = child.run([str(pause)], log=tmp_path / "fold.log", pause_file=pause)
