@@ -19,12 +19,13 @@ from gateway.learning_settings import ModelLearning, SelectionSettings
 from gateway.settings import CanarySettings, load_settings
 from gateway.state import prepare_state
 from storage.database import Database
-from storage.learning_records import Correction, ServingPeriod
+from storage.learning_records import Correction, LearningRun, ServingPeriod
 from storage.records import Result, ResultState, StudyFacts, StudyState, utc_now
 from tests.support.config_folder import write_config
 from tests.support.story_rows import add_result, add_study, add_version
 
 NOW = utc_now()
+SERVES = "1.0.0"
 CHECKS: dict[str, dict[str, Any]] = {
     "empty": {"name": "empty", "segment": None, "value": "all", "limit": "some segment", "verdict": "hold"},
     "laterality": {"name": "laterality", "segment": "a", "value": -3.0, "limit": "more", "verdict": "hold"},
@@ -43,7 +44,7 @@ def add_case(
     index: int,
     *,
     entropy: float | None = None,
-    version: str = "1.0.0",
+    version: str = SERVES,
     days_ago: float = 1.0,
     state: ResultState = ResultState.RELEASED,
     study_state: StudyState = StudyState.VERIFIED,
@@ -97,6 +98,9 @@ def add_case(
 def say(
     session: Session, result_id: str, kind: str, *, dice: float | None = None, learnt_by: str | None = None
 ) -> None:
+    """`learnt_by`: the training that made the version which serves in these tests."""
+    if learnt_by is not None and session.get(LearningRun, learnt_by) is None:
+        add_run(session, learnt_by, semver=SERVES)
     session.add(
         Correction(
             result_id=result_id,
@@ -106,6 +110,26 @@ def say(
             recorded_at=NOW,
             dice=None if dice is None else {"a": dice, "b": dice},
             learnt_by=learnt_by,
+        )
+    )
+    session.flush()
+
+
+def add_run(session: Session, run_id: str, *, semver: str | None, base: str = "0.1.0", **columns: Any) -> None:
+    session.add(
+        LearningRun(
+            run_id=run_id,
+            model_name="tiny",
+            kind="fine-tuning",
+            base_version=base,
+            semver=semver,
+            requested_by="policy",
+            reason="",
+            state="promoted",
+            requested_at=NOW,
+            updated_at=NOW,
+            workflow_id=run_id,
+            **columns,
         )
     )
     session.flush()
@@ -292,14 +316,39 @@ def test_a_patient_who_was_learnt_from_is_no_longer_drawn(database: Database) ->
     assert patients.isdisjoint({int(name[1:]) % 30 for name in after})
 
 
-def test_a_word_after_the_training_is_learnt_anew(database: Database) -> None:
+def test_a_word_after_the_training_makes_no_new_case_of_it(database: Database) -> None:
     with database.session() as session:
         result_id = add_case(session, 1)
         say(session, result_id, "approved", learnt_by="run-1")
     assert choose(database).left_out == {"learnt": 1}
     with database.session() as session:
         say(session, result_id, "corrected", dice=0.6)
+    assert choose(database).left_out == {"learnt": 1}
+
+
+def test_what_only_a_refused_or_withdrawn_version_learnt_can_be_chosen_again(database: Database) -> None:
+    with database.session() as session:
+        result_id = add_case(session, 1)
+        add_run(session, "refused", semver="9.9.0", base=SERVES)
+        say(session, result_id, "approved", learnt_by="refused")
     assert {case.result_id for case in choose(database).to_learn} == {result_id}
+
+
+def test_what_a_version_before_the_one_that_serves_learnt_is_learnt(database: Database) -> None:
+    with database.session() as session:
+        result_id = add_case(session, 1)
+        add_run(session, "first", semver="0.5.0")
+        add_run(session, "second", semver=SERVES, base="0.5.0")
+        say(session, result_id, "approved", learnt_by="first")
+    assert choose(database).left_out == {"learnt": 1}
+
+
+def test_what_could_not_be_made_a_case_is_not_chosen_again(database: Database) -> None:
+    with database.session() as session:
+        result_id = add_case(session, 1)
+        say(session, result_id, "approved")
+        add_run(session, "failed", semver=None, cases=[{"result_id": result_id, "left_out": "tilted gantry"}])
+    assert choose(database).left_out == {"unfit": 1}
 
 
 def test_the_same_rows_give_the_same_choice(database: Database) -> None:
