@@ -15,7 +15,7 @@ from gateway.durable import Enqueuer
 from storage import alarms, ledger
 from storage.canary_records import CanaryRun
 from storage.database import Database
-from storage.records import Result, Study, utc_now
+from storage.records import Result, ResultState, Study, utc_now
 
 ALARM = "canary"
 _BY = "canary"
@@ -60,7 +60,19 @@ def overdue(session: Session, run: CanaryRun, now: datetime) -> tuple[str, str] 
         return None
     if run.sent_at is None:
         return "void", "its sender ended before all of it was sent"
+    if _was_in_time(session, run):
+        return None
     return "wrong", _why_late(session, run)
+
+
+def _was_in_time(session: Session, run: CanaryRun) -> bool:
+    """Whether its result came in time and only waits to be compared: the jobs of a worker take turns."""
+    released = select(Result.result_id).where(
+        Result.study_instance_uid == run.study_instance_uid,
+        Result.state == ResultState.RELEASED,
+        Result.finished_at <= run.due_at,
+    )
+    return session.scalars(released.limit(1)).first() is not None
 
 
 def _why_late(session: Session, run: CanaryRun) -> str:

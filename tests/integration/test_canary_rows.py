@@ -197,6 +197,10 @@ def test_a_late_one_says_where_it_stands(database: Database) -> None:
             found = overdue(session, run, later)
             assert found is not None
             assert found[1].endswith(says)
+        result.state, result.finished_at = ResultState.RELEASED, run.due_at
+        assert overdue(session, run, later) is None  # in time, and only not compared yet
+        result.finished_at = later
+        assert overdue(session, run, later) is not None
         run.sent_at = None
         assert overdue(session, run, later) == ("void", "its sender ended before all of it was sent")
 
