@@ -147,7 +147,8 @@ def test_the_job_compares_by_itself_removes_the_old_ones_and_a_good_one_ends_the
         tmp_path / "right", name=EXCHANGED, semver="1.1.0", bands=PHANTOM_BANDS, spacing_mm=SPACING_MM
     )
     right = with_sanity_cases(right, {"site-1": asymmetric_case()})
-    register(gateway.settings, right, candidate=False, actor="test")
+    register(gateway.settings, right, candidate=True, actor="test")
+    gateway.command("models", "promote", EXCHANGED, "1.1.0", "--force", "--reason", "a test")
     gateway.command("schedule", "run", "canary")
 
     def good() -> list[CanaryRun]:

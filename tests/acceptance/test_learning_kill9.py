@@ -102,7 +102,9 @@ def test_killed_anywhere_a_fine_tuning_ends_in_one_promotion(gateway: WholeGatew
         (run,) = runs_of(session, site.MODEL)
         assert run.figures is not None
         assert run.figures["folds"] == {"0": "done"}
-        periods = session.scalars(select(ServingPeriod).where(ServingPeriod.model_name == site.MODEL)).all()
+        periods = session.scalars(
+            select(ServingPeriod).where(ServingPeriod.model_name == site.MODEL).order_by(ServingPeriod.period_id)
+        ).all()
         assert [(p.model_version, p.ended_at is None) for p in periods] == [("1.0.0", False), ("1.1.0", True)]
         kinds = Counter(event.kind for event in ledger.events(session, ledger.model_subject(site.MODEL)))
         assert ledger.verify(session) > 0
