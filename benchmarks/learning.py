@@ -43,7 +43,7 @@ from engine.fine_tuning import FineTuning, fine_tune
 from engine.json_writer import write_json
 from engine.metrics import composite_score
 from engine.nifti import read_nifti, write_image
-from engine.rehearsal import MOST_SHARE
+from engine.rehearsal import SHARE
 from engine.trained_model import open_trained_model
 from engine.training_checkpoint import FINAL
 from engine.training_processes import TrainingProcesses
@@ -90,7 +90,7 @@ SMOKE = Sizes(
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.learning", description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder for everything that is made")
-    parser.add_argument("--rehearsal", type=float, default=MOST_SHARE, help="share of old cases (default: %(default)s)")
+    parser.add_argument("--rehearsal", type=float, default=SHARE, help="share of old cases (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
         "--only-seed", type=int, help="once the champion is trained: this one, as one of several processes"

@@ -14,7 +14,7 @@ from typing import Self
 from engine.random_state import Purpose, random_generator
 
 LEAST_SHARE, MOST_SHARE = 0.25, 0.5
-SHARE = 1 / 3
+SHARE = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)

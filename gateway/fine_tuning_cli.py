@@ -42,8 +42,8 @@ def train_fine_tune(
     epochs: Annotated[int, typer.Option(min=1, max=10, help="Epochs of a fold.")] = 10,
     iterations: Annotated[int, typer.Option(min=1, help="Steps of an epoch.")] = 250,
     rehearsal: Annotated[
-        float, typer.Option(min=0.25, max=0.5, show_default="1/3", help="The part of all samples that is of old cases.")
-    ] = 1 / 3,
+        float, typer.Option(min=0.25, max=0.5, help="The part of all samples that is of old cases.")
+    ] = 0.5,
     budget: Annotated[
         str | None,
         typer.Option(help="Time for each fold, e.g. 30m or 1h30m; the learning rate falls to 0 within it."),

@@ -36,7 +36,7 @@ class FineTuningSettings(Section):
 
     epochs: int = Field(default=10, ge=1, le=10)
     iterations: int = Field(default=250, ge=1)  # steps of an epoch
-    rehearsal: Annotated[float, Field(ge=0.25, le=0.5)] = 0.33  # the share of old cases in every batch
+    rehearsal: Annotated[float, Field(ge=0.25, le=0.5)] = 0.5  # the share of old cases in every batch
     folds: tuple[Annotated[str, Field(pattern=r"^([0-9]|all)$")], ...] = ()  # empty = those that the model has
     budget_s: int = Field(default=0, ge=0)  # of each fold; 0 = the epochs decide
     threads: int = Field(default=0, ge=0)  # of the training; 0 = half the cores
