@@ -63,10 +63,10 @@ def test_the_sampler_draws_old_and_new_cases_from_their_own_side() -> None:
         batch_size=2,
         patch_size=(8, 8, 8),
         initial_patch_size=(8, 8, 8),
-        rehearsal=draw(SHARE),
+        rehearsal=draw(1 / 3),
     )
     seen: Counter[int] = Counter()
-    for iteration, old in enumerate(old_samples(SHARE, batch_size=2, iterations=300)):
+    for iteration, old in enumerate(old_samples(1 / 3, batch_size=2, iterations=300)):
         for sample in range(2):
             case = sampler.case(epoch=0, iteration=iteration, sample=sample)
             assert (case in OLD) == (sample in old)
