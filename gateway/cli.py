@@ -265,13 +265,11 @@ for command in (plan, evaluate, select, export):
 
 def main() -> None:
     """Entry of the console script."""
-    import structlog
-
+    from gateway.logs import keep_off_standard_output
     from gateway.settings import SettingsInvalid
     from storage.errors import StorageError
 
-    # What a command's steps log is not part of its answer.
-    structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))
+    keep_off_standard_output()
     try:
         app()
     except SettingsInvalid as error:

@@ -61,5 +61,7 @@ def configure(settings: LoggingSettings, *, process: str) -> None:
 
 def keep_off_standard_output() -> None:
     """For a command: what it prints may be one JSON document, so lines of the log go to standard error."""
+    # All of it: processors that were configured for another kind of logger would fail on this one.
+    structlog.reset_defaults()
     # Asked anew for each line: whoever runs commands one after the other may have exchanged the stream.
     structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))
