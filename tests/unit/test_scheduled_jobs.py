@@ -55,8 +55,9 @@ def test_schedulers_that_find_the_same_run_due_give_it_the_same_id(database: Dat
 
 
 def test_every_job_has_a_cron_line_that_can_be_read() -> None:
+    configured = SchedulerSettings(canary_cron="*/15 * * * *", retraining_cron="0 20 1 */3 *")
     for job in JOB_LIST.values():
-        line = job.cron(SchedulerSettings(canary_cron="*/15 * * * *"))
+        line = job.cron(configured)
         assert next_due(line, NOON) is not None
 
 

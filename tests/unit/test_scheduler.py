@@ -148,14 +148,14 @@ def _destinations(database: Database) -> list[str]:
         return list(session.scalars(select(Delivery.destination)))
 
 
-@pytest.mark.requirement("CARD-05", open="retraining, retention and canary")
+@pytest.mark.requirement("CARD-05", open="retention")
 def test_a_job_that_was_due_is_started_once_by_two_schedulers(tmp_path: Path) -> None:
     database = Database(f"sqlite:///{tmp_path / 'test.sqlite'}")
     database.migrate()
     durable.prepare(database)
     settings = Settings(
         folder=tmp_path,
-        gateway=GatewaySettings(scheduler=SchedulerSettings(sweep_cron="", drift_cron="0 0 * * *")),
+        gateway=GatewaySettings(scheduler=SchedulerSettings(sweep_cron="", drift_cron="0 0 * * *", learning_cron="")),
         destinations=DestinationSettings(),
     )
     due = last_due("0 0 * * *", utc_now())
