@@ -154,9 +154,12 @@ def live_again(group: str, settings: Settings, roles: tuple[str, ...]) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
+    parent = os.getpid()
     while not ended:
         child = os.fork()
         if child == 0:
+            # A parent that is told to end at this very moment knows no child yet.
+            _end_with_parent(parent)
             live(group, settings, roles)
             os._exit(0)
         if ended:
