@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from gateway.training_cli import DatasetName, Json, Preprocessed, Processes, Results
+from gateway.command_options import Json
+from gateway.training_cli import DatasetName, Preprocessed, Processes, Results
 
 dataset = typer.Typer(help="Training datasets in nnU-Net's format.", no_args_is_help=True, rich_markup_mode=None)
 

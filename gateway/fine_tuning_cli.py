@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from gateway.training_cli import MOST_SEED, Json, Processes
+from gateway.command_options import Json
+from gateway.training_cli import (
+    MOST_SEED,
+    Budget,
+    CompileNetwork,
+    Deterministic,
+    Device,
+    Devices,
+    KeepLogits,
+    Precision,
+    Probe,
+    Processes,
+    Threads,
+)
 
 
 def train_fine_tune(
@@ -44,40 +57,16 @@ def train_fine_tune(
     rehearsal: Annotated[
         float, typer.Option(min=0.25, max=0.5, help="The part of all samples that is of old cases.")
     ] = 0.5,
-    budget: Annotated[
-        str | None,
-        typer.Option(help="Time for each fold, e.g. 30m or 1h30m; the learning rate falls to 0 within it."),
-    ] = None,
-    precision: Annotated[
-        Literal["auto", "float32", "bf16", "fp16"],
-        typer.Option(help="auto: fp16 on a GPU, bf16 on a processor that computes in it, else float32."),
-    ] = "auto",
-    deterministic: Annotated[
-        bool,
-        typer.Option("--deterministic", help="Bit-identical on the same kind of processor, with as many threads."),
-    ] = False,
+    budget: Budget = None,
+    precision: Precision = "auto",
+    deterministic: Deterministic = False,
     seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Decides patches and augmentation.")] = 0,
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to train.")] = "auto",
-    devices: Annotated[
-        int, typer.Option(min=1, help="GPUs (or processes of a processor) that share every batch of a fold.")
-    ] = 1,
-    compile_network: Annotated[
-        Literal["auto", "on", "off"],
-        typer.Option("--compile", help="torch.compile. auto: on a GPU, if it proves faster by 5 %."),
-    ] = "auto",
-    probe: Annotated[
-        bool, typer.Option("--probe/--no-probe", help="Measure first whether a step fits into the device's memory.")
-    ] = True,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads of torch in each process. Default: its own choice.")
-    ] = None,
-    keep_logits: Annotated[
-        bool,
-        typer.Option(
-            "--keep-logits/--no-keep-logits",
-            help="Keep the validation's logits: `seggate select` needs them for ensembles of configurations.",
-        ),
-    ] = True,
+    device: Device = "auto",
+    devices: Devices = 1,
+    compile_network: CompileNetwork = "auto",
+    probe: Probe = True,
+    threads: Threads = None,
+    keep_logits: KeepLogits = True,
     processes: Processes = None,
     as_json: Json = False,
 ) -> None:

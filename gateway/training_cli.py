@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table, for scripts.")]
+from gateway.command_options import Json
+
 Dataset = Annotated[Path, typer.Argument(metavar="DATASET", help="A dataset in nnU-Net's format: DatasetNNN_Name.")]
 Results = Annotated[
     Path, typer.Option(envvar="nnUNet_results", help="Folder that gets a folder for the dataset, with its models.")
@@ -31,6 +32,37 @@ Profile = Annotated[
 Processes = Annotated[
     int | None,
     typer.Option(min=1, help="Worker processes, each with a case in memory. Default: the cores, at most 8."),
+]
+Precision = Annotated[
+    Literal["auto", "float32", "bf16", "fp16"],
+    typer.Option(help="auto: fp16 on a GPU, bf16 on a processor that computes in it, else float32."),
+]
+Deterministic = Annotated[
+    bool,
+    typer.Option("--deterministic", help="Bit-identical on the same kind of processor, with as many threads."),
+]
+Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to train.")]
+Devices = Annotated[
+    int, typer.Option(min=1, help="GPUs (or processes of a processor) that share every batch of a fold.")
+]
+CompileNetwork = Annotated[
+    Literal["auto", "on", "off"],
+    typer.Option("--compile", help="torch.compile. auto: on a GPU, if it proves faster by 5 %."),
+]
+Probe = Annotated[
+    bool, typer.Option("--probe/--no-probe", help="Measure first whether a step fits into the device's memory.")
+]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of torch in each process. Default: its own choice.")]
+KeepLogits = Annotated[
+    bool,
+    typer.Option(
+        "--keep-logits/--no-keep-logits",
+        help="Keep the validation's logits: `seggate select` needs them for ensembles of configurations.",
+    ),
+]
+Budget = Annotated[
+    str | None,
+    typer.Option(help="Time for each fold, e.g. 30m or 1h30m; the learning rate falls to 0 within it."),
 ]
 Weights = Annotated[
     Literal["float32", "fp16"],
@@ -172,37 +204,19 @@ def train_run(
     profile: Profile = "nnunet",
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of a fold. Default: 1000.")] = None,
     iterations: Annotated[int | None, typer.Option(min=1, help="Steps of an epoch. Default: 250.")] = None,
-    budget: Annotated[
-        str | None,
-        typer.Option(help="Time for each fold, e.g. 30m or 1h30m; the learning rate falls to 0 within it."),
-    ] = None,
+    budget: Budget = None,
     patience: Annotated[
         int | None,
         typer.Option(min=1, help="Profile article: epochs without a better score before a fold ends. Default: 30."),
     ] = None,
-    precision: Annotated[
-        Literal["auto", "float32", "bf16", "fp16"],
-        typer.Option(help="auto: fp16 on a GPU, bf16 on a processor that computes in it, else float32."),
-    ] = "auto",
-    deterministic: Annotated[
-        bool,
-        typer.Option("--deterministic", help="Bit-identical on the same kind of processor, with as many threads."),
-    ] = False,
+    precision: Precision = "auto",
+    deterministic: Deterministic = False,
     seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Decides weights, patches and augmentation.")] = 0,
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to train.")] = "auto",
-    devices: Annotated[
-        int, typer.Option(min=1, help="GPUs (or processes of a processor) that share every batch of a fold.")
-    ] = 1,
-    compile_network: Annotated[
-        Literal["auto", "on", "off"],
-        typer.Option("--compile", help="torch.compile. auto: on a GPU, if it proves faster by 5 %."),
-    ] = "auto",
-    probe: Annotated[
-        bool, typer.Option("--probe/--no-probe", help="Measure first whether a step fits into the device's memory.")
-    ] = True,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads of torch in each process. Default: its own choice.")
-    ] = None,
+    device: Device = "auto",
+    devices: Devices = 1,
+    compile_network: CompileNetwork = "auto",
+    probe: Probe = True,
+    threads: Threads = None,
     sides: Annotated[
         Literal["keep", "swap", "ignore"],
         typer.Option(
@@ -214,13 +228,7 @@ def train_run(
         Literal["all", "lateral", "none"],
         typer.Option(help="Axes that are mirrored in training and prediction: all, as nnU-Net, or only left to right."),
     ] = "all",
-    keep_logits: Annotated[
-        bool,
-        typer.Option(
-            "--keep-logits/--no-keep-logits",
-            help="Keep the validation's logits: `seggate select` needs them for ensembles of configurations.",
-        ),
-    ] = True,
+    keep_logits: KeepLogits = True,
     calibration: Calibrates = True,
     plans_name: PlansName = None,
     dataset_name: DatasetName = None,

@@ -9,6 +9,8 @@
                             deliver: attempt, wait, attempt … until verified, stored or parked
                                      (a long wait gives the place in the queue up and comes back as a new turn)
 
+    beside it, where a version runs in shadow: shadow_result: compare (one row is all that comes of it)
+
     training asked for ─▶ prepare_run: write cases ▸ plan
                                   │ one workflow per fold, on whichever machine is free
                                   ▼
@@ -16,8 +18,6 @@
                                   │ after the last
                                   ▼
                           finish_run: export ▸ register ▸ examine ▸ offer (shadow, or promotion)
-
-    beside it, where a version runs in shadow: shadow_result: compare (one row is all that comes of it)
 
 Every arrow is an enqueue in the transaction that made it due. A step may run twice (its process can die after the
 work and before DBOS's note of it), so every step first looks at its row and does nothing when it is already done.

@@ -83,7 +83,8 @@ class TrainingChild:
                     env=self._environment(),
                     pass_fds=(lock.fileno(),),
                 )
-            os.setpriority(os.PRIO_PROCESS, child.pid, NICENESS)
+            # Never a higher one than our own, which would not be allowed.
+            os.setpriority(os.PRIO_PROCESS, child.pid, max(NICENESS, os.getpriority(os.PRIO_PROCESS, 0)))
             try:
                 self._watch(child, pause_file, wanted)
             finally:

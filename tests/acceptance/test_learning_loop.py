@@ -202,7 +202,7 @@ def test_from_the_second_scanner_to_the_new_version_and_from_a_bad_one_back(loop
         kinds
     )
     assert {row.result_id for row in sent} >= {r.result_id for r in current}
-    assert "seggate audit" not in site.run("audit", "verify", "--config", str(gateway.config))
+    site.run("audit", "verify", "--config", str(gateway.config))  # fails where a chain is broken
     for study in [bad[0], last[0]]:
         assert len([o for o in gateway.in_pacs(study.study_instance_uid) if o["modality"] == "SEG"]) == 1
 
