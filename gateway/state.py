@@ -29,10 +29,11 @@ def open_database(settings: Settings) -> Database:
 
 def existing_database(settings: Settings) -> Database:
     """The database for a command that looks into it; never makes one (it would belong to whoever looked first).
+    Nothing stays open between transactions.
 
     Raises DatabaseAway, with what to do, where no gateway was started yet.
     """
-    database = open_database(settings)
+    database = Database(settings.database_url, pool_size=0)
     path = database.url.database
     if database.is_sqlite and path and not Path(path).exists():
         raise DatabaseAway(f"there is no database at {path} yet; `seggate serve` makes it")

@@ -19,6 +19,7 @@ from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.pool import NullPool
 
 from storage import canary_records, learning_records  # noqa: F401 - their tables are among Record.metadata
 from storage.errors import DatabaseAway
@@ -31,6 +32,8 @@ class Database:
     """Connections to one database; safe to share between threads, not between processes (make one in each)."""
 
     def __init__(self, url: str, *, pool_size: int = 5) -> None:
+        """`pool_size`: PostgreSQL's connections that stay open; 0 closes each with its transaction, for a command that
+        nobody closes."""
         self.url = make_url(_with_driver(url))
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
         self.engine: Engine = _engine(self.url.render_as_string(hide_password=False), pool_size=pool_size)
@@ -124,6 +127,8 @@ def _with_driver(url: str) -> str:
 def _engine(url: str, *, pool_size: int) -> Engine:
     if url.startswith("sqlite"):
         return create_engine(url, connect_args={"timeout": _BUSY_TIMEOUT_MS / 1000}, hide_parameters=True)
+    if pool_size == 0:
+        return create_engine(url, poolclass=NullPool, hide_parameters=True)
     return create_engine(url, pool_size=pool_size, max_overflow=10, pool_pre_ping=True, hide_parameters=True)
 
 

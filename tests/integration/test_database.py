@@ -15,6 +15,7 @@ from storage import alarms
 from storage.database import Database, migration_config
 from storage.errors import DatabaseAway
 from storage.records import Alarm, Record
+from tests.support.waiting import wait_until
 
 
 @pytest.fixture
@@ -98,3 +99,14 @@ def test_every_revision_can_be_taken_back(database: Database) -> None:
     assert set(inspect(database.engine).get_table_names()) <= {"seggate_revision"}
     database.migrate()
     assert "studies" in inspect(database.engine).get_table_names()
+
+
+@pytest.mark.peer("postgresql")
+def test_a_command_leaves_no_connection_behind(postgresql_server: str) -> None:
+    """It is not told when its caller is done, and an open one would keep PostgreSQL from ending."""
+    database = Database(postgresql_server, pool_size=0)
+    with database.reading() as session:
+        own = session.execute(text("SELECT pg_backend_pid()")).scalar_one()
+    with database.reading() as session:
+        still = text("SELECT count(*) FROM pg_stat_activity WHERE pid = :own")
+        wait_until(lambda: session.execute(still, {"own": own}).scalar_one() == 0, "the connection is closed")

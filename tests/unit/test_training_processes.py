@@ -56,7 +56,8 @@ def assert_alike(folder: Path, other: Trainer) -> None:
 def test_two_processes_train_the_weights_of_one(tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str) -> None:
     """A batch of three in a share of one and one of two."""
     expected = alone(tmp_path, name)
-    assert run(capfd, "train", str(tmp_path), name)[0] == 0
+    code, said = run(capfd, "train", str(tmp_path), name)
+    assert code == 0, said
     assert_alike(tmp_path, expected)
 
 
@@ -65,12 +66,13 @@ def test_all_stop_when_one_is_told_to_and_any_number_of_them_goes_on(
 ) -> None:
     expected = alone(tmp_path, "labels")
     code, said = run(capfd, "train", str(tmp_path), "labels:stop")
-    assert code == 0
+    assert code == 0, said
     assert "0 at 0 2" in said
     assert "1 at 0 2" in said
     assert (tmp_path / "fold_0" / LATEST).exists()
     # One process, after two; three of them would go on as well.
-    assert run(capfd, "train", str(tmp_path), "labels", processes=1)[0] == 0
+    code, said = run(capfd, "train", str(tmp_path), "labels", processes=1)
+    assert code == 0, said
     assert_alike(tmp_path, expected)
 
 
