@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 not done (the message says why), 2 wrong usage or configur
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -265,6 +266,16 @@ for command in (plan, evaluate, select, export):
 
 def main() -> None:
     """Entry of the console script."""
+    if "WORLD_SIZE" not in os.environ:
+        _run()
+        return
+    from gateway.training_launcher import leaves_at_once
+
+    with leaves_at_once():
+        _run()
+
+
+def _run() -> None:
     from gateway.logs import keep_off_standard_output
     from gateway.settings import SettingsInvalid
     from storage.errors import StorageError

@@ -23,6 +23,7 @@ from engine.schedule import Schedule
 from engine.training import Trainer
 from engine.training_processes import TrainingProcesses, joined_processes
 from engine.training_setup import TrainingSetup
+from gateway.training_launcher import leaves_at_once
 from tests.support.nnunet_results import TrainedModel
 from tests.support.tiny_training import TINY, tiny_setup
 
@@ -86,13 +87,14 @@ def talk(processes: TrainingProcesses) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    verb, where, chosen = sys.argv[1:]
-    try:
-        with joined_processes(on_gpus=False, timeout_s=15.0 if "SIGSTOP" in chosen else 300.0) as joined:
-            if verb == "talk":
-                talk(joined)
-            else:
-                train(Path(where), chosen, joined)
-    except EngineError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        sys.exit(FAILED)
+    with leaves_at_once():
+        verb, where, chosen = sys.argv[1:]
+        try:
+            with joined_processes(on_gpus=False, timeout_s=15.0 if "SIGSTOP" in chosen else 300.0) as joined:
+                if verb == "talk":
+                    talk(joined)
+                else:
+                    train(Path(where), chosen, joined)
+        except EngineError as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            sys.exit(FAILED)

@@ -75,6 +75,22 @@ def test_a_training_whose_launcher_is_gone_knows_it(monkeypatch: pytest.MonkeyPa
     assert is_orphaned()
 
 
+@pytest.mark.parametrize(("end", "code"), [("pass", 0), ("sys.exit()", 0), ("sys.exit(3)", 3), ("sys.exit('no')", 1)])
+def test_a_process_of_several_leaves_at_once_with_its_exit_code(end: str, code: int) -> None:
+    """What would abort a process in its last moments does not: an exit handler stands for torch's threads."""
+    program = f"""
+import atexit, os, sys
+from gateway.training_launcher import leaves_at_once
+atexit.register(os.abort)
+with leaves_at_once():
+    print("done")
+    {end}
+"""
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (code, "done\n")
+    assert ended.stderr == ("no\n" if "no" in end else "")
+
+
 def test_starting_processes_needs_no_torch() -> None:
     code = "import sys, gateway.training_launcher, gateway.training_device; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -99,7 +99,7 @@ def test_a_process_that_dies_or_hangs_ends_the_others_with_an_error(
     setup_of(tmp_path, "labels")
     # The one that died is noticed by the other at once; the one that hangs by its timeout, and then killed.
     code, said = run(capfd, "train", str(tmp_path), f"labels:{signal_name}", grace_s=1.0 if hangs else 60.0)
-    assert code == (FAILED if hangs else 1)
+    assert code == (FAILED if hangs else 1), said
     assert "WorkerDied: another process of this training has ended, or does not answer" in said
     assert "0 at" not in said
 
