@@ -99,7 +99,8 @@ def _wait(children: Sequence[subprocess.Popen[bytes]], stop: threading.Event, gr
             is_asked = True
             for child in children:
                 child.send_signal(signal.SIGTERM)
-        failed = next((child for child in children if child.poll()), None)
+        # One that a signal ended is the cause; the others that failed may only have noticed.
+        failed = min((child for child in children if child.poll()), key=lambda child: child.returncode > 0, default=None)
         if failed is not None and not code:
             code = failed.returncode if failed.returncode > 0 else 1
             deadline = time.monotonic() + grace_s
