@@ -8,6 +8,7 @@ the last time give theirs back.
 from __future__ import annotations
 
 import mmap
+import os
 import tempfile
 from pathlib import Path
 
@@ -24,7 +25,8 @@ class LogitRows:
     """float32 rows of `heads` logits and, as the last entry, the sum of weights, over planes of `shape` (Y, X).
 
     Plane z is kept at z modulo `depth`: at most `depth` neighbouring planes are in use at a time, which is the caller's
-    duty. With `folder` the memory is a file there without a name, which ends with the process: slower, the same values.
+    duty. With `folder` the memory is a file there without a name, which ends with the process: slower, the same
+    values. Raises OSError where the disk has no room for it.
     """
 
     def __init__(self, heads: int, depth: int, shape: tuple[int, int], *, folder: Path | None = None) -> None:
@@ -36,7 +38,8 @@ class LogitRows:
             self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         else:
             with tempfile.TemporaryFile(dir=folder) as file:
-                file.truncate(size)
+                # Reserved at once: on a disk that fills up later, writing to memory would end the process.
+                os.posix_fallocate(file.fileno(), 0, size)
                 self._memory = mmap.mmap(file.fileno(), size)
         self.values: FloatArray = np.frombuffer(self._memory, dtype=np.float32).reshape(dimensions)
         self._touched: NDArray[np.bool_] = np.zeros((depth, height), dtype=np.bool_)
@@ -62,9 +65,7 @@ class LogitRows:
         """Adds a window's logits (K, z, y, x), times `scale` and its weights (z, y, x), at `corner` (z, y, x)."""
         threads.share(
             weights.shape[0],
-            lambda first, last: add_window(
-                self.values, self._touched, logits, weights, scale, corner, first, last
-            ),
+            lambda first, last: add_window(self.values, self._touched, logits, weights, scale, corner, first, last),
         )
 
     def put(self, z: int, planes: NDArray[np.floating]) -> None:

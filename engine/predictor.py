@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
@@ -15,13 +17,13 @@ from numpy.typing import NDArray
 
 from engine.backends import Backend, Device, OnnxBackend
 from engine.bundle import Bundle
-from engine.errors import BundleInvalid, InputRejected
+from engine.errors import BundleInvalid, InputRejected, MemoryExceeded
 from engine.labels import LabelManager
 from engine.logit_source import LogitSource, StoredLogits
 from engine.logit_stream import LogitStream, stored_logits
 from engine.logits_to_labels import check_rule, label_image
 from engine.manifest import BundleConfiguration
-from engine.memory import check_budget, estimate_peak, run_order
+from engine.memory import MemoryEstimate, check_budget, estimate_peak, run_order
 from engine.postprocessing import apply_postprocessing, read_postprocessing
 from engine.preprocessing import CroppedImage, crop_to_nonzero, network_shape, network_spacing_mm, preprocess
 from engine.row_threads import RowThreads
@@ -32,6 +34,8 @@ from engine.volume import Geometry, LabelMap, Volume
 
 FloatArray = NDArray[np.float32]
 Progress = Callable[[float], None]
+
+_log = logging.getLogger(__name__)
 
 # Share of the progress that the networks take; the rest is making labels and measuring them.
 _NETWORK_SHARE = 0.95
@@ -68,7 +72,8 @@ class Prediction:
 class Predictor:
     """Runs one model bundle. Networks are loaded once, here, and stay loaded until `close`.
 
-    `backends`, by (configuration, fold), run the networks instead of the bundle's own files.
+    `backends`, by (configuration, fold), run the networks instead of the bundle's own files. `scratch` is a folder on a
+    disk: where memory is short, the sums of windows are kept in a file there, which is slower and changes no label.
 
     One prediction at a time. Raises BundleInvalid when a network or rule of the bundle cannot be run, BackendFailed
     when the device asked for cannot.
@@ -81,9 +86,11 @@ class Predictor:
         device: Device = "auto",
         threads: int | None = None,
         backends: Mapping[tuple[str, str], Backend] | None = None,
+        scratch: Path | None = None,
     ) -> None:
         self._bundle = bundle
         self._threads = threads
+        self._scratch = scratch
         self._postprocessing = read_postprocessing(bundle.postprocessing)
         for configuration in bundle.configurations:
             check_rule(bundle.plans.configurations[configuration.name].resampling_probabilities)
@@ -129,7 +136,26 @@ class Predictor:
     def check_memory(self, geometry: Geometry, *, budget_bytes: int | None = None) -> None:
         """Raises MemoryExceeded where an image on `geometry` that is not in memory yet could not be predicted; meant to
         be asked before the image is decoded. `budget_bytes`: as for `predict`, the image included."""
-        check_budget(estimate_peak(self._bundle, geometry, decoded=False), budget_bytes)
+        self._admit(geometry, budget_bytes, decoded=False)
+
+    def _admit(self, geometry: Geometry, budget_bytes: int | None, **options: Any) -> tuple[MemoryEstimate, bool]:
+        """The estimate that fits, and whether it needs the sums in a file: the one step before a refusal."""
+        estimate = estimate_peak(self._bundle, geometry, **options)
+        try:
+            check_budget(estimate, budget_bytes)
+        except MemoryExceeded:
+            if self._scratch is None:
+                raise
+            smaller = estimate_peak(self._bundle, geometry, sums_in_file=True, **options)
+            check_budget(smaller, budget_bytes)
+            _log.warning(
+                "%s: %d MiB are not free; the sums of windows are kept in a file, which leaves %d MiB and is slower",
+                self._bundle.name,
+                estimate.working_bytes >> 20,
+                smaller.working_bytes >> 20,
+            )
+            return smaller, True
+        return estimate, False
 
     def predict(
         self,
@@ -167,13 +193,14 @@ class Predictor:
         )
         if not members:
             raise BundleInvalid(f"{bundle.name}: no configuration was asked for")
-        estimate = estimate_peak(bundle, volume.geometry, configurations=configurations, folds=folds)
-        check_budget(estimate, budget_bytes)
+        estimate, in_file = self._admit(volume.geometry, budget_bytes, configurations=configurations, folds=folds)
         clock = _Clock()
 
         with clock.stage("preprocess"):
             turned, change = volume.reoriented(bundle.contract.orientation)
             cropped = crop_to_nonzero(turned, bundle.plans)
+            geometry = turned.geometry
+            del turned
             tasks = [self._task(run, cropped, folds, mirroring) for run in runs]
         report = _Report(progress, sum(task.work for task in tasks))
         sources: list[LogitSource] = []
@@ -189,8 +216,11 @@ class Predictor:
                         bundle.plans.configurations[task.run.name],
                         previous_labels=previous.get(task.run.previous_stage or ""),
                         previous_foreground=bundle.label_manager.foreground_labels,
+                        threads=threads,
                     )
-                streams = self._streams(task, image, cropped, report, threads)
+                if task is tasks[-1]:
+                    cropped = cropped.without_image()
+                streams = self._streams(task, image, cropped, report, threads, in_file=in_file)
                 del image
                 own: Sequence[LogitSource] = streams.streams
                 if task.run.name in needed:
@@ -213,7 +243,7 @@ class Predictor:
             whole = _uncropped(result.labels, cropped)
             apply_postprocessing(whole, self._postprocessing)
             stored = np.ascontiguousarray(whole.transpose(bundle.plans.transpose_backward))
-            labels = change.restore_labels(LabelMap(array=stored, geometry=turned.geometry))
+            labels = change.restore_labels(LabelMap(array=stored, geometry=geometry))
         with clock.stage("statistics"):
             certainty = _Certainty()
             for streams in finals:
@@ -274,7 +304,14 @@ class Predictor:
         )
 
     def _streams(
-        self, task: _Task, image: FloatArray, cropped: CroppedImage, report: _Report, threads: RowThreads
+        self,
+        task: _Task,
+        image: FloatArray,
+        cropped: CroppedImage,
+        report: _Report,
+        threads: RowThreads,
+        *,
+        in_file: bool,
     ) -> _Streams:
         """What computes the mean of the folds' logits, or each fold's own, where their probabilities are to be
         joined."""
@@ -295,6 +332,7 @@ class Predictor:
                 mirror_axes=task.mirror_axes,
                 advance=lambda: report.advance(task.window_work),
                 observe_mirroring=mirrors,
+                folder=self._scratch if in_file else None,
             )
             for together in ([[network] for network in networks] if apart else [networks])
         ]

@@ -101,26 +101,27 @@ def border_entropies(maps: CertaintyMaps, labels: LabelManager) -> dict[int, flo
     the segment or not": 0 is certain; a voxel with a probability of one half or less has 1. A face that is the edge of
     the image is no border.
     """
-    winners = maps.winners
-    found: dict[int, float] = {}
-    if labels.has_regions:
-        for head, label in enumerate(labels.foreground):
-            inside = np.zeros(winners.shape, dtype=np.bool_)
-            for value in label.region:
-                inside |= winners == value
-            here = maps.entropies[head][_changes(inside) & inside]
-            if here.size:
+    size = table_size(labels)
+    heads = len(labels.foreground) if labels.has_regions else 1
+    sums, counts = np.zeros((heads, size)), np.zeros((heads, size), dtype=np.int64)
+    # Plane by plane, with its neighbours: in the worst of results every voxel lies on a border.
+    for z in range(len(maps.winners)):
+        for head in range(heads):
+            region = labels.foreground[head].region if labels.has_regions else None
+            border = _border(maps.winners, z, region)
+            here = np.zeros(np.count_nonzero(border), np.uint8) if region else maps.winners[z][border]
+            entropies = maps.entropies[head, z][border]
+            if region:
                 # Inside by another region that lies in this one, while its own head says no: wholly unsure.
-                here[here & 1 == 0] = ENTROPY_SCALE
-                found[label.value] = float(here.mean(dtype=np.float64)) / ENTROPY_SCALE
-        return found
-    border = _changes(winners) & (winners != 0)
-    here = winners[border]
-    size = max(labels.values) + 1
-    counts = np.bincount(here, minlength=size)
-    sums = np.bincount(here, weights=maps.entropies[0][border], minlength=size)
-    present = [label.value for label in labels.foreground if counts[label.value]]
-    return {value: float(sums[value] / counts[value] / ENTROPY_SCALE) for value in present}
+                entropies[entropies & 1 == 0] = ENTROPY_SCALE
+            counts[head] += np.bincount(here, minlength=size)
+            sums[head] += np.bincount(here, weights=entropies, minlength=size)
+    found: dict[int, float] = {}
+    for index, label in enumerate(labels.foreground):
+        place = (index, 0) if labels.has_regions else (0, label.value)
+        if counts[place]:
+            found[label.value] = float(sums[place] / counts[place] / ENTROPY_SCALE)
+    return found
 
 
 def dilated_entropies(maps: CertaintyMaps, labels: LabelManager) -> dict[int, float]:
@@ -173,13 +174,22 @@ def _in_and_around(
     return tuple(axis[::step] for axis in found)
 
 
-def _changes(values: NDArray[Any]) -> NDArray[np.bool_]:
-    """Voxels that differ from a neighbour by a face."""
-    result: NDArray[np.bool_] = np.zeros(values.shape, dtype=np.bool_)
-    for axis in range(values.ndim):
-        lower = tuple(slice(None, -1) if a == axis else slice(None) for a in range(values.ndim))
-        upper = tuple(slice(1, None) if a == axis else slice(None) for a in range(values.ndim))
-        differs = values[lower] != values[upper]
+def _border(winners: NDArray[Any], z: int, region: Sequence[int] | None) -> NDArray[np.bool_]:
+    """Voxels (Y, X) of plane z that are foreground (in the region) and have a neighbour by a face that is another label
+    (not in it)."""
+    planes = winners[max(z - 1, 0) : z + 2]
+    inside = None if region is None else np.isin(planes, region)
+    values = planes if inside is None else inside
+    middle = min(z, 1)
+    plane = values[middle]
+    result: NDArray[np.bool_] = np.zeros(plane.shape, dtype=np.bool_)
+    for other in (*range(middle), *range(middle + 1, len(values))):
+        result |= values[other] != plane
+    for axis in range(2):
+        lower = tuple(slice(None, -1) if a == axis else slice(None) for a in range(2))
+        upper = tuple(slice(1, None) if a == axis else slice(None) for a in range(2))
+        differs = plane[lower] != plane[upper]
         result[lower] |= differs
         result[upper] |= differs
+    result &= plane != 0
     return result
