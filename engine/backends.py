@@ -40,6 +40,8 @@ class Backend(Protocol):
     def precision(self) -> str: ...
     @property
     def threads(self) -> int: ...
+    @property
+    def batch(self) -> int: ...
 
     def run(self, batch: FloatArray) -> FloatArray:
         """float32 (N, C, [Z,] Y, X) → logits float32 (N, K, [Z,] Y, X). Raises BackendFailed."""
@@ -104,6 +106,10 @@ class OnnxBackend:
     @property
     def precision(self) -> str:
         return "float32"
+
+    @property
+    def batch(self) -> int:
+        return 1
 
     @property
     def threads(self) -> int:

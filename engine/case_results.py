@@ -10,7 +10,8 @@ import numpy as np
 from engine.dataset import Case, DatasetJson, LoadedCase
 from engine.errors import InputRejected
 from engine.labels import LabelManager
-from engine.logits_to_labels import HalfArray, NetworkLogits, segment
+from engine.logit_source import HalfArray, NetworkLogits
+from engine.logits_to_labels import segment
 from engine.metrics import CaseMetrics, evaluated_regions, measure_case
 from engine.nifti import is_flat, read_label_map, read_orientation, write_nifti
 from engine.plans import Configuration, Plans

@@ -1,4 +1,4 @@
-"""Logits on the network's grid → labels on the image's grid, a slab of rows at a time.
+"""Logits on the network's grid → labels on the image's grid, row by row as the logits become final.
 
 Gives the labels that nnU-Net gives: its array of resampled logits is half precision, so values are rounded to half
 precision before they are compared. Never holds all classes of the whole volume.
@@ -6,8 +6,9 @@ precision before they are compared. Never holds all classes of the whole volume.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -15,30 +16,19 @@ from numpy.typing import NDArray
 
 from engine.errors import BundleInvalid
 from engine.labels import LabelManager
+from engine.logit_kernels import interpolate_rows, label_rows
+from engine.logit_source import Block, LogitSource, NetworkLogits, StoredLogits
 from engine.plans import ResamplingKwargs
 from engine.resampling import LinearAxis, Shape, linear_axis, separate_axis
+from engine.row_threads import RowThreads
 
 FloatArray = NDArray[np.float32]
 HalfArray = NDArray[np.float16]
 
-# Interpolated values of all heads that are held at a time; small enough to stay in the cache of a core.
-_SLAB_VALUES = 262_144
-# Rows and columns that are interpolated by one small matrix: of a larger one nearly all entries would be 0. These sizes
-# also stay below 262144 multiplications, from where OpenBLAS starts threads that cost more than the product itself.
-_TILE = 32
-_WIDE_TILE = 128
-# Above this share of foreground the softmax of a whole slab is cheaper than picking voxels.
-_DENSE = 0.3
-_HALF_MAXIMUM = np.float32(np.finfo(np.float16).max)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class NetworkLogits:
-    """Mean logits of one configuration: float16 (K, Z, Y, X) on its network's grid with `spacing_mm`."""
-
-    logits: HalfArray
-    spacing_mm: tuple[float, float, float]
-    rule: ResamplingKwargs
+# Interpolated values of all heads that are held at a time where they are joined with others.
+_JOINT_VALUES = 2**20
+# Rows of a plane that one thread labels at a time.
+_ROWS = 64
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,17 +36,13 @@ class Segmented:
     """Labels (Z, Y, X) on the image's (cropped) grid with the probabilities behind them.
 
     `probabilities` is float16. Labels: (1, Z, Y, X), the probability of the winning label, 0 where that is background.
-    Regions: (K, Z, Y, X), the probability of each region.
+    Regions: (K, Z, Y, X), the probability of each region. `ties`: voxels where two labels are the highest once rounded
+    to half precision, so that nnU-Net's rounding and not the network decided; the lower label has them.
     """
 
     labels: NDArray[Any]
     probabilities: HalfArray
-
-
-def to_half(logits: FloatArray) -> HalfArray:
-    """Half precision as nnU-Net stores logits, without its overflow: what is too large becomes the largest value."""
-    half: HalfArray = np.clip(logits, -_HALF_MAXIMUM, _HALF_MAXIMUM).astype(np.float16)
-    return half
+    ties: int
 
 
 def check_rule(rule: ResamplingKwargs) -> None:
@@ -88,143 +74,193 @@ def segment(
     spacing_mm: Sequence[float],
     labels: LabelManager,
 ) -> Segmented:
+    """`label_image` from arrays."""
+    with RowThreads(1) as threads:
+        return label_image([StoredLogits(output) for output in outputs], shape, spacing_mm, labels, threads)
+
+
+def label_image(
+    sources: Sequence[LogitSource],
+    shape: Shape,
+    spacing_mm: Sequence[float],
+    labels: LabelManager,
+    threads: RowThreads,
+) -> Segmented:
     """Labels on the grid of `shape` and `spacing_mm` (network axes) from one configuration or an ensemble.
 
     One: the highest logit, the lowest head in a tie; regions: logit above 0, later regions overwrite earlier ones.
     Several: the same on the mean of their probabilities (regions: above 0.5), as nnU-Net's ensemble does.
     """
-    sources = [_Slabs(output, shape, spacing_mm) for output in outputs]
-    heads = labels.num_heads
     result = np.zeros(shape, dtype=labels.dtype)
-    probabilities = np.zeros((heads if labels.has_regions else 1, *shape), dtype=np.float16)
-    rows = max(1, min(shape[1], _TILE, _SLAB_VALUES // (heads * shape[2])))
+    maps = labels.num_heads if labels.has_regions else 1
+    probabilities = np.zeros((maps, *shape), dtype=np.float16)
+    grids = [_GridMap(source, shape, spacing_mm) for source in sources]
+    if len(grids) == 1 and not labels.has_regions:
+        ties = 0
+        for part in grids[0].parts(by_bands=True):
+            ties += _label_part(grids[0], part, result, probabilities[0], threads)
+        return Segmented(labels=result, probabilities=probabilities, ties=ties)
+    planes = [grid.planes() for grid in grids]
     for z in range(shape[0]):
-        for first in range(0, shape[1], rows):
-            here = (z, slice(first, first + rows))
-            values = sources[0].rows(z, first, rows)
-            if len(sources) == 1:
-                winners = winning_labels(values, labels)
-                if labels.has_regions:
-                    values = labels.probabilities(values)
-            else:
-                values = labels.probabilities(values)
-                for source in sources[1:]:
-                    values += labels.probabilities(source.rows(z, first, rows))
-                values /= np.float32(len(sources))
-                winners = (
-                    labels.probabilities_to_labels(values) if labels.has_regions else winning_labels(values, labels)
-                )
-            result[here] = winners
-            if labels.has_regions:
-                probabilities[(slice(None), *here)] = values
-                continue
-            probabilities[(0, *here)] = _certainty(values, winners, are_logits=len(sources) == 1)
-    return Segmented(labels=result, probabilities=probabilities)
+        for each in planes:
+            next(each)
+        _label_plane(grids, z, result[z], probabilities[:, z], labels, threads)
+    for each in planes:
+        for _ in each:  # windows after the last plane that the image needs
+            pass
+    return Segmented(labels=result, probabilities=probabilities, ties=0)
 
 
-def _certainty(values: FloatArray, winners: NDArray[Any], *, are_logits: bool) -> FloatArray:
-    """Probability of the winning label (rows, X) from logits or probabilities (K, rows, X); 0 in the background."""
-    result = np.zeros(winners.shape, dtype=np.float32)
-    found = np.flatnonzero(winners)
-    if found.size == 0:
-        return result
-    dense = found.size > _DENSE * winners.size
-    there = values if dense else values.reshape(values.shape[0], -1).take(found, axis=1)
-    certain = there.max(axis=0)
-    if are_logits:
-        # Only the winner's softmax is needed: 1 over the sum of all heads relative to it.
-        certain = 1.0 / np.exp(there - certain).sum(axis=0)
-    if dense:
-        return np.where(winners > 0, certain, result)
-    result.ravel()[found] = certain
-    return result
+class _GridMap:
+    """From one source's grid to the image's: which rows of the image its blocks allow, and what these are made of."""
 
-
-def _round_to_half(values: FloatArray) -> None:
-    """Rounds contiguous float32 values in place to the 11 significant bits of half precision, ties to even."""
-    bits = values.view(np.uint32)
-    carry = bits >> np.uint32(13)
-    carry &= np.uint32(1)
-    carry += np.uint32(0xFFF)
-    bits += carry
-    bits &= np.uint32(0xFFFFE000)
-
-
-@dataclass(frozen=True, eq=False)
-class _Tile:
-    """Columns `to` of the result as a matrix product of the columns `source`."""
-
-    to: slice
-    source: slice
-    matrix: FloatArray
-
-
-def _tiles(axis: LinearAxis) -> tuple[_Tile, ...]:
-    tiles = []
-    for first in range(0, len(axis.low), _TILE):
-        to = slice(first, min(first + _TILE, len(axis.low)))
-        start, stop = int(axis.low[first]), int(axis.high[to.stop - 1]) + 1
-        part = LinearAxis(axis.low[to] - start, axis.high[to] - start, axis.weight[to])
-        tiles.append(_Tile(to, slice(start, stop), part.matrix(stop - start)))
-    return tuple(tiles)
-
-
-class _Slabs:
-    """Interpolates rows of one plane of all heads, in float32, rounded to half precision where nnU-Net is."""
-
-    def __init__(self, output: NetworkLogits, shape: Shape, spacing_mm: Sequence[float]) -> None:
-        self._logits = output.logits
-        source = output.logits.shape[1:]
-        self._same = source == shape
-        self._halved = output.rule.function == "default"
-        if self._same:
-            return
-        apart = separate_axis(output.spacing_mm, spacing_mm, output.rule.force_separate_z)
-        if output.rule.function == "default" and output.rule.order_z == 1:
+    def __init__(self, source: LogitSource, shape: Shape, spacing_mm: Sequence[float]) -> None:
+        self._source = source
+        same = source.shape == shape
+        self.is_halved = source.rule.function == "default" and not same
+        apart = separate_axis(source.spacing_mm, spacing_mm, source.rule.force_separate_z)
+        if same or (source.rule.function == "default" and source.rule.order_z == 1):
             apart = None
-        self._z, self._y, x = (
+        self._z, self._y, self._x = (
             linear_axis(size, new, nearest=axis == apart)
-            for axis, (size, new) in enumerate(zip(source, shape, strict=True))
+            for axis, (size, new) in enumerate(zip(source.shape, shape, strict=True))
         )
-        self._width = shape[2]
-        self._columns = () if source[2] == shape[2] else _tiles(x)
+        self._needed_z, self._needed_y = _last_needed(self._z), _last_needed(self._y)
+        _, above, left = source.offset
+        self._along_y, self.along_x = _indices(self._y, above), _indices(self._x, left)
 
-    def rows(self, z: int, first: int, count: int) -> FloatArray:
-        """float32 (K, rows, X) of plane z, contiguous."""
-        if self._same:
-            return self._logits[:, z, first : first + count].astype(np.float32)
-        y = self._y
-        low, high = y.low[first : first + count], y.high[first : first + count]
-        same = self._logits.shape[2] == len(y.low)
-        # The upper neighbour of a row that lies on a row of the logits counts for nothing and is not a row to return.
-        start, stop = int(low[0]), int(low[-1] if same else high[-1]) + 1
-        block = self._blend(z, start, stop)
-        heads, height, _ = block.shape
-        if self._columns:
-            wide = np.empty((heads, height, self._width), dtype=np.float32)
-            for tile in self._columns:
-                np.matmul(block[:, :, tile.source], tile.matrix, out=wide[:, :, tile.to])
-            block = wide
-        if same:
-            result = block
+    @property
+    def values(self) -> FloatArray:
+        return self._source.rows.values
+
+    def slots(self, z: int) -> tuple[int, int]:
+        """Of the two planes that plane z of the image lies between."""
+        rows, below = self._source.rows, self._source.offset[0]
+        return rows.slot(int(self._z.low[z]) + below), rows.slot(int(self._z.high[z]) + below)
+
+    def weight(self, z: int) -> float:
+        return float(self._z.weight[z])
+
+    def along_y(self, first: int, last: int) -> _Indices:
+        low, high, weight = self._along_y
+        return low[first:last], high[first:last], weight[first:last]
+
+    def parts(self, *, by_bands: bool) -> Iterator[Block]:
+        """Rows of the image that can be read, in order; what is no longer needed for others is released when the next
+        part is asked for."""
+        first_z = kept_z = first_y = kept_y = 0
+        for block in self._source.blocks(by_bands=by_bands):
+            last_z = int(np.searchsorted(self._needed_z, block.last_z))
+            last_y = int(np.searchsorted(self._needed_y, block.last_y))
+            if first_z < last_z and first_y < last_y:
+                yield Block(first_z, last_z, first_y, last_y)
+            keep_z, keep_y = _first_needed(self._z, last_z, block.last_z), _first_needed(self._y, last_y, block.last_y)
+            self._source.release(Block(kept_z, keep_z, kept_y, keep_y))
+            first_y, kept_y = last_y, keep_y
+            if block.last_y == self._source.shape[1]:
+                first_z, kept_z, first_y, kept_y = last_z, keep_z, 0, 0
+
+    def planes(self) -> Iterator[int]:
+        """The planes of the image, one after the other; a plane can be read until the next is asked for."""
+        for part in self.parts(by_bands=False):
+            yield from range(part.first_z, part.last_z)
+
+
+_Indices = tuple[NDArray[np.uint32], NDArray[np.uint32], FloatArray]
+
+
+def _indices(axis: LinearAxis, offset: int) -> _Indices:
+    return (axis.low + offset).astype(np.uint32), (axis.high + offset).astype(np.uint32), axis.weight
+
+
+def _last_needed(axis: LinearAxis) -> NDArray[np.intp]:
+    """The last sample of the source that each new one is made of; ascending."""
+    return np.where(axis.weight > 0, axis.high, axis.low)
+
+
+def _first_needed(axis: LinearAxis, index: int, final: int) -> int:
+    """The first of the final samples that new ones from `index` on are made of."""
+    return min(final, int(axis.low[index])) if index < len(axis.low) else final
+
+
+def _label_part(
+    grid: _GridMap, part: Block, labels: NDArray[Any], probabilities: HalfArray, threads: RowThreads
+) -> int:
+    """Labels of some rows of the image, and the probability of each; how many are tied."""
+    heads, width = grid.values.shape[2] - 1, labels.shape[2]
+    ties: list[int] = []
+
+    def work(where: tuple[int, int]) -> None:
+        z, first = where
+        last = min(first + _ROWS, part.last_y)
+        wide = np.empty((heads, width), dtype=np.float32)
+        certain = np.empty((last - first, width), dtype=np.float32)
+        ties.append(
+            label_rows(
+                grid.values,
+                grid.slots(z),
+                grid.weight(z),
+                grid.along_y(first, last),
+                grid.along_x,
+                grid.is_halved,
+                wide,
+                wide.view(np.uint32),
+                labels[z, first:last],
+                certain,
+            )
+        )
+        probabilities[z, first:last] = certain
+
+    threads.each(work, product(range(part.first_z, part.last_z), range(part.first_y, part.last_y, _ROWS)))
+    return sum(ties)
+
+
+def _label_plane(
+    grids: Sequence[_GridMap],
+    z: int,
+    result: NDArray[Any],
+    probabilities: HalfArray,
+    labels: LabelManager,
+    threads: RowThreads,
+) -> None:
+    """Labels (Y, X) and probabilities (maps, Y, X) of plane z where those of regions, or of several sources, are to be
+    known."""
+    heads = labels.num_heads
+    height, width = result.shape
+    rows = max(1, _JOINT_VALUES // (heads * width))
+
+    def work(first: int) -> None:
+        last = min(first + rows, height)
+        values = _interpolated(grids[0], z, first, last, heads, width)
+        if len(grids) == 1:
+            winners = winning_labels(values, labels)
+            values = labels.probabilities(values)
         else:
-            part = LinearAxis(low - start, high - start, y.weight[first : first + count])
-            matrix = np.ascontiguousarray(part.matrix(height).T)
-            result = np.empty((heads, len(low), self._width), dtype=np.float32)
-            for column in range(0, self._width, _WIDE_TILE):
-                to = slice(column, column + _WIDE_TILE)
-                np.matmul(matrix, block[:, :, to], out=result[:, :, to])
-        if self._halved:
-            _round_to_half(result)
-        return result
+            values = labels.probabilities(values)
+            for grid in grids[1:]:
+                values += labels.probabilities(_interpolated(grid, z, first, last, heads, width))
+            values /= np.float32(len(grids))
+            winners = labels.probabilities_to_labels(values) if labels.has_regions else winning_labels(values, labels)
+        result[first:last] = winners
+        if labels.has_regions:
+            probabilities[:, first:last] = values
+        else:
+            probabilities[0, first:last] = np.where(winners > 0, values.max(axis=0), np.float32(0))
 
-    def _blend(self, z: int, start: int, stop: int) -> FloatArray:
-        along: LinearAxis = self._z
-        low, high, weight = int(along.low[z]), int(along.high[z]), along.weight[z]
-        block: FloatArray = self._logits[:, low, start:stop].astype(np.float32)
-        if weight > 0:
-            upper = self._logits[:, high, start:stop].astype(np.float32)
-            upper -= block
-            upper *= weight
-            block += upper
-        return block
+    threads.each(work, range(0, height, rows))
+
+
+def _interpolated(grid: _GridMap, z: int, first: int, last: int, heads: int, width: int) -> FloatArray:
+    """float32 (K, rows, X) of plane z of the image, rounded to half precision where nnU-Net is."""
+    values = np.empty((heads, last - first, width), dtype=np.float32)
+    interpolate_rows(
+        grid.values,
+        grid.slots(z),
+        grid.weight(z),
+        grid.along_y(first, last),
+        grid.along_x,
+        grid.is_halved,
+        values,
+        values.view(np.uint32),
+    )
+    return values

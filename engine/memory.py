@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 
@@ -16,6 +17,7 @@ from engine.errors import MemoryExceeded
 from engine.manifest import BundleConfiguration
 from engine.plans import Configuration
 from engine.preprocessing import network_shape
+from engine.resampling import Shape
 from engine.sliding_window import WindowGrid
 from engine.volume import Geometry, reorientation
 
@@ -28,8 +30,10 @@ _INT32 = 4
 _WEIGHT_COPIES = 2
 # The runtime's arena grows in powers of two.
 _ARENA_GROWTH = 2.0
-# Interpolated rows while labels are made: see engine.logits_to_labels.
-_EXPORT_SLABS = 40 * 2**20
+# Of what is not 0, to fill the holes in it, and of the labels of a previous stage.
+_MASKS = 10
+# Rows that the loops have in hand, and what they are compiled to.
+_LOOPS = 12 * 2**20
 _NETWORKS = "networks"
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -76,52 +80,106 @@ def estimate_peak(
     configurations: Sequence[str] | None = None,
     folds: Collection[str] | None = None,
     decoded: bool = True,
+    sums_in_file: bool = False,
 ) -> MemoryEstimate:
     """The peak of `Predictor.predict` for an image on `geometry`, taken as if nothing could be cropped away.
 
-    `decoded`: whether the image is in memory already; else its float32 voxels count as well.
+    `decoded`: whether the image is in memory already; else its float32 voxels count as well. `sums_in_file`: the sums
+    of windows are kept in a file (engine/logit_rows.py).
     """
     grid = reorientation(geometry, bundle.contract.orientation).target
     forward = bundle.plans.transpose_forward
-    shape = tuple(grid.shape[axis] for axis in forward)
+    shape = grid.shape[forward[0]], grid.shape[forward[1]], grid.shape[forward[2]]
     spacing = tuple(grid.spacing_mm[axis] for axis in forward)
     voxels = math.prod(shape)
     channels = len(bundle.channels)
-    heads = bundle.label_manager.num_heads
-    label_bytes = np.dtype(bundle.label_manager.dtype).itemsize
+    labels = bundle.label_manager
+    label_bytes = np.dtype(labels.dtype).itemsize
+    # Of each voxel of the image: its label and probabilities; of each of a network's grid: labels and entropies.
+    result = label_bytes + (labels.num_heads if labels.has_regions else 1) * _FLOAT16
     runs = run_order(bundle, configurations)
     members = {c.name for c in (bundle.final_configurations if configurations is None else runs)}
+    chosen = {run.name: [fold for fold in run.folds if folds is None or fold.fold in folds] for run in runs}
+    apart = bundle.ensemble == "probabilities-of-folds"
+    sources = sum(len(chosen[name]) if apart else 1 for name in members)
+    by_bands = sources == 1 and not labels.has_regions
 
-    kept = 0
+    image = channels * voxels * _FLOAT32
+    turned = image if bundle.contract.orientation != "as-stored" else 0
+    kept = 0  # by earlier configurations
     networks = 0
-    stages: list[tuple[str, dict[str, int]]] = []
+    stages: list[dict[str, int]] = []
     for run in runs:
         planned = bundle.plans.configurations[run.name]
-        chosen = [fold for fold in run.folds if folds is None or fold.fold in folds]
-        inner = network_shape(shape, spacing, planned)
-        size = math.prod(inner)
-        padded = math.prod(WindowGrid(shape=inner, patch_size=planned.patch_size, step_size=1.0).padded_shape)
-        inputs = channels + (len(bundle.label_manager.foreground_labels) if run.previous_stage else 0)
-        networks += sum(_network_bytes(planned, fold.file, inputs, heads) for fold in chosen)
-        preparing = channels * voxels * _FLOAT32 + voxels * (_BOOL + _INT32 + 2 * _FLOAT64) + inputs * size * _FLOAT32
-        sums = (2 + (len(chosen) > 1)) * heads * padded * _FLOAT32 + padded * _FLOAT32
-        windows = inputs * (size + padded) * _FLOAT32 + len(chosen) * size * label_bytes + heads * size * _FLOAT16
-        stages.append(("preprocessing", {"preprocessing": preparing, "logits": kept}))
-        stages.append(("network", {"window sums": sums, "network input": windows, "logits": kept}))
-        if run.name in members:
-            kept += heads * size * _FLOAT16 * (len(chosen) if bundle.ensemble == "probabilities-of-folds" else 1)
-        else:
+        count = len(chosen[run.name])
+        window_grid = WindowGrid(
+            shape=network_shape(shape, spacing, planned), patch_size=planned.patch_size, step_size=bundle.step_size
+        )
+        size, padded = math.prod(window_grid.shape), math.prod(window_grid.padded_shape)
+        inputs = channels + (len(labels.foreground_labels) if run.previous_stage else 0)
+        networks += sum(_network_bytes(planned, fold.file, inputs, labels.num_heads) for fold in chosen[run.name])
+        is_needed = any(other.previous_stage == run.name for other in runs)
+        preparing = _preprocessing_bytes(shape, window_grid.shape, planned, channels, inputs)
+        stages.append({"preprocessing": preparing, "turned image": turned, "kept": kept})
+        maps = count * size * result
+        running = {
+            "network input": inputs * padded * _FLOAT32,
+            "window sums": 0
+            if sums_in_file
+            else count * _ring_bytes(window_grid, labels.num_heads, by_bands=by_bands and not is_needed),
+            "certainty": maps,
+            "windows": _window_bytes(planned, inputs, labels.num_heads, is_mirrored=bool(run.mirror_axes)),
+        }
+        beside = {"turned image": 0 if run is runs[-1] else turned, "kept": kept}
+        stages.append({**running, **beside, "labels and probabilities": voxels * result})
+        if is_needed:
             kept += voxels * label_bytes
-    maps = heads if bundle.label_manager.has_regions else 1
-    labelling = voxels * (3 * label_bytes + maps * _FLOAT16) + _EXPORT_SLABS
-    counting = voxels * (3 * label_bytes + maps * _FLOAT16 + _INT32 + 2 * _BOOL)
-    stages.append(("export", {"labels and probabilities": max(labelling, counting), "logits": kept}))
+        if run.name in members:
+            stored = labels.num_heads * size * _FLOAT16 if is_needed else 0
+            kept += stored + sum(running.values()) if sources > 1 or is_needed else maps
+    # The labels in the image's own order are a copy where that is another order.
+    is_turned = bundle.contract.orientation != "as-stored" or bundle.plans.transpose_forward != (0, 1, 2)
+    stages.append({"labels and probabilities": voxels * (result + 2 * is_turned * label_bytes), "kept": kept})
 
-    _, largest = max(stages, key=lambda stage: sum(stage[1].values()))
-    image = channels * voxels * _FLOAT32
-    copies = (bundle.contract.orientation != "as-stored") + (not decoded)
-    parts = {_NETWORKS: networks, "image": copies * image, **largest}
+    largest = max(stages, key=lambda stage: sum(stage.values()))
+    parts = {_NETWORKS: networks, "image": 0 if decoded else image, "loops": _LOOPS, **largest}
     return MemoryEstimate(bytes=sum(parts.values()), parts=MappingProxyType(parts))
+
+
+def _preprocessing_bytes(shape: Shape, inner: Shape, planned: Configuration, channels: int, inputs: int) -> int:
+    """Of the normalised copy of the image, the mask of what is not 0, the planes between the two resamplings of one
+    channel, and the result."""
+    voxels, size = math.prod(shape), math.prod(inner)
+    is_stacked = inputs > channels
+    normalized = channels * voxels * _FLOAT32
+    normalizing = voxels * _FLOAT32 if "zscore" in planned.normalization_schemes else 0
+    if any(planned.use_mask_for_norm) or is_stacked:
+        normalizing += _MASKS * voxels * _BOOL
+    # A cascade's image is stacked with what the previous stage found, in one more copy.
+    result = (channels + 2 * is_stacked * inputs) * size * _FLOAT32
+    if inner == shape:
+        return normalized + max(normalizing, result if is_stacked else 0)
+    between = shape[0] * inner[1] * inner[2] * _FLOAT64 if inner[0] != shape[0] else 0
+    return normalized + max(normalizing, between + result)
+
+
+def _ring_bytes(grid: WindowGrid, heads: int, *, by_bands: bool) -> int:
+    """The most rows of sums that are in use at a time (engine/logit_rows.py)."""
+    depth, height, width = grid.padded_shape
+    starts = grid.positions()
+    patch = (1, *grid.patch_size) if grid.is_2d else grid.patch_size
+    rows = (min(patch[0] + 1, depth)) * height
+    if by_bands and not grid.is_2d and len(starts[0]) > 1:
+        step = max(after - before for before, after in pairwise(starts[0]))
+        # Planes that wait for the next windows, whole; those that these begin, as far as they have come; one more.
+        rows = min(rows, (patch[0] - step) * height + step * min(height, patch[1] + 1) + height)
+    return rows * (heads + 1) * width * _FLOAT32
+
+
+def _window_bytes(planned: Configuration, inputs: int, heads: int, *, is_mirrored: bool) -> int:
+    """What goes to the network and what comes back, with the sum of the mirrored passes."""
+    voxels = math.prod(planned.patch_size)
+    return voxels * _FLOAT32 * (2 * inputs + (3 if is_mirrored else 1) * heads)
 
 
 def check_budget(estimate: MemoryEstimate, budget_bytes: int | None) -> None:
@@ -134,7 +192,7 @@ def check_budget(estimate: MemoryEstimate, budget_bytes: int | None) -> None:
         parts = ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in estimate.parts.items() if size)
         raise MemoryExceeded(
             f"the prediction needs about {needed / 2**20:.0f} MiB and {budget / 2**20:.0f} MiB may be used ({parts}); "
-            "free memory, use a machine with more, or run fewer configurations"
+            "free memory, use a machine with more, or a model with fewer folds or configurations"
         )
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
@@ -15,19 +17,25 @@ from numpy.typing import NDArray
 
 from engine.backends import Backend, Device, OnnxBackend
 from engine.bundle import Bundle
-from engine.errors import BundleInvalid, InputRejected
-from engine.logits_to_labels import HalfArray, NetworkLogits, check_rule, segment, to_half, winning_labels
+from engine.errors import BundleInvalid, InputRejected, MemoryExceeded
+from engine.labels import LabelManager
+from engine.logit_source import LogitSource, StoredLogits
+from engine.logit_stream import LogitStream, stored_logits
+from engine.logits_to_labels import check_rule, label_image
 from engine.manifest import BundleConfiguration
-from engine.memory import check_budget, estimate_peak, run_order
+from engine.memory import MemoryEstimate, check_budget, estimate_peak, run_order
 from engine.postprocessing import apply_postprocessing, read_postprocessing
 from engine.preprocessing import CroppedImage, crop_to_nonzero, network_shape, network_spacing_mm, preprocess
+from engine.row_threads import RowThreads
 from engine.segment_statistics import SegmentStatistics, mean_probabilities, measure_segments
-from engine.sliding_window import WindowGrid, mirror_combinations, predict_logits
+from engine.sliding_window import WindowGrid, mirror_combinations
 from engine.uncertainty import Agreement, MirrorAgreement, border_entropies, dilated_entropies, fold_agreements
 from engine.volume import Geometry, LabelMap, Volume
 
 FloatArray = NDArray[np.float32]
 Progress = Callable[[float], None]
+
+_log = logging.getLogger(__name__)
 
 # Share of the progress that the networks take; the rest is making labels and measuring them.
 _NETWORK_SHARE = 0.95
@@ -50,19 +58,22 @@ class RuntimeInfo:
 class Prediction:
     """`labels` lie on the grid of the image that was given, `segments` are in the order of the bundle's labels.
 
-    `mean_confidence` is the mean over the voxels of all segments, None when all are empty.
+    `mean_confidence` is the mean over the voxels of all segments, None when all are empty. `ties`: voxels that went to
+    the lower of two labels because half precision, which nnU-Net rounds to, does not tell them apart.
     """
 
     labels: LabelMap
     segments: tuple[SegmentStatistics, ...]
     mean_confidence: float | None
+    ties: int
     runtime: RuntimeInfo
 
 
 class Predictor:
     """Runs one model bundle. Networks are loaded once, here, and stay loaded until `close`.
 
-    `backends`, by (configuration, fold), run the networks instead of the bundle's own files.
+    `backends`, by (configuration, fold), run the networks instead of the bundle's own files. `scratch` is a folder on a
+    disk: where memory is short, the sums of windows are kept in a file there, which is slower and changes no label.
 
     One prediction at a time. Raises BundleInvalid when a network or rule of the bundle cannot be run, BackendFailed
     when the device asked for cannot.
@@ -75,8 +86,11 @@ class Predictor:
         device: Device = "auto",
         threads: int | None = None,
         backends: Mapping[tuple[str, str], Backend] | None = None,
+        scratch: Path | None = None,
     ) -> None:
         self._bundle = bundle
+        self._threads = threads
+        self._scratch = scratch
         self._postprocessing = read_postprocessing(bundle.postprocessing)
         for configuration in bundle.configurations:
             check_rule(bundle.plans.configurations[configuration.name].resampling_probabilities)
@@ -122,7 +136,26 @@ class Predictor:
     def check_memory(self, geometry: Geometry, *, budget_bytes: int | None = None) -> None:
         """Raises MemoryExceeded where an image on `geometry` that is not in memory yet could not be predicted; meant to
         be asked before the image is decoded. `budget_bytes`: as for `predict`, the image included."""
-        check_budget(estimate_peak(self._bundle, geometry, decoded=False), budget_bytes)
+        self._admit(geometry, budget_bytes, decoded=False)
+
+    def _admit(self, geometry: Geometry, budget_bytes: int | None, **options: Any) -> tuple[MemoryEstimate, bool]:
+        """The estimate that fits, and whether it needs the sums in a file: the one step before a refusal."""
+        estimate = estimate_peak(self._bundle, geometry, **options)
+        try:
+            check_budget(estimate, budget_bytes)
+        except MemoryExceeded:
+            if self._scratch is None:
+                raise
+            smaller = estimate_peak(self._bundle, geometry, sums_in_file=True, **options)
+            check_budget(smaller, budget_bytes)
+            _log.warning(
+                "%s: %d MiB are not free; the sums of windows are kept in a file, which leaves %d MiB and is slower",
+                self._bundle.name,
+                estimate.working_bytes >> 20,
+                smaller.working_bytes >> 20,
+            )
+            return smaller, True
+        return estimate, False
 
     def predict(
         self,
@@ -160,45 +193,62 @@ class Predictor:
         )
         if not members:
             raise BundleInvalid(f"{bundle.name}: no configuration was asked for")
-        estimate = estimate_peak(bundle, volume.geometry, configurations=configurations, folds=folds)
-        check_budget(estimate, budget_bytes)
+        estimate, in_file = self._admit(volume.geometry, budget_bytes, configurations=configurations, folds=folds)
         clock = _Clock()
 
         with clock.stage("preprocess"):
             turned, change = volume.reoriented(bundle.contract.orientation)
             cropped = crop_to_nonzero(turned, bundle.plans)
+            geometry = turned.geometry
+            del turned
             tasks = [self._task(run, cropped, folds, mirroring) for run in runs]
         report = _Report(progress, sum(task.work for task in tasks))
-        outputs: list[NetworkLogits] = []
+        sources: list[LogitSource] = []
         previous: dict[str, NDArray[Any]] = {}
-        certainty = _Certainty()
+        finals: list[_Streams] = []
         needed = {run.previous_stage for run in runs}
-        for task in tasks:
-            with clock.stage("preprocess"):
-                image = preprocess(
-                    cropped,
-                    bundle.plans,
-                    bundle.plans.configurations[task.run.name],
-                    previous_labels=previous.get(task.run.previous_stage or ""),
-                    previous_foreground=bundle.label_manager.foreground_labels,
-                )
-            with clock.stage("network"):
-                found, seen = self._run(task, image, cropped, report)
-            if task.run.name in needed:
-                with clock.stage("export"):
-                    stage = segment(found, cropped.shape, cropped.spacing_mm, bundle.label_manager)
+        with RowThreads(self._threads) as threads:
+            for task in tasks:
+                with clock.stage("preprocess"):
+                    image = preprocess(
+                        cropped,
+                        bundle.plans,
+                        bundle.plans.configurations[task.run.name],
+                        previous_labels=previous.get(task.run.previous_stage or ""),
+                        previous_foreground=bundle.label_manager.foreground_labels,
+                        threads=threads,
+                    )
+                if task is tasks[-1]:
+                    cropped = cropped.without_image()
+                streams = self._streams(task, image, cropped, report, threads, in_file=in_file)
+                del image
+                own: Sequence[LogitSource] = streams.streams
+                if task.run.name in needed:
+                    with clock.network(streams):
+                        # Logits that are needed twice are the only ones that are kept: those of a coarse first stage.
+                        kept = [stored_logits(stream) for stream in streams.streams] if task.run.name in members else []
+                        own = [StoredLogits(logits) for logits in kept]
+                        stage = label_image(
+                            own or streams.streams, cropped.shape, cropped.spacing_mm, bundle.label_manager, threads
+                        )
+                        own = [StoredLogits(logits) for logits in kept]
                     previous[task.run.name] = _uncropped(stage.labels, cropped)
-            if task.run.name in members:
-                outputs.extend(found)
-                certainty.extend(seen)
+                if task.run.name in members:
+                    sources.extend(own)
+                    finals.append(streams)
+            with clock.network(*finals):
+                result = label_image(sources, cropped.shape, cropped.spacing_mm, bundle.label_manager, threads)
+        sources.clear()
         with clock.stage("export"):
-            result = segment(outputs, cropped.shape, cropped.spacing_mm, bundle.label_manager)
-            outputs.clear()
             whole = _uncropped(result.labels, cropped)
             apply_postprocessing(whole, self._postprocessing)
             stored = np.ascontiguousarray(whole.transpose(bundle.plans.transpose_backward))
-            labels = change.restore_labels(LabelMap(array=stored, geometry=turned.geometry))
+            labels = change.restore_labels(LabelMap(array=stored, geometry=geometry))
         with clock.stage("statistics"):
+            certainty = _Certainty()
+            for streams in finals:
+                certainty.extend(streams, bundle.label_manager)
+            finals.clear()
             confidences = mean_probabilities(whole[cropped.box], result.probabilities, bundle.labels)
             segments = measure_segments(
                 volume,
@@ -216,6 +266,7 @@ class Predictor:
             labels=labels,
             segments=segments,
             mean_confidence=_mean_confidence(segments),
+            ties=result.ties,
             runtime=RuntimeInfo(
                 backend=first.name,
                 provider=first.provider,
@@ -252,55 +303,40 @@ class Predictor:
             ),
         )
 
-    def _run(
-        self, task: _Task, image: FloatArray, cropped: CroppedImage, report: _Report
-    ) -> tuple[Sequence[NetworkLogits], _Certainty]:
-        """The mean of the folds' logits (or each fold's own, where their probabilities are to be joined), and how sure
-        the folds are."""
+    def _streams(
+        self,
+        task: _Task,
+        image: FloatArray,
+        cropped: CroppedImage,
+        report: _Report,
+        threads: RowThreads,
+        *,
+        in_file: bool,
+    ) -> _Streams:
+        """What computes the mean of the folds' logits, or each fold's own, where their probabilities are to be
+        joined."""
         labels = self._bundle.label_manager
-        apart = self._bundle.ensemble == "probabilities-of-folds"
-        halves: list[HalfArray] = []
-        total: FloatArray | None = None
-        fold_labels: list[NDArray[Any]] = []
-        seen = _Certainty()
+        planned = self._bundle.plans.configurations[task.run.name]
         mirrors = MirrorAgreement(labels) if task.mirror_axes else None
-        for fold in task.folds:
-            logits = predict_logits(
+        networks = [self._backends[task.run.name, fold] for fold in task.folds]
+        apart = self._bundle.ensemble == "probabilities-of-folds"
+        streams = [
+            LogitStream(
                 image,
                 task.grid,
-                self._backends[task.run.name, fold],
-                heads=labels.num_heads,
+                together,
+                labels=labels,
+                spacing_mm=network_spacing_mm(cropped.spacing_mm, planned),
+                rule=planned.resampling_probabilities,
+                threads=threads,
                 mirror_axes=task.mirror_axes,
                 advance=lambda: report.advance(task.window_work),
                 observe_mirroring=mirrors,
+                folder=self._scratch if in_file else None,
             )
-            winners = winning_labels(logits, labels)
-            seen.borders.append(border_entropies(logits, winners, labels))
-            seen.dilations.append(dilated_entropies(logits, winners, labels))
-            if len(task.folds) > 1:
-                fold_labels.append(winners)
-            del winners
-            if apart:
-                halves.append(to_half(logits))
-            elif total is None:
-                total = logits
-            else:
-                total += logits
-        if total is not None:
-            total /= np.float32(len(task.folds))
-            halves.append(to_half(total))
-        planned = self._bundle.plans.configurations[task.run.name]
-        outputs = [
-            NetworkLogits(
-                logits=half,
-                spacing_mm=network_spacing_mm(cropped.spacing_mm, planned),
-                rule=planned.resampling_probabilities,
-            )
-            for half in halves
+            for together in ([[network] for network in networks] if apart else [networks])
         ]
-        seen.folds.extend(fold_agreements(fold_labels, labels))
-        seen.mirrors.extend([mirrors.agreement] if mirrors is not None else [])
-        return outputs, seen
+        return _Streams(streams, mirrors)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -332,11 +368,22 @@ class _Certainty:
     borders: list[Mapping[int, float]] = field(default_factory=list)
     dilations: list[Mapping[int, float]] = field(default_factory=list)
 
-    def extend(self, other: _Certainty) -> None:
-        self.folds.extend(other.folds)
-        self.mirrors.extend(other.mirrors)
-        self.borders.extend(other.borders)
-        self.dilations.extend(other.dilations)
+    def extend(self, streams: _Streams, labels: LabelManager) -> None:
+        """Adds what the streams of one configuration have seen."""
+        networks = [maps for stream in streams.streams for maps in stream.certainties]
+        self.borders.extend(border_entropies(maps, labels) for maps in networks)
+        self.dilations.extend(dilated_entropies(maps, labels) for maps in networks)
+        self.folds.extend(fold_agreements([maps.winners for maps in networks], labels))
+        if streams.mirrors is not None:
+            self.mirrors.append(streams.mirrors.agreement)
+
+
+@dataclass(frozen=True)
+class _Streams:
+    """The streams of one configuration, and what its mirrored passes say."""
+
+    streams: Sequence[LogitStream]
+    mirrors: MirrorAgreement | None
 
 
 class _Report:
@@ -369,7 +416,22 @@ class _Clock:
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            self._add(name, time.perf_counter() - start)
+
+    @contextlib.contextmanager
+    def network(self, *streams: _Streams) -> Iterator[None]:
+        """What the streams take for windows is `network`, all else `export`."""
+        each = [stream for group in streams for stream in group.streams]
+        before, start = sum(stream.seconds for stream in each), time.perf_counter()
+        try:
+            yield
+        finally:
+            windows = sum(stream.seconds for stream in each) - before
+            self._add("network", windows)
+            self._add("export", time.perf_counter() - start - windows)
+
+    def _add(self, name: str, seconds: float) -> None:
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
 
 def _uncropped(labels: NDArray[Any], cropped: CroppedImage) -> NDArray[Any]:

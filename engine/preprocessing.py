@@ -18,6 +18,7 @@ from engine.errors import InputRejected
 from engine.normalization import normalize
 from engine.plans import Configuration, Plans
 from engine.resampling import Shape, resample_image, resample_labels, resampled_shape
+from engine.row_threads import RowThreads
 from engine.volume import Volume, nonzero_box
 
 FloatArray = NDArray[np.float32]
@@ -43,6 +44,10 @@ class CroppedImage:
     def shape(self) -> Shape:
         z, y, x = self.image.shape[1:]
         return z, y, x
+
+    def without_image(self) -> CroppedImage:
+        """Its grid alone, with no values that take memory."""
+        return replace(self, image=np.broadcast_to(np.float32(0), self.image.shape))
 
 
 def crop_to_nonzero(volume: Volume, plans: Plans) -> CroppedImage:
@@ -89,6 +94,7 @@ def preprocess(
     *,
     previous_labels: NDArray[np.integer[Any]] | None = None,
     previous_foreground: Sequence[int] = (),
+    threads: RowThreads | None = None,
 ) -> FloatArray:
     """The network's input: float32 (C, Z, Y, X), contiguous, on the network's grid.
 
@@ -96,7 +102,7 @@ def preprocess(
     label of `previous_foreground` is appended. Raises InputRejected when the number of channels is not the plans'.
     """
     normalized, labels = _normalized(cropped, plans, configuration, previous_labels)
-    image = _image_on_grid(normalized, configuration)
+    image = _image_on_grid(normalized, configuration, threads)
     if labels is None:
         return image
     labels = _labels_on_grid(labels, normalized, configuration)
@@ -176,10 +182,14 @@ def _normalized(
     return replace(cropped, image=image), labels
 
 
-def _image_on_grid(normalized: CroppedImage, configuration: Configuration) -> FloatArray:
+def _image_on_grid(
+    normalized: CroppedImage, configuration: Configuration, threads: RowThreads | None = None
+) -> FloatArray:
     shape = network_shape(normalized.shape, normalized.spacing_mm, configuration)
     spacing = network_spacing_mm(normalized.spacing_mm, configuration)
-    return resample_image(normalized.image, shape, normalized.spacing_mm, spacing, configuration.resampling_data)
+    return resample_image(
+        normalized.image, shape, normalized.spacing_mm, spacing, configuration.resampling_data, threads
+    )
 
 
 def _labels_on_grid(

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from engine.component_count import count_components
 from engine.manifest import LabelSpec
 from engine.uncertainty import Agreement, lowest_dice, mean_entropy
 from engine.volume import LabelMap, Volume
 
-_FULL_CONNECTIVITY = np.ones((3, 3, 3), dtype=np.bool_)
 _AXES = ("z", "y", "x")
 
 
@@ -63,12 +63,16 @@ def measure_segments(
     """
     array = labels.array
     size = max([int(array.max()), *(value for spec in specs for value in (spec.value, *spec.region))]) + 1
-    counts = np.bincount(array.ravel(), minlength=size)
     boxes = ndimage.find_objects(array, max_label=size - 1)
-    foreground = array != 0
-    found = array[foreground]
-    sums = [np.bincount(found, weights=channel[foreground], minlength=size) for channel in volume.array]
-    del foreground, found
+    counts = np.zeros(size, dtype=np.int64)
+    sums = np.zeros((len(volume.array), size))
+    # Plane by plane: bincount makes copies of 8 bytes a voxel.
+    for z, plane in enumerate(array):
+        found = np.flatnonzero(plane)
+        values = plane.ravel()[found]
+        counts += np.bincount(values, minlength=size)
+        for channel, total in zip(volume.array, sums, strict=True):
+            total += np.bincount(values, weights=channel[z].ravel()[found], minlength=size)
 
     result = []
     for spec in specs:
@@ -77,7 +81,9 @@ def measure_segments(
         box = _union([boxes[value - 1] for value in values if value > 0])
         components = 0
         if box is not None:
-            components = int(ndimage.label(np.isin(array[box], values), structure=_FULL_CONNECTIVITY)[1])
+            chosen = np.zeros(size, dtype=np.bool_)
+            chosen[list(values)] = True
+            components = count_components(array[box], chosen)
         result.append(
             SegmentStatistics(
                 value=spec.value,
@@ -111,17 +117,22 @@ def mean_probabilities(
     """
     result: dict[int, float | None] = {}
     if probabilities.shape[0] == 1 and all(spec.region == (spec.value,) for spec in specs):
-        foreground = labels != 0
-        found = labels[foreground]
         size = max(spec.value for spec in specs) + 1
-        counts = np.bincount(found, minlength=size)
-        sums = np.bincount(found, weights=probabilities[0][foreground].astype(np.float64), minlength=size)
+        counts, sums = np.zeros(size, dtype=np.int64), np.zeros(size)
+        for plane, certain in zip(labels, probabilities[0], strict=True):
+            found = np.flatnonzero(plane)
+            values = plane.ravel()[found]
+            counts += np.bincount(values, minlength=size)
+            sums += np.bincount(values, weights=certain.ravel()[found].astype(np.float64), minlength=size)
         for spec in specs:
             result[spec.value] = float(sums[spec.value] / counts[spec.value]) if counts[spec.value] else None
         return result
     for spec, probability in zip(specs, probabilities, strict=True):
-        inside = np.isin(labels, spec.region)
-        result[spec.value] = float(probability[inside].mean(dtype=np.float64)) if inside.any() else None
+        voxels, total = 0, 0.0
+        for plane, certain in zip(labels, probability, strict=True):
+            here = certain[np.isin(plane, spec.region)]
+            voxels, total = voxels + here.size, total + float(here.sum(dtype=np.float64))
+        result[spec.value] = total / voxels if voxels else None
     return result
 
 

@@ -1,23 +1,19 @@
 """nnU-Net's sliding window: window positions, Gaussian weights, mirrored passes (nnU-Net v2).
 
-Images are (C, Z, Y, X) on the network's grid; a 2D network sees one slice of the first axis at a time. Logits are
-summed in float32 (nnU-Net sums in half precision, which can overflow).
+Images are (C, Z, Y, X) on the network's grid; a 2D network sees one slice of the first axis at a time.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import combinations, product
+from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
-
-from engine.backends import Backend
-from engine.errors import BackendFailed
 
 FloatArray = NDArray[np.float32]
 
@@ -57,14 +53,6 @@ def mirror_combinations(axes: Sequence[int]) -> tuple[tuple[int, ...], ...]:
     return tuple(subset for count in range(1, len(axes) + 1) for subset in combinations(sorted(axes), count))
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Window:
-    """One position: `plane` is the slice of a 2D network (None in 3D), `starts` the corner on the padded grid."""
-
-    plane: int | None
-    starts: tuple[int, ...]
-
-
 @dataclass(frozen=True, kw_only=True)
 class WindowGrid:
     """All windows over an image of `shape` (Z, Y, X), which is padded with zeros where it is smaller than the patch."""
@@ -97,75 +85,5 @@ class WindowGrid:
             window_positions(size, patch, self.step_size) for size, patch in zip(sizes, self.patch_size, strict=True)
         )
 
-    def windows(self) -> Iterator[Window]:
-        """In nnU-Net's order, the last axis fastest."""
-        planes: Sequence[int | None] = range(self.padded_shape[0]) if self.is_2d else (None,)
-        for plane in planes:
-            for starts in product(*self.positions()):
-                yield Window(plane=plane, starts=starts)
-
     def __len__(self) -> int:
         return math.prod(len(axis) for axis in self.positions()) * (self.padded_shape[0] if self.is_2d else 1)
-
-
-# Called for each window with the logits (K, *patch) of the unmirrored pass, those of the mean of the mirrored passes,
-# and the weights of the voxels.
-MirrorObserver = Callable[[FloatArray, FloatArray, FloatArray], None]
-
-
-def predict_logits(
-    image: FloatArray,
-    grid: WindowGrid,
-    backend: Backend,
-    *,
-    heads: int,
-    mirror_axes: Sequence[int] = (),
-    advance: Callable[[], None] = lambda: None,
-    observe_mirroring: MirrorObserver | None = None,
-) -> FloatArray:
-    """Logits float32 (K, Z, Y, X) of one network for an image (C, Z, Y, X) on the network's grid.
-
-    `mirror_axes` are spatial axes of the patch. `advance` is called after each window. Raises BackendFailed when the
-    network returns another shape than (1, heads, *patch) or values that are not finite.
-    """
-    spatial = grid.patch_size
-    padding = grid.padding
-    padded = np.pad(image, ((0, 0), *padding)) if any(map(any, padding)) else image
-    weights = gaussian_weights(spatial)
-    total = np.zeros((heads, *grid.padded_shape), dtype=np.float32)
-    weight_sum = np.zeros(grid.padded_shape[1:] if grid.is_2d else grid.padded_shape, dtype=np.float32)
-    passes = mirror_combinations(mirror_axes)
-    for window in grid.windows():
-        inside = tuple(slice(start, start + edge) for start, edge in zip(window.starts, spatial, strict=True))
-        place: tuple[slice | int, ...] = (slice(None), *inside)
-        if window.plane is not None:
-            place = (slice(None), window.plane, *inside)
-        patch = np.ascontiguousarray(padded[place])[None]
-        logits = _run(backend, patch, heads)
-        if passes:
-            mirrored = np.zeros_like(logits)
-            for axes in passes:
-                flips = tuple(2 + axis for axis in axes)
-                answer = _run(backend, np.ascontiguousarray(np.flip(patch, flips)), heads)
-                mirrored += np.flip(answer, flips)
-            if observe_mirroring is not None:
-                observe_mirroring(logits[0], mirrored[0] / np.float32(len(passes)), weights)
-            logits = (logits + mirrored) / np.float32(len(passes) + 1)
-        total[place] += logits[0] * weights
-        # In 2D the windows of every plane lie alike: one plane of weights serves all.
-        if not window.plane:
-            weight_sum[inside] += weights
-        advance()
-    total /= weight_sum
-    z, y, x = (slice(below, below + size) for (below, _), size in zip(padding, grid.shape, strict=True))
-    return np.ascontiguousarray(total[:, z, y, x])
-
-
-def _run(backend: Backend, batch: FloatArray, heads: int) -> FloatArray:
-    logits = backend.run(batch)
-    expected = (batch.shape[0], heads, *batch.shape[2:])
-    if logits.shape != expected:
-        raise BackendFailed(f"{backend.name}: the network returned {logits.shape} where {expected} was expected")
-    if not np.isfinite(logits).all():
-        raise BackendFailed(f"{backend.name}: the network returned values that are not finite")
-    return logits

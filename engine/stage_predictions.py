@@ -29,7 +29,8 @@ from engine.experiment import ALL
 from engine.json_reader import Reader, read_json
 from engine.json_writer import write_json
 from engine.labels import LabelManager
-from engine.logits_to_labels import NetworkLogits, segment
+from engine.logit_source import NetworkLogits
+from engine.logits_to_labels import segment
 from engine.plans import Configuration
 from engine.preprocessed import Blosc2Array
 from engine.preprocessing import CroppedImage, network_shape

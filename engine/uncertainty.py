@@ -1,7 +1,7 @@
 """How sure the networks are: how far folds and mirrored passes agree, how sharp the borders of segments are, and how
 unsure the networks are in and around them.
 
-Counted on the network's grid while the logits are there, so that it costs an argmax and not another export.
+Counted on the network's grid, from what is kept of the logits as they pass (engine/certainty_maps.py).
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from engine.certainty_maps import CertaintyMaps
 from engine.labels import LabelManager
+from engine.logit_kernels import ENTROPY_SCALE, count_pairs
 from engine.logits_to_labels import winning_labels
 
 FloatArray = NDArray[np.float32]
 
-# Logits of all heads that are looked at together on a border.
-_BORDER_VALUES = 2**20
 # Places of the box around a segment that are looked at, at most, and how far around it counts, in voxels.
 _DILATED_PLACES = 2**15
 _REACH = 2
@@ -41,6 +41,10 @@ class Agreement:
         pairs += second.ravel()
         flat = None if weights is None else np.broadcast_to(weights, first.shape).ravel()
         self._table += np.bincount(pairs, weights=flat, minlength=self._size**2).reshape(self._size, self._size)
+
+    def count_logits(self, first: FloatArray, second: FloatArray, weights: FloatArray) -> None:
+        """Adds the winning heads of logits (K, z, y, x), each voxel with its weight (z, y, x)."""
+        count_pairs(first, second, weights, self._table)
 
     def dice(self, values: Iterable[int]) -> float | None:
         """Dice of the set of label values in the two maps; None when neither map holds one of them."""
@@ -67,6 +71,9 @@ class MirrorAgreement:
         self.agreement = Agreement(table_size(labels))
 
     def __call__(self, plain: FloatArray, mirrored: FloatArray, weights: FloatArray) -> None:
+        if not self._labels.has_regions:
+            self.agreement.count_logits(plain, mirrored, weights)
+            return
         self.agreement.count(winning_labels(plain, self._labels), winning_labels(mirrored, self._labels), weights)
 
 
@@ -87,64 +94,52 @@ def lowest_dice(agreements: Iterable[Agreement], values: Iterable[int]) -> float
     return min(found, default=None)
 
 
-def border_entropies(logits: FloatArray, winners: NDArray[Any], labels: LabelManager) -> dict[int, float]:
+def border_entropies(maps: CertaintyMaps, labels: LabelManager) -> dict[int, float]:
     """How unsure one network is where its segments end, by segment value; a segment that has no border is absent.
 
     The mean, over the voxels of a segment with a neighbour by a face that is not in it, of the entropy in bits of "in
     the segment or not": 0 is certain; a voxel with a probability of one half or less has 1. A face that is the edge of
-    the image is no border. `logits` (K, Z, Y, X) are the network's, `winners` (Z, Y, X) the labels that they give.
+    the image is no border.
     """
-    flat = winners.reshape(-1)
-    heads = logits.reshape(logits.shape[0], -1)
+    size = table_size(labels)
+    heads = len(labels.foreground) if labels.has_regions else 1
+    sums, counts = np.zeros((heads, size)), np.zeros((heads, size), dtype=np.int64)
+    # Plane by plane, with its neighbours: in the worst of results every voxel lies on a border.
+    for z in range(len(maps.winners)):
+        for head in range(heads):
+            region = labels.foreground[head].region if labels.has_regions else None
+            border = _border(maps.winners, z, region)
+            here = np.zeros(np.count_nonzero(border), np.uint8) if region else maps.winners[z][border]
+            entropies = maps.entropies[head, z][border]
+            if region:
+                # Inside by another region that lies in this one, while its own head says no: wholly unsure.
+                entropies[entropies & 1 == 0] = ENTROPY_SCALE
+            counts[head] += np.bincount(here, minlength=size)
+            sums[head] += np.bincount(here, weights=entropies, minlength=size)
     found: dict[int, float] = {}
-    if labels.has_regions:
-        for head, label in zip(heads, labels.foreground, strict=True):
-            inside = np.zeros(winners.shape, dtype=np.bool_)
-            for value in label.region:
-                inside |= winners == value
-            places = np.flatnonzero(_changes(inside) & inside)
-            if places.size:
-                # Below 0 the entropy is 1 in any case, above 100 it is 0.
-                logit = np.clip(head[places].astype(np.float64), 0.0, 100.0)
-                found[label.value] = float(_bits(1.0 / (1.0 + np.exp(-logit))).mean())
-        return found
-    places = np.flatnonzero(_changes(winners) & (winners != 0))
-    size = max(labels.values) + 1
-    sums, counts = np.zeros(size), np.zeros(size, dtype=np.int64)
-    step = max(1, _BORDER_VALUES // heads.shape[0])
-    for first in range(0, places.size, step):
-        here = places[first : first + step]
-        values = heads[:, here].astype(np.float64)
-        probability = 1.0 / np.exp(values - values.max(axis=0)).sum(axis=0)
-        sums += np.bincount(flat[here], weights=_bits(probability), minlength=size)
-        counts += np.bincount(flat[here], minlength=size)
-    present = [label.value for label in labels.foreground if counts[label.value]]
-    return {value: float(sums[value] / counts[value]) for value in present}
+    for index, label in enumerate(labels.foreground):
+        place = (index, 0) if labels.has_regions else (0, label.value)
+        if counts[place]:
+            found[label.value] = float(sums[place] / counts[place] / ENTROPY_SCALE)
+    return found
 
 
-def dilated_entropies(logits: FloatArray, winners: NDArray[Any], labels: LabelManager) -> dict[int, float]:
+def dilated_entropies(maps: CertaintyMaps, labels: LabelManager) -> dict[int, float]:
     """How unsure one network is in and around each segment, by segment value; a segment without voxels is absent.
 
-    The mean, over the segment dilated by 2 voxels along each axis, of the entropy in bits of "in the segment or not":
-    0 is certain. It is a mean, so that a large segment counts like a small one, and what lies around it counts, so that
-    a border which a network nearly went beyond is seen. In a large box every n-th voxel is taken. `logits` (K, Z, Y, X)
-    and `winners` (Z, Y, X) as for `border_entropies`.
+    The mean, over the segment dilated by 2 voxels along each axis, of the entropy in bits of "the winner or not" (of a
+    region: "in it or not"): 0 is certain. It is a mean, so that a large segment counts like a small one, and what lies
+    around it counts, so that a border which a network nearly went beyond is seen. In a large box every n-th voxel is
+    taken.
     """
+    winners = maps.winners
     boxes = ndimage.find_objects(winners, max_label=table_size(labels) - 1)
     found: dict[int, float] = {}
     for index, label in enumerate(labels.foreground):
         present = [box for value in set(label.region) if value and (box := boxes[value - 1]) is not None]
-        if not present:
-            continue
-        z, y, x = _in_and_around(winners, label.region, present)
-        if labels.has_regions:
-            logit = np.abs(logits[index, z, y, x].astype(np.float64))
-            probability = 1.0 / (1.0 + np.exp(-logit))
-        else:
-            values = logits[:, z, y, x].astype(np.float64)
-            values = np.exp(values - values.max(axis=0))
-            probability = values[label.value] / values.sum(axis=0)
-        found[label.value] = float(_bits(np.maximum(probability, 1.0 - probability)).mean())
+        if present:
+            places = _in_and_around(winners, label.region, present)
+            found[label.value] = maps.bits(index if labels.has_regions else 0, places)
     return found
 
 
@@ -179,21 +174,22 @@ def _in_and_around(
     return tuple(axis[::step] for axis in found)
 
 
-def _changes(values: NDArray[Any]) -> NDArray[np.bool_]:
-    """Voxels that differ from a neighbour by a face."""
-    result: NDArray[np.bool_] = np.zeros(values.shape, dtype=np.bool_)
-    for axis in range(values.ndim):
-        lower = tuple(slice(None, -1) if a == axis else slice(None) for a in range(values.ndim))
-        upper = tuple(slice(1, None) if a == axis else slice(None) for a in range(values.ndim))
-        differs = values[lower] != values[upper]
+def _border(winners: NDArray[Any], z: int, region: Sequence[int] | None) -> NDArray[np.bool_]:
+    """Voxels (Y, X) of plane z that are foreground (in the region) and have a neighbour by a face that is another label
+    (not in it)."""
+    planes = winners[max(z - 1, 0) : z + 2]
+    inside = None if region is None else np.isin(planes, region)
+    values = planes if inside is None else inside
+    middle = min(z, 1)
+    plane = values[middle]
+    result: NDArray[np.bool_] = np.zeros(plane.shape, dtype=np.bool_)
+    for other in (*range(middle), *range(middle + 1, len(values))):
+        result |= values[other] != plane
+    for axis in range(2):
+        lower = tuple(slice(None, -1) if a == axis else slice(None) for a in range(2))
+        upper = tuple(slice(1, None) if a == axis else slice(None) for a in range(2))
+        differs = plane[lower] != plane[upper]
         result[lower] |= differs
         result[upper] |= differs
-    return result
-
-
-def _bits(probability: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Entropy of a yes with this probability; of one half or less, 1."""
-    yes = np.clip(probability, 0.5, 1.0)
-    no = np.maximum(1.0 - yes, np.finfo(np.float64).tiny)
-    result: NDArray[np.float64] = -(yes * np.log2(yes) + no * np.log2(no))
+    result &= plane != 0
     return result

@@ -22,19 +22,27 @@ from engine.case_results import (
     join_outputs,
     measure_labels,
     measure_prediction,
-    network_logits,
     write_logits,
     write_prediction,
 )
 from engine.dataset import Case, RawDataset, read_case
 from engine.errors import DatasetInvalid
 from engine.labels import LabelManager
-from engine.logits_to_labels import NetworkLogits, to_half
+from engine.logit_source import NetworkLogits
+from engine.logit_stream import LogitStream, stored_logits
 from engine.metrics import SUMMARY, CaseMetrics, as_plain, from_plain, write_summary
 from engine.parallel import Progress
 from engine.plans import Configuration, Plans
-from engine.preprocessing import CroppedImage, crop_to_nonzero, network_shape, preprocess, stack_labels
-from engine.sliding_window import WindowGrid, predict_logits
+from engine.preprocessing import (
+    CroppedImage,
+    crop_to_nonzero,
+    network_shape,
+    network_spacing_mm,
+    preprocess,
+    stack_labels,
+)
+from engine.row_threads import RowThreads
+from engine.sliding_window import WindowGrid
 from engine.stage_predictions import NextStage, PreviousStage
 from engine.training_processes import TrainingProcesses
 from engine.volume import LabelMap, Volume
@@ -49,6 +57,7 @@ class TorchBackend:
 
     name = "torch"
     precision = "float32"
+    batch = 1
 
     def __init__(self, network: nn.Module) -> None:
         self._network = network
@@ -112,11 +121,18 @@ class ModelInTraining:
             patch_size=self.configuration.patch_size,
             step_size=STEP_SIZE,
         )
-        logits = [
-            predict_logits(image, grid, backend, heads=self.labels.num_heads, mirror_axes=self.mirror_axes)
-            for backend in self.backends
-        ]
-        return network_logits(to_half(np.mean(logits, axis=0, dtype=np.float32)), cropped, self.configuration)
+        with RowThreads(1) as threads:
+            stream = LogitStream(
+                image,
+                grid,
+                self.backends,
+                labels=self.labels,
+                spacing_mm=network_spacing_mm(cropped.spacing_mm, self.configuration),
+                rule=self.configuration.resampling_probabilities,
+                threads=threads,
+                mirror_axes=self.mirror_axes,
+            )
+            return stored_logits(stream)
 
 
 def validate(

@@ -83,7 +83,7 @@ def run_worker(settings: Settings, *, stop: threading.Event, boundary: Boundary 
     """Assembly, routing, inference, results, until `stop`. `boundary` hears of every step's begin and end."""
     worker = settings.gateway.worker
     database, spool, registry = open_database(settings), open_spool(settings), open_registry(settings)
-    shelf = ModelShelf(registry, device=worker.device, threads=worker.threads)
+    shelf = ModelShelf(registry, device=worker.device, threads=worker.threads, scratch=settings.state_dir)
     enqueuer = Enqueuer(database)
     heartbeat = _heartbeat(settings, database, role="worker")
     encoding = Encoding(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from pathlib import Path
 
 import structlog
 
@@ -26,8 +27,12 @@ class ModelShelf:
     registration is refused with ModelChanged and never run (INF-35).
     """
 
-    def __init__(self, registry: ModelRegistry, *, device: Device = "auto", threads: int = 0) -> None:
+    def __init__(
+        self, registry: ModelRegistry, *, device: Device = "auto", threads: int = 0, scratch: Path | None = None
+    ) -> None:
+        """`scratch`: a folder on a disk, for models that need more memory than is free (engine.predictor)."""
         self._registry = registry
+        self._scratch = scratch
         self._device = device
         self._threads = threads
         self._lock = threading.RLock()
@@ -98,7 +103,7 @@ class ModelShelf:
         with self._lock:
             predictor = self._predictors.get((model.name, model.semver))
             if predictor is None:
-                predictor = Predictor(bundle, device=self._device, threads=self._threads or None)
+                predictor = Predictor(bundle, device=self._device, threads=self._threads or None, scratch=self._scratch)
                 self._predictors[(model.name, model.semver)] = predictor
                 self._turns[(model.name, model.semver)] = threading.Lock()
             return predictor

@@ -7,7 +7,8 @@ from skimage.transform import resize
 
 from engine.errors import BundleInvalid
 from engine.labels import LabelManager
-from engine.logits_to_labels import NetworkLogits, check_rule, segment, winning_labels
+from engine.logit_source import NetworkLogits
+from engine.logits_to_labels import check_rule, segment, winning_labels
 from engine.plans import ResamplingKwargs
 from tests.unit.test_resampling import noise, rule
 
@@ -80,7 +81,7 @@ def test_along_a_coarse_axis_the_nearest_plane_is_taken(apart: int) -> None:
 def test_rows_in_several_slabs_give_the_same_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     source = logits((6, 11, 8))
     whole = segment([network(source, (2, 2, 2), rule(1))], (9, 17, 12), (1.4, 1.4, 1.4), PLAIN)
-    monkeypatch.setattr("engine.logits_to_labels._SLAB_VALUES", 4 * 12 * 3)
+    monkeypatch.setattr("engine.logits_to_labels._ROWS", 3)
     slabs = segment([network(source, (2, 2, 2), rule(1))], (9, 17, 12), (1.4, 1.4, 1.4), PLAIN)
     np.testing.assert_array_equal(whole.labels, slabs.labels)
     np.testing.assert_array_equal(whole.probabilities, slabs.probabilities)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from engine.bundle import Bundle
 from engine.errors import BundleInvalid, InputRejected, MemoryExceeded
 from engine.manifest import Ensemble
+from engine.memory import estimate_peak
 from engine.predictor import Prediction, Predictor
 from engine.volume import Geometry, Volume
 from tests.support.tiny_models import configuration_json, write_pointwise_network, write_tiny_bundle
@@ -313,6 +314,28 @@ def test_an_image_that_does_not_fit_is_refused_with_both_numbers_before_a_window
     with pytest.raises(MemoryExceeded, match=r"needs about \d+ MiB and 10 MiB may be used"):
         predict(threshold_bundle(tmp_path), scene(), budget_bytes=10 * 2**20, progress=fractions.append)
     assert fractions == []
+
+
+@pytest.mark.requirement("INF-34")
+def test_where_memory_is_short_the_sums_go_to_a_file_and_the_labels_are_the_same(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bundle, volume, scratch = threshold_bundle(tmp_path / "model", folds=9), scene((40, 90, 90)), tmp_path / "scratch"
+    scratch.mkdir()
+    needed = estimate_peak(bundle, volume.geometry)
+    less = estimate_peak(bundle, volume.geometry, sums_in_file=True)
+    budget = (needed.bytes + less.bytes) // 2
+    with pytest.raises(MemoryExceeded):
+        predict(bundle, volume, budget_bytes=budget)
+    with Predictor(bundle, device="cpu", threads=1, scratch=scratch) as predictor:
+        predictor.check_memory(volume.geometry, budget_bytes=budget + volume.array.nbytes)
+        found = predictor.predict(volume, budget_bytes=budget)
+        with pytest.raises(MemoryExceeded):
+            predictor.predict(volume, budget_bytes=less.bytes - 1)
+    assert "kept in a file" in caplog.text
+    assert found.runtime.peak_estimate_bytes == less.bytes
+    np.testing.assert_array_equal(found.labels.array, predict(bundle, volume).labels.array)
+    assert list(scratch.iterdir()) == []
 
 
 def test_an_image_the_model_cannot_take_is_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from engine.errors import DatasetInvalid
 from engine.labels import LabelManager
-from engine.logits_to_labels import NetworkLogits
+from engine.logit_source import NetworkLogits
 from engine.plans import read_plans
 from engine.preprocessing import CroppedImage
 from engine.stage_predictions import (

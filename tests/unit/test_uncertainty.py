@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from engine.certainty_maps import CertaintyMaps
 from engine.labels import LabelManager
+from engine.logit_rows import LogitRows
 from engine.uncertainty import (
     Agreement,
     MirrorAgreement,
@@ -89,15 +93,29 @@ def cube(inside: float, border: float, outside: float) -> NDArray[np.float32]:
 ONE = LabelManager.from_dataset_json({"labels": {"background": 0, "a": 1}})
 
 
+def maps_of(logits: NDArray[np.float32], labels: LabelManager) -> CertaintyMaps:
+    heads, depth, height, width = logits.shape
+    rows, maps = LogitRows(heads, depth, (height, width)), CertaintyMaps.empty((depth, height, width), labels)
+    for z in range(depth):
+        rows.put(z, logits[:, z])
+        maps.judge(rows, labels, z, (0, height), (0, 0, 0))
+    return maps
+
+
+def near(value: float) -> Any:
+    """Maps hold 16 bits."""
+    return pytest.approx(value, abs=4e-5)
+
+
 def found_in(logits: NDArray[np.float32], labels: LabelManager) -> dict[int, float]:
-    return border_entropies(logits, labels.logits_to_labels(logits), labels)
+    return border_entropies(maps_of(logits, labels), labels)
 
 
 def test_the_entropy_at_the_border_is_that_of_the_segment_s_own_outermost_voxels() -> None:
     expected = entropy(1 / (1 + np.exp(-1.5)))
-    assert found_in(cube(9.0, 1.5, -0.1), ONE) == {1: pytest.approx(expected)}
-    assert found_in(cube(0.1, 1.5, -9.0), ONE) == {1: pytest.approx(expected)}
-    assert found_in(cube(9.0, 50.0, -9.0), ONE)[1] == pytest.approx(0.0, abs=1e-6)
+    assert found_in(cube(9.0, 1.5, -0.1), ONE) == {1: near(expected)}
+    assert found_in(cube(0.1, 1.5, -9.0), ONE) == {1: near(expected)}
+    assert found_in(cube(9.0, 50.0, -9.0), ONE)[1] == near(0.0)
 
 
 def test_the_edge_of_the_image_is_no_border() -> None:
@@ -105,14 +123,14 @@ def test_the_edge_of_the_image_is_no_border() -> None:
     assert found_in(logits, ONE) == {}
     half = cube(9.0, 1.5, -9.0)[:, :4, 2:5, 2:5]
     half[:, 2] = cube(9.0, 0.5, -9.0)[:, 2, 2:5, 2:5]
-    assert found_in(half, ONE) == {1: pytest.approx(entropy(1 / (1 + np.exp(-0.5))))}
+    assert found_in(half, ONE) == {1: near(entropy(1 / (1 + np.exp(-0.5))))}
 
 
 def test_two_labels_that_meet_have_a_border_there_and_an_absent_one_has_none() -> None:
     logits = np.zeros((3, 1, 1, 4), dtype=np.float32)
     logits[1, ..., :2], logits[2, ..., 2:] = (5.0, 1.0), (2.0, 5.0)
     each = {k: np.exp(v) / (np.exp(v) + 2) for k, v in ((1, 1.0), (2, 2.0))}
-    assert found_in(logits, LABELS) == {k: pytest.approx(entropy(p)) for k, p in each.items()}
+    assert found_in(logits, LABELS) == {k: near(entropy(p)) for k, p in each.items()}
     assert found_in(np.stack([logits[0], logits[1]]), ONE).keys() == {1}
     assert found_in(-logits[:2], ONE) == {}
 
@@ -132,19 +150,12 @@ def test_regions_have_their_own_probability_and_what_another_region_took_over_co
     logits[1, ..., 2:4] = 2.0
     found = found_in(logits, regions)
     assert found == {
-        1: pytest.approx(entropy(1 / (1 + np.exp(-1.0)))),
-        2: pytest.approx(entropy(1 / (1 + np.exp(-2.0)))),
+        1: near(entropy(1 / (1 + np.exp(-1.0)))),
+        2: near(entropy(1 / (1 + np.exp(-2.0)))),
     }
     logits[0, ..., 1] = -1000.0
     logits[1, ..., 1] = 2.0  # in the whole by its core only: the whole's own head has no doubt that it is not there
-    assert found_in(logits, regions)[1] == pytest.approx((1.0 + entropy(1 / (1 + np.exp(-1.0)))) / 2)
-
-
-def test_many_border_voxels_are_looked_at_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    logits = np.random.default_rng(2).normal(size=(3, 9, 10, 11)).astype(np.float32)
-    whole = found_in(logits, LABELS)
-    monkeypatch.setattr("engine.uncertainty._BORDER_VALUES", 50)
-    assert found_in(logits, LABELS) == {value: pytest.approx(found) for value, found in whole.items()}
+    assert found_in(logits, regions)[1] == near((1.0 + entropy(1 / (1 + np.exp(-1.0)))) / 2)
 
 
 def test_the_networks_that_have_a_segment_are_averaged() -> None:
@@ -155,7 +166,7 @@ def test_the_networks_that_have_a_segment_are_averaged() -> None:
 
 
 def dilated_in(logits: NDArray[np.float32], labels: LabelManager) -> dict[int, float]:
-    return dilated_entropies(logits, labels.logits_to_labels(logits), labels)
+    return dilated_entropies(maps_of(logits, labels), labels)
 
 
 def line(*of_label: float) -> NDArray[np.float32]:
@@ -170,10 +181,10 @@ def test_the_dilated_entropy_is_the_mean_over_the_segment_and_two_voxels_around_
     """What lies farther away does not count, and a network that nearly went on beyond the border is seen."""
     far, doubt = (-0.01,) * 3, 1 / (1 + np.exp(-0.5))
     sharp = line(*far, -50.0, -50.0, 50.0, 50.0, -50.0, -50.0, *far)
-    assert dilated_in(sharp, ONE)[1] == pytest.approx(0.0, abs=1e-6)
+    assert dilated_in(sharp, ONE)[1] == near(0.0)
     nearly = line(*far, -50.0, -0.5, 50.0, 50.0, -0.5, -50.0, *far)
-    assert dilated_in(nearly, ONE) == {1: pytest.approx(2 * entropy(doubt) / 6)}
-    assert found_in(nearly, ONE)[1] == pytest.approx(0.0, abs=1e-6)  # which the border's own voxels do not show
+    assert dilated_in(nearly, ONE) == {1: near(2 * entropy(doubt) / 6)}
+    assert found_in(nearly, ONE)[1] == near(0.0)  # which the border's own voxels do not show
 
 
 def test_a_large_segment_counts_no_more_than_a_small_one() -> None:
@@ -194,8 +205,8 @@ def test_regions_have_their_own_doubt() -> None:
     logits[0, ..., 2:6] = 50.0
     logits[1, ..., 3:5] = 1.0
     assert dilated_in(logits, regions) == {
-        1: pytest.approx(0.0, abs=1e-6),
-        2: pytest.approx(2 * entropy(1 / (1 + np.exp(-1.0))) / 6),
+        1: near(0.0),
+        2: near(2 * entropy(1 / (1 + np.exp(-1.0))) / 6),
     }
 
 
@@ -219,4 +230,4 @@ def test_of_a_large_segment_a_lattice_is_looked_at_and_specks_between_its_places
     monkeypatch.setattr("engine.uncertainty._REACH", 0)
     specks[1, 0, 0, 0] = specks[1, 40, 40, 40] = -50.0
     specks[1, 1, 1, 1] = specks[1, 39, 39, 39] = 50.0
-    assert dilated_in(specks, ONE)[1] == pytest.approx(0.0, abs=1e-6)
+    assert dilated_in(specks, ONE)[1] == near(0.0)

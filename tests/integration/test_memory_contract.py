@@ -1,0 +1,21 @@
+"""The peak of a prediction is what was estimated beforehand: never more, and at most a quarter less."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.support.peak_memory import CASES
+from tests.support.peers import ROOT
+
+
+@pytest.mark.requirement("INF-34", "ART-27")
+@pytest.mark.parametrize("name", CASES)
+def test_the_peak_is_never_above_its_estimate_and_at_most_a_quarter_below(name: str) -> None:
+    command = [sys.executable, "-m", "tests.support.peak_memory", name]
+    ended = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=600)
+    found = json.loads(ended.stdout)
+    assert found["measured"] <= found["estimated"] <= 1.25 * found["measured"], found
