@@ -7,7 +7,7 @@ UID of the library reaches the bytes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from io import BytesIO
 
@@ -223,6 +223,41 @@ def finished(
     dataset: Dataset, header: ResultHeader, *, role: str, encoding: str, transfer_syntax_uid: str
 ) -> EncodedObject:
     """The data set as a DICOM file whose bytes depend on the content only."""
+    data = file_bytes(dataset, transfer_syntax_uid)
+    return encoded_object(
+        dataset,
+        header,
+        role=role,
+        encoding=encoding,
+        transfer_syntax_uid=transfer_syntax_uid,
+        chunks=lambda: (data,),
+    )
+
+
+def encoded_object(
+    dataset: Dataset,
+    header: ResultHeader,
+    *,
+    role: str,
+    encoding: str,
+    transfer_syntax_uid: str,
+    chunks: Callable[[], Iterable[bytes]],
+) -> EncodedObject:
+    """An object whose file is made of `chunks`; dataset: at least its UIDs."""
+    return EncodedObject(
+        role=role,
+        encoding=encoding,
+        chunks=chunks,
+        sop_class_uid=str(dataset.SOPClassUID),
+        sop_instance_uid=str(dataset.SOPInstanceUID),
+        series_instance_uid=str(dataset.SeriesInstanceUID),
+        transfer_syntax_uid=str(transfer_syntax_uid),
+        repairs=tuple(header.repairs),
+    )
+
+
+def file_bytes(dataset: Dataset, transfer_syntax_uid: str) -> bytes:
+    """Preamble, file meta information (PS3.10 7.1) and data set."""
     meta = FileMetaDataset()
     meta.FileMetaInformationVersion = b"\x00\x01"
     meta.MediaStorageSOPClassUID = UID(str(dataset.SOPClassUID))
@@ -237,16 +272,7 @@ def finished(
     plain.preamble = b"\0" * 128
     buffer = BytesIO()
     dcmwrite(buffer, plain, enforce_file_format=True)
-    return EncodedObject(
-        role=role,
-        encoding=encoding,
-        data=buffer.getvalue(),
-        sop_class_uid=str(dataset.SOPClassUID),
-        sop_instance_uid=str(dataset.SOPInstanceUID),
-        series_instance_uid=str(dataset.SeriesInstanceUID),
-        transfer_syntax_uid=str(transfer_syntax_uid),
-        repairs=tuple(header.repairs),
-    )
+    return buffer.getvalue()
 
 
 def _equipment(header: ResultHeader) -> list[Dataset]:
