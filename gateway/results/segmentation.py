@@ -104,14 +104,11 @@ def _one_pixel_frames(content: ResultContent, header: ResultHeader, planes: list
 
     highdicom puts the planes in the order of their dimension index. Two segments stand for any number: of one alone, highdicom puts the number into the shared functional groups.
     """
-    images = stand_ins(header, planes)
-    for image in images:
-        image.Rows = image.Columns = 1
     descriptions = [segment_item(content, segment) for segment in content.segments]
     reference = segmentation_reference(content, encoding=encoding)
     try:
         dataset = Segmentation(
-            source_images=images,
+            source_images=stand_ins(header, planes, rows_columns=(1, 1)),
             pixel_array=np.ones((len(planes), 1, 1), dtype=np.uint8),
             segmentation_type=encoding,
             segment_descriptions=descriptions[:2] if encoding == "BINARY" else descriptions,

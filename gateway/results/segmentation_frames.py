@@ -169,6 +169,8 @@ def _masks(content: ResultContent, order: FrameOrder) -> Iterator[NDArray[np.boo
 def run_length_encoded(content: ResultContent, order: FrameOrder) -> list[bytes]:
     """Segment numbers of each frame in RLE (PS3.5 annex G), each of even length."""
     table = content.segment_number_table()
+    if table.dtype == content.labels.dtype and np.array_equal(table, np.arange(table.size)):
+        return [rle_frame(content.labels[z]) for z in order.planes]
     return [rle_frame(table[content.labels[z]]) for z in order.planes]
 
 
