@@ -36,7 +36,7 @@ def write_ours(encoding: Any, files: list[Path], labels: NDArray[np.uint8], outp
 
     (part,) = read_series(files, only_headers=True)
     category = Code(scheme=CATEGORY[1], value=CATEGORY[0], meaning=CATEGORY[2])
-    voxels = np.bincount(labels.reshape(-1), minlength=105)
+    voxels = sum(np.bincount(plane.reshape(-1), minlength=105) for plane in labels)
     segments = tuple(
         SegmentContent(
             number=value,
