@@ -285,21 +285,24 @@ def _decoder_options(pixel_format: PixelFormat) -> dict[str, Any]:
 
 
 def _without_unused_bits(unsigned: StoredValues, pixel_format: PixelFormat) -> StoredValues:
-    """Keep the BitsStored bits that end at HighBit; bits outside may hold overlays (retired) or garbage."""
+    """Keep the BitsStored bits that end at HighBit; bits outside may hold overlays (retired) or garbage. An array that
+    can be written to is changed in place."""
     allocated, stored = pixel_format.bits_allocated, pixel_format.bits_stored
-    native_order = unsigned.astype(unsigned.dtype.newbyteorder("="), copy=False)
-    if not pixel_format.signed:
-        if stored == allocated:
-            return native_order
-        shift = pixel_format.high_bit + 1 - stored
-        kept: StoredValues = (native_order >> shift if shift else native_order) & ((1 << stored) - 1)
-        return kept
-    signed = native_order.view(f"i{allocated // 8}")
+    values = unsigned.astype(unsigned.dtype.newbyteorder("="), copy=not unsigned.flags.writeable)
+    if pixel_format.signed:
+        values = values.view(f"i{allocated // 8}")
     if stored == allocated:
-        return signed
-    # Move the sign bit to the top, then back with sign extension.
-    extended: StoredValues = (signed << (allocated - 1 - pixel_format.high_bit)) >> (allocated - stored)
-    return extended
+        return values
+    if pixel_format.signed:
+        # Move the sign bit to the top, then back with sign extension.
+        values <<= allocated - 1 - pixel_format.high_bit
+        values >>= allocated - stored
+        return values
+    shift = pixel_format.high_bit + 1 - stored
+    if shift:
+        values >>= shift
+    values &= (1 << stored) - 1
+    return values
 
 
 def _decoder(transfer_syntax_uid: str, where: Where) -> Decoder:
