@@ -1,4 +1,4 @@
-"""Writing a Segmentation of 104 structures on 300×512×512: this gateway, highdicom as documented, and dcmqi, in turns.
+"""Writing a Segmentation of 104 structures on 300x512x512: this gateway, highdicom as documented, and dcmqi, in turns.
 
     python -m benchmarks.segmentation [--json] [--rounds N] [--slices N]
 

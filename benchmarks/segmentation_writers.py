@@ -60,9 +60,7 @@ def write_ours(encoding: Any, files: list[Path], labels: NDArray[np.uint8], outp
             study_instance_uid=part.study_instance_uid,
             series_instance_uid=part.series_instance_uid,
             part=part.part,
-            model=ModelIdentity(
-                name=NAME, version=VERSION, weights_digest="0" * 64, configuration_digest="0" * 64
-            ),
+            model=ModelIdentity(name=NAME, version=VERSION, weights_digest="0" * 64, configuration_digest="0" * 64),
             content_digest="0" * 64,
         ),
         labels=labels,
@@ -98,9 +96,7 @@ def write_with_highdicom(encoding: str, files: list[Path], labels: NDArray[np.ui
 
     images = [dcmread(file) for file in files]
     began = time.perf_counter()
-    algorithm = AlgorithmIdentificationSequence(
-        name=NAME, version=VERSION, family=codes.DCM.ArtificialIntelligence
-    )
+    algorithm = AlgorithmIdentificationSequence(name=NAME, version=VERSION, family=codes.DCM.ArtificialIntelligence)
     segmentation = Segmentation(
         source_images=images,
         pixel_array=labels,

@@ -1,4 +1,4 @@
-"""A CT series of 512×512×300 → voxels in Hounsfield units: this gateway and SimpleITK's series reader, in turns.
+"""A CT series of 512x512x300 → voxels in Hounsfield units: this gateway and SimpleITK's series reader, in turns.
 
     python -m benchmarks.series [--json] [--rounds N] [--slices N]
 

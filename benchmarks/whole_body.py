@@ -63,9 +63,11 @@ def _slice(z: int, shape: tuple[int, int, int], pixels: NDArray[np.uint16]) -> D
     image.PatientName, image.PatientID, image.PatientBirthDate, image.PatientSex = "Whole^Body", "WB-104", "", "O"
     image.StudyDate, image.StudyTime, image.StudyID, image.AccessionNumber = "20260102", "101112", "1", "WB104"
     image.ReferringPhysicianName = ""
-    image.SeriesDate, image.SeriesTime, image.ContentDate, image.ContentTime = "20260102", "101112", "20260102", "101112"
+    image.SeriesDate = image.ContentDate = "20260102"
+    image.SeriesTime = image.ContentTime = "101112"
     image.Modality, image.Manufacturer, image.SeriesNumber, image.InstanceNumber = "CT", "None", 1, z + 1
-    image.ImageType, image.BodyPartExamined, image.PatientPosition = ["ORIGINAL", "PRIMARY", "AXIAL"], "WHOLEBODY", "HFS"
+    image.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL"]
+    image.BodyPartExamined, image.PatientPosition = "WHOLEBODY", "HFS"
     image.KVP, image.AcquisitionNumber, image.PositionReferenceIndicator = 120, 1, ""
     image.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
     image.ImagePositionPatient = [-200, -200, z * SPACING_MM[0]]

@@ -21,7 +21,6 @@ from pydicom.dataset import Dataset
 from pydicom.pixels.decoders.base import Decoder, get_decoder
 from pydicom.tag import Tag
 from pydicom.uid import (
-    JPEG2000,
     UID,
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
@@ -49,8 +48,9 @@ _UNREAD_SYNTAXES = {
     "1.2.840.10008.1.2.4.55": "JPEG Full Progression, Process 10 and 12, retired",
     "1.2.840.10008.1.2.8.1": "Deflated Image Frame Compression",
 }
-_PLUGINS = {uid: ("pillow", "") for uid in (JPEG2000Lossless, JPEG2000)}
-"""pydicom's plugins to try, "" for all that it has: Pillow lets OpenJPEG use several threads on one frame."""
+_PLUGINS = {str(JPEG2000Lossless): ("pillow", "")}
+"""pydicom's plugins to try, "" for all that it has: Pillow spends least beside OpenJPEG, which works on a frame with as
+many threads as OPJ_NUM_THREADS says."""
 MAX_FRAMES = 65_535
 """More frames than this in one object are refused unread."""
 

@@ -102,7 +102,8 @@ def encode_segmentation(content: ResultContent, *, encoding: Encoding = "BINARY"
 def _one_pixel_frames(content: ResultContent, header: ResultHeader, planes: list[int], encoding: Encoding) -> Dataset:
     """The data set as highdicom makes it for one frame per plane of a single pixel; all else is that of the result.
 
-    highdicom puts the planes in the order of their dimension index. Two segments stand for any number: of one alone, highdicom puts the number into the shared functional groups.
+    highdicom puts the planes in the order of their dimension index. Two segments stand for any number: of one alone it
+    puts the number into the shared functional groups.
     """
     descriptions = [segment_item(content, segment) for segment in content.segments]
     reference = segmentation_reference(content, encoding=encoding)
@@ -155,7 +156,7 @@ def _chunks(
         return lambda: chain((head,), groups, encapsulated(frames))
     if bit_packed_bytes(content, order) > MOST_BYTES:
         raise Rejected(
-            f"series {content.identity.series_instance_uid}: {len(order.segments)} frames have more pixel data than the "
+            f"series {content.identity.series_instance_uid}: {len(order.segments)} frames are more pixel data than the "
             f"{MOST_BYTES} bytes of a BINARY Segmentation (PS3.5 7.1.1); write it as LABELMAP"
         )
     return lambda: chain((head,), functional_groups(templates, order), bit_packed(content, order))

@@ -126,7 +126,7 @@ def decode(part: SeriesPart) -> SeriesPart:
         offset = source.pixel_data_offset
         decoded = stored_frames(source.file, source.pixel_format, stored, source.where, offset=offset)
         for z, plane, values in zip(indices, planes, decoded, strict=True):
-            _rescale(values, plane.rescale_slope, plane.rescale_intercept, array[0, z])
+            rescale_values(values, plane.rescale_slope, plane.rescale_intercept, array[0, z])
 
     threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
     # Where OpenJPEG looks for its number of threads; decoding holds the interpreter's lock.
@@ -141,7 +141,7 @@ def decode(part: SeriesPart) -> SeriesPart:
     return replace(part, volume=Volume(array=array, geometry=part.geometry))
 
 
-def _rescale(values: StoredValues, slope: float, intercept: float, out: NDArray[np.float32]) -> None:
+def rescale_values(values: StoredValues, slope: float, intercept: float, out: NDArray[np.float32]) -> None:
     """value * slope + intercept in float64, rounded once to float32."""
     if values.itemsize <= 2 and slope.is_integer() and intercept.is_integer() and _is_exact(slope, intercept):
         # Nothing is ever rounded, so that float32 gives the same.
