@@ -36,7 +36,6 @@ def write_ours(encoding: Any, files: list[Path], labels: NDArray[np.uint8], outp
 
     (part,) = read_series(files, only_headers=True)
     category = Code(scheme=CATEGORY[1], value=CATEGORY[0], meaning=CATEGORY[2])
-    voxels = sum(np.bincount(plane.reshape(-1), minlength=105) for plane in labels)
     segments = tuple(
         SegmentContent(
             number=value,
@@ -47,8 +46,8 @@ def write_ours(encoding: Any, files: list[Path], labels: NDArray[np.uint8], outp
             type=category,
             laterality=None,
             colour=(value, 255 - value, 128),
-            voxels=int(voxels[value]),
-            volume_ml=float(voxels[value]) * part.geometry.voxel_volume_ml,
+            voxels=1,  # a Segmentation does not say how many
+            volume_ml=part.geometry.voxel_volume_ml,
             mean_intensity=None,
             confidence=None,
             unit="1",
