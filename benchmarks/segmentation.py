@@ -32,7 +32,7 @@ import SimpleITK as sitk
 from numpy.typing import NDArray
 from pydicom import dcmread
 from pydicom.dataset import Dataset
-from pydicom.pixels import iter_pixels
+from pydicom.pixels.utils import iter_pixels
 
 from benchmarks.process_tree import ROOT, Usage, measure
 from benchmarks.segmentation_writers import CATEGORY

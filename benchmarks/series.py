@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from pydicom import dcmread
-from pydicom.uid import ExplicitVRLittleEndian
+from pydicom.uid import UID, ExplicitVRLittleEndian
 
 from benchmarks.process_tree import ROOT, Usage, measure
 
@@ -74,7 +74,7 @@ def write_series(source: Path, folder: Path, slices: int, *, compressed: bool) -
     for z in range(slices):
         place = z % period
         image = originals[place if place < len(originals) else period - place]
-        image.SOPInstanceUID = image.file_meta.MediaStorageSOPInstanceUID = f"{_ROOT}.1.{z + 1}"
+        image.SOPInstanceUID = image.file_meta.MediaStorageSOPInstanceUID = UID(f"{_ROOT}.1.{z + 1}")
         image.SeriesInstanceUID, image.InstanceNumber = f"{_ROOT}.2", z + 1
         image.ImagePositionPatient = [*image.ImagePositionPatient[:2], first + z * (second - first)]
         image.save_as(folder / f"{z:04}.dcm", enforce_file_format=True)

@@ -47,7 +47,7 @@ def read_with_simpleitk(folder: str) -> tuple[float, str]:
 def _digest(planes: list[np.ndarray]) -> str:
     digest = hashlib.sha256()
     for plane in planes:
-        digest.update(np.ascontiguousarray(plane, dtype=np.float32))
+        digest.update(plane.astype(np.float32).tobytes())
     return digest.hexdigest()
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
+from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian
 
 SPACING_MM = (1.0, 0.8, 0.8)
 STRUCTURES = 104
@@ -55,7 +55,7 @@ def _slice(z: int, shape: tuple[int, int, int], pixels: NDArray[np.uint16]) -> D
     meta = FileMetaDataset()
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
     meta.MediaStorageSOPClassUID = CTImageStorage
-    meta.MediaStorageSOPInstanceUID = f"{_ROOT}.4.{z + 1}"
+    meta.MediaStorageSOPInstanceUID = UID(f"{_ROOT}.4.{z + 1}")
     image = Dataset()
     image.file_meta = meta
     image.SOPClassUID, image.SOPInstanceUID = CTImageStorage, f"{_ROOT}.4.{z + 1}"

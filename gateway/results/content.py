@@ -135,9 +135,11 @@ class ResultContent:
         values = [value for segment in self.segments for value in set(segment.region)]
         return len(values) != len(set(values))
 
-    def segment_number_table(self) -> NDArray[np.uint8] | NDArray[np.uint16]:
-        """table[label value] = segment number, 0 outside; only for segments that do not overlap."""
-        table = np.zeros(int(self.labels.max(initial=0)) + 1, dtype=np.uint8 if len(self.segments) < 256 else np.uint16)
+    def segment_number_table(self) -> NDArray[np.unsignedinteger[Any]]:
+        """table[label value] = segment number, 0 outside, in 8 bits where they suffice, else 16; only for segments that
+        do not overlap."""
+        kind = np.uint8 if len(self.segments) < 256 else np.uint16
+        table: NDArray[np.unsignedinteger[Any]] = np.zeros(int(self.labels.max(initial=0)) + 1, dtype=kind)
         for segment in self.segments:
             for value in segment.region:
                 if 0 < value < table.size:

@@ -205,7 +205,7 @@ def _frames_in_file(
     for index in indices:
         frame = np.empty((pixel_format.rows, pixel_format.columns), dtype=f"<u{pixel_format.bits_allocated // 8}")
         stream.seek(start + index * pixel_format.frame_bytes)
-        view = memoryview(frame).cast("B")
+        view = frame.reshape(-1).view(np.uint8).data
         found = 0
         while found < frame.nbytes and (count := stream.readinto(view[found:])):
             found += count

@@ -131,7 +131,7 @@ def _one_pixel_frames(content: ResultContent, header: ResultHeader, planes: list
             f"ImageOrientationPatient (0020,0037)) cannot be written as a Segmentation: {error}"
         ) from error
     if encoding == "BINARY":
-        dataset.SegmentSequence = DicomSequence(descriptions)
+        dataset.SegmentSequence = descriptions
         dataset.SegmentsOverlap = "YES" if overlap_anywhere(content) else "NO"
     dataset.Rows, dataset.Columns = content.labels.shape[1:]
     return dataset

@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,7 +47,7 @@ class FrameOrder:
     plane_indices: NDArray[np.intp]
 
 
-def label_values(labels: NDArray[np.unsignedinteger]) -> NDArray[np.bool_]:
+def label_values(labels: NDArray[np.unsignedinteger[Any]]) -> NDArray[np.bool_]:
     """(Z, highest value + 1): whether value v lies anywhere in slice z."""
     found = np.zeros((labels.shape[0], int(labels.max(initial=0)) + 1), dtype=np.bool_)
     for z in range(labels.shape[0]):
@@ -129,7 +130,7 @@ class _NumberedItem:
 def bit_packed_bytes(content: ResultContent, order: FrameOrder) -> int:
     """Length of the value of `bit_packed`, padding included."""
     _, rows, columns = content.labels.shape
-    length = -(-len(order.segments) * rows * columns // 8)
+    length = -(-len(order.segments) * int(rows) * int(columns) // 8)
     return length + length % 2
 
 
@@ -174,7 +175,7 @@ def run_length_encoded(content: ResultContent, order: FrameOrder) -> list[bytes]
     return [rle_frame(table[content.labels[z]]) for z in order.planes]
 
 
-def rle_frame(numbers: NDArray[np.uint8] | NDArray[np.uint16]) -> bytes:
+def rle_frame(numbers: NDArray[np.unsignedinteger[Any]]) -> bytes:
     """One (rows, columns) frame: a header, then one segment for each byte of a pixel, most significant first.
 
     The encoders that pydicom finds take six times as long, or abort the process at a frame of odd size.

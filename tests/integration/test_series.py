@@ -7,6 +7,7 @@ import struct
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -369,7 +370,7 @@ def test_voxels_are_those_of_the_itk_series_reader(
 @pytest.mark.parametrize("dtype", [np.uint16, np.int16, np.int8])
 def test_rescaling_rounds_once_whatever_the_numbers(slope: float, intercept: float, dtype: type) -> None:
     kind = np.iinfo(dtype)
-    values = np.linspace(kind.min, kind.max, 997).astype(dtype)
+    values: NDArray[Any] = np.linspace(kind.min, kind.max, 997).astype(dtype)
     found = np.empty(values.shape, dtype=np.float32)
     rescale_values(values, slope, intercept, found)
     assert np.array_equal(found, (values.astype(np.float64) * slope + intercept).astype(np.float32))

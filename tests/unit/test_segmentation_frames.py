@@ -68,11 +68,12 @@ def test_every_geometry_gives_the_same_object(tmp_path: Path, recipe: dict[str, 
 def many_segments(content: ResultContent, count: int, seed: int) -> ResultContent:
     """Boxes of `count` labels, some of them nowhere, and slices without any."""
     draw = np.random.default_rng(seed)
-    labels = np.zeros(content.labels.shape, dtype=np.uint16 if count > 255 else np.uint8)
+    shape = content.geometry.shape
+    labels: NDArray[Any] = np.zeros(shape, dtype=np.uint16 if count > 255 else np.uint8)
     for value in draw.permutation(np.arange(1, count + 1))[: count * 3 // 4]:
-        z, y, x = (draw.integers(0, n - 3) for n in labels.shape)
+        z, y, x = (draw.integers(0, n - 3) for n in shape)
         labels[z : z + 3, y : y + 3, x : x + 3] = value
-    labels[labels.shape[0] // 2] = 0
+    labels[shape[0] // 2] = 0
     return _with_labels(content, labels, [(value,) for value in range(1, count + 1)])
 
 
@@ -139,12 +140,12 @@ def test_every_label_value_of_a_slice_is_found() -> None:
 @pytest.mark.parametrize("shape", [(1, 1), (7, 9), (3, 128), (3, 129), (2, 700)])
 def test_runs_of_every_length_are_decoded_to_what_they_were(shape: tuple[int, int], dtype: type) -> None:
     draw = np.random.default_rng(shape[1])
-    values = draw.integers(0, np.iinfo(dtype).max, 40).astype(dtype)
+    values: NDArray[Any] = draw.integers(0, np.iinfo(dtype).max, 40).astype(dtype)
     numbers = np.repeat(values, draw.integers(1, 200, 40))[: shape[0] * shape[1]].copy()
     numbers = np.resize(numbers, shape)
     encoded = rle_frame(numbers)
     assert len(encoded) % 2 == 0
-    options = {
+    options: dict[str, Any] = {
         "rows": shape[0],
         "columns": shape[1],
         "samples_per_pixel": 1,
