@@ -8,6 +8,7 @@ import os
 import re
 import socket
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from storage.errors import SpoolFull, SpoolUnsafe
@@ -31,12 +32,21 @@ def write_all(file: int, data: ByteString) -> int:
 
 
 def write_file(path: Path, data: bytes) -> None:
+    write_chunks(path, (data,))
+
+
+def write_chunks(path: Path, chunks: Iterable[bytes]) -> tuple[str, int]:
+    """A new file of these bytes, one chunk in memory at a time; returns (SHA-256, number of bytes)."""
+    digest, size = hashlib.sha256(), 0
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
     try:
-        write_all(file, data)
+        for chunk in chunks:
+            digest.update(chunk)
+            size += write_all(file, chunk)
         os.fsync(file)
     finally:
         os.close(file)
+    return digest.hexdigest(), size
 
 
 def sync_folder(folder: Path) -> None:

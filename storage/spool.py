@@ -16,6 +16,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,6 +30,7 @@ from storage.durable_files import (
     storage_error,
     sync_folder,
     unsafe,
+    write_chunks,
     write_file,
 )
 from storage.errors import ObjectChanged, ObjectMissing, SpoolFull, SpoolUnsafe
@@ -68,6 +70,12 @@ def study_key(study_instance_uid: str) -> str:
 def object_path(key: str, object_id: str) -> str:
     """Final place of an object of a study, relative to the spool's root."""
     return f"studies/{_checked(_STUDY_KEY, key)}/objects/{_checked(_OBJECT_ID, object_id)}.dcm"
+
+
+def _result_path(key: str, result_id: str, name: str) -> str:
+    return (
+        f"studies/{_checked(_STUDY_KEY, key)}/results/{_checked(_PLAIN_NAME, result_id)}/{_checked(_PLAIN_NAME, name)}"
+    )
 
 
 def quarantine_path(object_id: str) -> str:
@@ -138,32 +146,52 @@ class Spool:
         The same bytes again are fine (a retried step); other bytes raise ObjectChanged. The reserve does not apply:
         it is kept for this. Raises SpoolFull, SpoolUnsafe.
         """
-        relative = (
-            f"studies/{_checked(_STUDY_KEY, key)}/results/"
-            f"{_checked(_PLAIN_NAME, result_id)}/{_checked(_PLAIN_NAME, name)}"
-        )
+        relative = _result_path(key, result_id, name)
         digest = hashlib.sha256(data).hexdigest()
-        target = self.root / relative
         try:
-            self._make_folders(target.parent)
-            if not target.exists():
+            if not (self.root / relative).exists():
                 partial = self.root / "tmp" / partial_name(self.new_id())
                 try:
                     write_file(partial, data)
-                    # A link fails where a rename would replace what another process wrote meanwhile.
-                    os.link(partial, target)
-                    sync_folder(target.parent)
-                except FileExistsError:
-                    pass
+                    self._name_result(partial, relative)
                 finally:
                     partial.unlink(missing_ok=True)
-            if file_digest(target) != digest:
-                raise ObjectChanged(
-                    f"{relative} exists with other bytes; results are written once, so this step is not repeatable"
-                )
+            self._check_result(relative, digest)
         except OSError as error:
             raise storage_error(error, self.root) from error
         return relative, digest
+
+    def store_result_chunks(
+        self, key: str, result_id: str, stem: str, suffix: str, chunks: Iterable[bytes]
+    ) -> tuple[str, str, int]:
+        """The same for a file that is made while it is written, and named by its content: the stem, the first 16 hex
+        digits of its SHA-256, the suffix. Returns (path, SHA-256, bytes)."""
+        partial = self.root / "tmp" / partial_name(self.new_id())
+        try:
+            try:
+                digest, size = write_chunks(partial, chunks)
+                relative = _result_path(key, result_id, f"{stem}-{digest[:16]}{suffix}")
+                self._name_result(partial, relative)
+            finally:
+                partial.unlink(missing_ok=True)
+            self._check_result(relative, digest)
+        except OSError as error:
+            raise storage_error(error, self.root) from error
+        return relative, digest, size
+
+    def _name_result(self, partial: Path, relative: str) -> None:
+        target = self.root / relative
+        self._make_folders(target.parent)
+        # A link fails where a rename would replace what another process wrote meanwhile.
+        with suppress(FileExistsError):
+            os.link(partial, target)
+            sync_folder(target.parent)
+
+    def _check_result(self, relative: str, digest: str) -> None:
+        if file_digest(self.root / relative) != digest:
+            raise ObjectChanged(
+                f"{relative} exists with other bytes; results are written once, so this step is not repeatable"
+            )
 
     # -- after indexing ----------------------------------------------------------------------------------------
 

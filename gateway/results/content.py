@@ -6,7 +6,7 @@ function of it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
@@ -135,15 +135,16 @@ class ResultContent:
         values = [value for segment in self.segments for value in set(segment.region)]
         return len(values) != len(set(values))
 
-    def segment_numbers(self) -> NDArray[np.uint8] | NDArray[np.uint16]:
-        """(Z, Y, X) array of segment numbers, 0 outside; only for segments that do not overlap."""
-        table = np.zeros(int(self.labels.max(initial=0)) + 1, dtype=np.uint8 if len(self.segments) < 256 else np.uint16)
+    def segment_number_table(self) -> NDArray[np.unsignedinteger[Any]]:
+        """table[label value] = segment number, 0 outside, in 8 bits where they suffice, else 16; only for segments that
+        do not overlap."""
+        kind = np.uint8 if len(self.segments) < 256 else np.uint16
+        table: NDArray[np.unsignedinteger[Any]] = np.zeros(int(self.labels.max(initial=0)) + 1, dtype=kind)
         for segment in self.segments:
             for value in segment.region:
                 if 0 < value < table.size:
                     table[value] = segment.number
-        numbers: NDArray[np.uint8] | NDArray[np.uint16] = table[self.labels]
-        return numbers
+        return table
 
     def mask(self, segment: SegmentContent) -> NDArray[np.bool_]:
         """(Z, Y, X), true inside the segment."""
@@ -174,16 +175,25 @@ class Repair:
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedObject:
-    """A finished DICOM file: written once to the spool and sent unchanged ever after."""
+    """A finished DICOM file: written once to the spool and sent unchanged ever after.
+
+    chunks: the file's bytes piece by piece, made again at each call and always the same; a Segmentation is larger than
+    all that it is made from.
+    """
 
     role: str
     encoding: str
-    data: bytes = field(repr=False)
+    chunks: Callable[[], Iterable[bytes]] = field(repr=False)
     sop_class_uid: str
     sop_instance_uid: str
     series_instance_uid: str
     transfer_syntax_uid: str
     repairs: tuple[Repair, ...]
+
+    @property
+    def data(self) -> bytes:
+        """The whole file."""
+        return b"".join(self.chunks())
 
     @property
     def reference(self) -> ObjectReference:

@@ -6,7 +6,6 @@ replaces, so that a step repeated after a crash writes the same bytes and the sa
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -211,9 +210,11 @@ class Encoding:
         rows = []
         for item in made:
             # Named by content: what a crash left behind before its row may be of an older release of this program.
-            name = f"{item.role}-{item.encoding}-{hashlib.sha256(item.data).hexdigest()[:16]}.dcm".lower()
+            stem = f"{item.role}-{item.encoding}".lower()
             with alarmed_when_full(self._database):
-                path, digest = self._spool.store_result_file(source.study_key, result_id, name, item.data)
+                path, digest, size = self._spool.store_result_chunks(
+                    source.study_key, result_id, stem, ".dcm", item.chunks()
+                )
             rows.append(
                 ResultObject(
                     sop_instance_uid=item.sop_instance_uid,
@@ -225,7 +226,7 @@ class Encoding:
                     transfer_syntax_uid=item.transfer_syntax_uid,
                     spool_path=path,
                     digest=digest,
-                    size_bytes=len(item.data),
+                    size_bytes=size,
                     repairs=[asdict(r) for r in item.repairs],
                 )
             )

@@ -19,16 +19,17 @@ import numpy as np
 from numpy.typing import NDArray
 from pydicom import dcmread
 from pydicom.dataset import Dataset
-from pydicom.filereader import read_file_meta_info
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian
 
 from gateway.results import attributes
 from gateway.results.attributes import READ_ERRORS, AttributeRejected, Where, damaged
 from gateway.results.pixels import PixelFormat, check_length, number_of_frames, read_pixel_format
 from gateway.results.split_keys import SPLIT_KEYS
+from storage.part10 import meta_text, read_meta_elements
 
 MAX_INFLATED_BYTES = 1 << 30
 """A deflated object that grows beyond this is refused before it is parsed."""
+_TRANSFER_SYNTAX_UID = 0x00020010
 _ORTHOGONALITY_TOLERANCE = 1e-2
 # DA and TM joined, or DT, with an offset from UTC as DT may have one (PS3.5 6.2).
 _DATE_TIME = re.compile(
@@ -40,7 +41,8 @@ _NO_DATE = "00010101"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SourceObject:
-    """One file: its header without pixel data, and how its pixels are encoded."""
+    """One file: its header without pixel data, and how its pixels are encoded. pixel_data_offset: of the element Pixel
+    Data in the file, where there is one, as long as the data set is not deflated."""
 
     file: Path
     header: Dataset
@@ -51,6 +53,7 @@ class SourceObject:
     frame_of_reference_uid: str
     modality: str
     pixel_format: PixelFormat
+    pixel_data_offset: int
 
     @property
     def where(self) -> Where:
@@ -100,7 +103,7 @@ def read_object(file: Path) -> SourceObject:
     no image, or cannot be decoded.
     """
     where = Where(file=file)
-    header = read_header(file, where)
+    header, pixel_data_offset = _read(file, where, None)
     sop_instance_uid = attributes.required_uid(header, "SOPInstanceUID", where)
     where = Where(file=file, sop_instance_uid=sop_instance_uid)
     transfer_syntax_uid = attributes.required_uid(header.file_meta, "TransferSyntaxUID", where)
@@ -120,24 +123,34 @@ def read_object(file: Path) -> SourceObject:
         frame_of_reference_uid=attributes.uid(header, "FrameOfReferenceUID", where),
         modality=attributes.text(header, "Modality", where),
         pixel_format=pixel_format,
+        pixel_data_offset=pixel_data_offset,
     )
 
 
 def read_header(file: Path, where: Where, *, only: Sequence[str] | None = None) -> Dataset:
     """The data set without pixel data, or of it only these keywords. Raises AttributeRejected when it is no complete
     DICOM file (PS3.10) or cannot be parsed, OSError when the file cannot be read."""
+    return _read(file, where, only)[0]
+
+
+def _read(file: Path, where: Where, only: Sequence[str] | None) -> tuple[Dataset, int]:
+    """The data set, and where in the file reading stopped."""
     try:
         with file.open("rb") as stream:
             if stream.read(132)[128:] != b"DICM":
                 advice = "send it as a DICOM file (PS3.10) with preamble and file meta information"
                 raise attributes.absent("FileMetaInformationVersion", where, advice)
-        meta = read_file_meta_info(file)
-        if not attributes.text(meta, "TransferSyntaxUID", where):
-            advice = "the encoding of the data set is unknown; send the object with its transfer syntax"
-            raise attributes.absent("TransferSyntaxUID", where, advice)
-        if attributes.text(meta, "TransferSyntaxUID", where) == DeflatedExplicitVRLittleEndian:
-            _check_inflated_size(file, where)
-        return dcmread(file, stop_before_pixels=True, specific_tags=None if only is None else list(only))
+            stream.seek(0)
+            elements, _ = read_meta_elements(stream)
+            transfer_syntax_uid = meta_text(elements, _TRANSFER_SYNTAX_UID)
+            if not transfer_syntax_uid:
+                advice = "the encoding of the data set is unknown; send the object with its transfer syntax"
+                raise attributes.absent("TransferSyntaxUID", where, advice)
+            if transfer_syntax_uid == DeflatedExplicitVRLittleEndian:
+                _check_inflated_size(file, where)
+            stream.seek(0)
+            found = dcmread(stream, stop_before_pixels=True, specific_tags=None if only is None else list(only))
+            return found, stream.tell()
     except READ_ERRORS as error:
         if not damaged(error):
             raise

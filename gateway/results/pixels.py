@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,14 @@ from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.pixels.decoders.base import Decoder, get_decoder
 from pydicom.tag import Tag
-from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, RLELossless
+from pydicom.uid import (
+    UID,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    RLELossless,
+)
 
 from gateway.results.attributes import (
     PARSER_ERRORS,
@@ -40,6 +48,9 @@ _UNREAD_SYNTAXES = {
     "1.2.840.10008.1.2.4.55": "JPEG Full Progression, Process 10 and 12, retired",
     "1.2.840.10008.1.2.8.1": "Deflated Image Frame Compression",
 }
+_PLUGINS = {str(JPEG2000Lossless): ("pillow", "")}
+"""pydicom's plugins to try, "" for all that it has: Pillow spends least beside OpenJPEG, which works on a frame with as
+many threads as OPJ_NUM_THREADS says."""
 MAX_FRAMES = 65_535
 """More frames than this in one object are refused unread."""
 
@@ -138,12 +149,22 @@ def check_length(pixel_format: PixelFormat, file: Path, where: Where) -> None:
 
 
 def stored_frames(
-    file: Path, pixel_format: PixelFormat, indices: Sequence[int], where: Where
+    file: Path, pixel_format: PixelFormat, indices: Sequence[int], where: Where, *, offset: int | None = None
 ) -> Iterator[StoredValues]:
     """Yield the stored values (rows, columns) of the frames at `indices` (from 0), in that order.
 
-    Raises AttributeRejected naming PixelData or TransferSyntaxUID when they cannot be decoded.
+    offset: of the element Pixel Data, which spares parsing the data set again; where the element is not found there as
+    it should be, the data set is parsed. Raises AttributeRejected naming PixelData or TransferSyntaxUID when they
+    cannot be decoded.
     """
+    if offset is not None:
+        with file.open("rb", buffering=0) as stream:
+            if _is_at_pixel_data(stream, offset, pixel_format):
+                if pixel_format.native:
+                    yield from _frames_in_file(stream, pixel_format, indices, where)
+                else:
+                    yield from _decoded_frames(stream.read(), pixel_format, indices, where)
+                return
     try:
         ds = dcmread(file)
         element = ds.get_item(PIXEL_DATA) if PIXEL_DATA in ds else None
@@ -157,6 +178,40 @@ def stored_frames(
         yield from _native_frames(element.value, str(element.VR), pixel_format, indices, where)
     else:
         yield from _decoded_frames(ds, pixel_format, indices, where)
+
+
+def _is_at_pixel_data(stream: RawIOBase, offset: int, pixel_format: PixelFormat) -> bool:
+    """Whether Pixel Data begins at `offset` in the plainest form (PS3.5 7.1.2, 7.1.3, A.4) and is long enough; leaves
+    the stream at the value."""
+    implicit = pixel_format.transfer_syntax_uid == ImplicitVRLittleEndian
+    if pixel_format.transfer_syntax_uid in (ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian):
+        return False
+    stream.seek(offset)
+    head = stream.read(8 if implicit else 12) or b""
+    tag, vr, length = head[:4], head[4:8], head[-4:]
+    if tag != b"\xe0\x7f\x10\x00" or len(head) < (8 if implicit else 12):
+        return False
+    if not pixel_format.native:
+        return vr == b"OB\0\0" and length == b"\xff\xff\xff\xff"
+    found = int.from_bytes(length, "little")
+    plain = implicit or vr in (b"OB\0\0", b"OW\0\0")
+    return plain and pixel_format.frame_bytes * pixel_format.frames <= found < 0xFFFF_FFFF
+
+
+def _frames_in_file(
+    stream: RawIOBase, pixel_format: PixelFormat, indices: Sequence[int], where: Where
+) -> Iterator[StoredValues]:
+    start = stream.tell()
+    for index in indices:
+        frame = np.empty((pixel_format.rows, pixel_format.columns), dtype=f"<u{pixel_format.bits_allocated // 8}")
+        stream.seek(start + index * pixel_format.frame_bytes)
+        view = frame.reshape(-1).view(np.uint8).data
+        found = 0
+        while found < frame.nbytes and (count := stream.readinto(view[found:])):
+            found += count
+        if found < frame.nbytes:
+            raise _short(f"frame {index + 1} has {found} bytes", frame.nbytes, where)
+        yield _without_unused_bits(frame, pixel_format)
 
 
 def _native_frames(
@@ -181,47 +236,73 @@ def _native_frames(
 
 
 def _decoded_frames(
-    ds: Dataset, pixel_format: PixelFormat, indices: Sequence[int], where: Where
+    source: Dataset | bytes, pixel_format: PixelFormat, indices: Sequence[int], where: Where
 ) -> Iterator[StoredValues]:
+    """source: a data set, or the value of Pixel Data and what follows it."""
     decoder = _decoder(pixel_format.transfer_syntax_uid, where)
-    found = 0
+    options = _decoder_options(pixel_format) if isinstance(source, bytes) else {}
+    found, failure = 0, None
     shape = (pixel_format.rows, pixel_format.columns)
-    try:
-        for frame, _ in decoder.iter_array(ds, indices=list(indices), raw=True):
-            if frame.shape != shape:
-                problem = f"decodes to {frame.shape[0]}x{frame.shape[1]} instead of {shape[0]}x{shape[1]} pixels"
-                raise AttributeRejected("PixelData", problem, where, "the object is damaged; send it again")
-            found += 1
-            if pixel_format.transfer_syntax_uid == RLELossless:
-                frame = _without_unused_bits(frame.view(f"u{frame.dtype.itemsize}"), pixel_format)
-            yield frame
-    except AttributeRejected:
-        raise
-    except PARSER_ERRORS as error:
+    for plugin in _PLUGINS.get(pixel_format.transfer_syntax_uid, ("",)):
+        try:
+            rest = list(indices)[found:]
+            for frame, _ in decoder.iter_array(source, indices=rest, raw=True, decoding_plugin=plugin, **options):
+                if frame.shape != shape:
+                    problem = f"decodes to {frame.shape[0]}x{frame.shape[1]} instead of {shape[0]}x{shape[1]} pixels"
+                    raise AttributeRejected("PixelData", problem, where, "the object is damaged; send it again")
+                found += 1
+                if pixel_format.transfer_syntax_uid == RLELossless:
+                    frame = _without_unused_bits(frame.view(f"u{frame.dtype.itemsize}"), pixel_format)
+                yield frame
+            failure = None
+            break
+        except AttributeRejected:
+            raise
+        except PARSER_ERRORS as error:
+            failure = error
+    if failure is not None:
         name = UID(pixel_format.transfer_syntax_uid).name
         problem = f"cannot be decoded as {name}"
-        raise AttributeRejected("PixelData", problem, where, "send the image again or uncompressed") from error
+        advice = "send the image again or uncompressed"
+        raise AttributeRejected("PixelData", problem, where, advice) from failure
     if found != len(indices):
         problem = f"holds {found} of {len(indices)} frames"
         raise AttributeRejected("PixelData", problem, where, "the object is damaged; send it again")
 
 
+def _decoder_options(pixel_format: PixelFormat) -> dict[str, Any]:
+    return {
+        "rows": pixel_format.rows,
+        "columns": pixel_format.columns,
+        "number_of_frames": pixel_format.frames,
+        "samples_per_pixel": 1,
+        "bits_allocated": pixel_format.bits_allocated,
+        "bits_stored": pixel_format.bits_stored,
+        "pixel_representation": int(pixel_format.signed),
+        "photometric_interpretation": pixel_format.photometric_interpretation,
+        "pixel_keyword": "PixelData",
+    }
+
+
 def _without_unused_bits(unsigned: StoredValues, pixel_format: PixelFormat) -> StoredValues:
-    """Keep the BitsStored bits that end at HighBit; bits outside may hold overlays (retired) or garbage."""
+    """Keep the BitsStored bits that end at HighBit; bits outside may hold overlays (retired) or garbage. An array that
+    can be written to is changed in place."""
     allocated, stored = pixel_format.bits_allocated, pixel_format.bits_stored
-    native_order = unsigned.astype(unsigned.dtype.newbyteorder("="), copy=False)
-    if not pixel_format.signed:
-        if stored == allocated:
-            return native_order
-        shift = pixel_format.high_bit + 1 - stored
-        kept: StoredValues = (native_order >> shift) & ((1 << stored) - 1)
-        return kept
-    signed = native_order.view(f"i{allocated // 8}")
+    values = unsigned.astype(unsigned.dtype.newbyteorder("="), copy=not unsigned.flags.writeable)
+    if pixel_format.signed:
+        values = values.view(f"i{allocated // 8}")
     if stored == allocated:
-        return signed
-    # Move the sign bit to the top, then back with sign extension.
-    extended: StoredValues = (signed << (allocated - 1 - pixel_format.high_bit)) >> (allocated - stored)
-    return extended
+        return values
+    if pixel_format.signed:
+        # Move the sign bit to the top, then back with sign extension.
+        values <<= allocated - 1 - pixel_format.high_bit
+        values >>= allocated - stored
+        return values
+    shift = pixel_format.high_bit + 1 - stored
+    if shift:
+        values >>= shift
+    values &= (1 << stored) - 1
+    return values
 
 
 def _decoder(transfer_syntax_uid: str, where: Where) -> Decoder:

@@ -7,7 +7,7 @@ UID of the library reaches the bytes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from io import BytesIO
 
@@ -88,35 +88,40 @@ class ResultHeader:
         return _SERIES_BASE + 10 * (source if 0 <= source <= 99_999 else 0) + _ROLE_OFFSET[role]
 
 
-def stand_ins(header: ResultHeader, planes: Iterable[int]) -> list[Dataset]:
+def stand_ins(
+    header: ResultHeader, planes: Iterable[int], *, rows_columns: tuple[int, int] | None = None
+) -> list[Dataset]:
     """One single-frame image per plane, with the geometry of the source slice and no identity but a number.
 
-    The SOP Instance UID of plane z is "2.25.<z + 1>"; `restore_references` puts the real one back.
+    The SOP Instance UID of plane z is "2.25.<z + 1>"; `restore_references` puts the real one back. rows_columns: other
+    than the slice's.
     """
     content = header.content
     _, y_spacing, x_spacing = content.geometry.spacing_mm
     cosines = content.geometry.direction
     orientation = [format_number_as_ds(float(v)) for v in (*cosines[:, 0], *cosines[:, 1])]
+    common = Dataset()
+    common.SOPClassUID = CTImageStorage
+    common.StudyInstanceUID = content.identity.study_instance_uid
+    common.SeriesInstanceUID = content.identity.series_instance_uid
+    common.FrameOfReferenceUID = header.frame_of_reference_uid
+    common.Modality = "OT"
+    common.Rows, common.Columns = rows_columns or content.geometry.shape[1:]
+    common.ImageOrientationPatient = orientation
+    common.PixelSpacing = [format_number_as_ds(y_spacing), format_number_as_ds(x_spacing)]
+    common.SliceThickness = header.slice_thickness_mm
+    if content.geometry.shape[0] > 1:
+        common.SpacingBetweenSlices = format_number_as_ds(header.slice_step_mm)
+    for keyword in ("PatientID", "PatientName", "PatientBirthDate", "PatientSex"):
+        setattr(common, keyword, "")
+    for keyword in ("AccessionNumber", "StudyID", "StudyDate", "StudyTime"):
+        setattr(common, keyword, "")
     result = []
     for z in planes:
         image = Dataset()
-        image.SOPClassUID = CTImageStorage
+        image.update(common)
         image.SOPInstanceUID = f"2.25.{z + 1}"
-        image.StudyInstanceUID = content.identity.study_instance_uid
-        image.SeriesInstanceUID = content.identity.series_instance_uid
-        image.FrameOfReferenceUID = header.frame_of_reference_uid
-        image.Modality = "OT"
-        image.Rows, image.Columns = content.geometry.shape[1:]
         image.ImagePositionPatient = [format_number_as_ds(float(v)) for v in content.frames[z].position_mm]
-        image.ImageOrientationPatient = orientation
-        image.PixelSpacing = [format_number_as_ds(y_spacing), format_number_as_ds(x_spacing)]
-        image.SliceThickness = header.slice_thickness_mm
-        if content.geometry.shape[0] > 1:
-            image.SpacingBetweenSlices = format_number_as_ds(header.slice_step_mm)
-        for keyword in ("PatientID", "PatientName", "PatientBirthDate", "PatientSex"):
-            setattr(image, keyword, "")
-        for keyword in ("AccessionNumber", "StudyID", "StudyDate", "StudyTime"):
-            setattr(image, keyword, "")
         result.append(image)
     return result
 
@@ -223,6 +228,41 @@ def finished(
     dataset: Dataset, header: ResultHeader, *, role: str, encoding: str, transfer_syntax_uid: str
 ) -> EncodedObject:
     """The data set as a DICOM file whose bytes depend on the content only."""
+    data = file_bytes(dataset, transfer_syntax_uid)
+    return encoded_object(
+        dataset,
+        header,
+        role=role,
+        encoding=encoding,
+        transfer_syntax_uid=transfer_syntax_uid,
+        chunks=lambda: (data,),
+    )
+
+
+def encoded_object(
+    dataset: Dataset,
+    header: ResultHeader,
+    *,
+    role: str,
+    encoding: str,
+    transfer_syntax_uid: str,
+    chunks: Callable[[], Iterable[bytes]],
+) -> EncodedObject:
+    """An object whose file is made of `chunks`; dataset: at least its UIDs."""
+    return EncodedObject(
+        role=role,
+        encoding=encoding,
+        chunks=chunks,
+        sop_class_uid=str(dataset.SOPClassUID),
+        sop_instance_uid=str(dataset.SOPInstanceUID),
+        series_instance_uid=str(dataset.SeriesInstanceUID),
+        transfer_syntax_uid=str(transfer_syntax_uid),
+        repairs=tuple(header.repairs),
+    )
+
+
+def file_bytes(dataset: Dataset, transfer_syntax_uid: str) -> bytes:
+    """Preamble, file meta information (PS3.10 7.1) and data set."""
     meta = FileMetaDataset()
     meta.FileMetaInformationVersion = b"\x00\x01"
     meta.MediaStorageSOPClassUID = UID(str(dataset.SOPClassUID))
@@ -237,16 +277,7 @@ def finished(
     plain.preamble = b"\0" * 128
     buffer = BytesIO()
     dcmwrite(buffer, plain, enforce_file_format=True)
-    return EncodedObject(
-        role=role,
-        encoding=encoding,
-        data=buffer.getvalue(),
-        sop_class_uid=str(dataset.SOPClassUID),
-        sop_instance_uid=str(dataset.SOPInstanceUID),
-        series_instance_uid=str(dataset.SeriesInstanceUID),
-        transfer_syntax_uid=str(transfer_syntax_uid),
-        repairs=tuple(header.repairs),
-    )
+    return buffer.getvalue()
 
 
 def _equipment(header: ResultHeader) -> list[Dataset]:

@@ -8,14 +8,13 @@ per segment at the first slice, because an object without frames is not a Segmen
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable
+from itertools import chain
 
 import numpy as np
 from highdicom.color import CIELabColor
 from highdicom.seg import Segmentation, SegmentDescription
 from highdicom.sr import CodedConcept
-from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence as DicomSequence
 from pydicom.sr.coding import Code as DicomCode
@@ -30,11 +29,24 @@ from gateway.results.result_modules import (
     algorithm_identification,
     code_item,
     coded,
-    finished,
+    encoded_object,
+    file_bytes,
     instance_references,
     side,
     stand_ins,
     write_common_modules,
+)
+from gateway.results.segmentation_frames import (
+    MOST_BYTES,
+    FrameOrder,
+    bit_packed,
+    bit_packed_bytes,
+    encapsulated,
+    frame_order,
+    functional_groups,
+    overlap_anywhere,
+    run_length_encoded,
+    segments_present,
 )
 
 LABEL_MAP_STORAGE = "1.2.840.10008.5.1.4.1.1.66.7"
@@ -66,14 +78,41 @@ def encode_segmentation(content: ResultContent, *, encoding: Encoding = "BINARY"
     if encoding == "LABELMAP" and content.overlapping:
         raise Rejected(f"{where}: segments overlap, which a label map cannot hold; write it as BINARY")
     header = ResultHeader(content)
-    planes = [int(z) for z in np.nonzero(content.labels.any(axis=(1, 2)))[0]] or [0]
+    present = segments_present(content)
+    dataset = _one_pixel_frames(content, header, np.flatnonzero(present.any(axis=1)).tolist(), encoding)
+    order = frame_order(present, [_plane(item) for item in dataset.PerFrameFunctionalGroupsSequence], encoding)
+    dataset.NumberOfFrames = len(order.plane_indices)
+    write_common_modules(dataset, header, role="SEG", encoding=encoding)
+    restore_references(dataset, content)
+    _fix_dimension_uid(dataset, component_uid(content.identity, role="SEG", encoding=encoding, component="dimensions"))
+    dataset.PositionReferenceIndicator = header.attributes.get("PositionReferenceIndicator")
+    dataset.ContentCreatorName = None  # no person made this
+    if content.supersedes.image is not None:
+        _refer_to_superseded(dataset, content.supersedes.image)
+    return encoded_object(
+        dataset,
+        header,
+        role="SEG",
+        encoding=encoding,
+        transfer_syntax_uid=_TRANSFER_SYNTAX[encoding],
+        chunks=_chunks(content, dataset, order, encoding),
+    )
+
+
+def _one_pixel_frames(content: ResultContent, header: ResultHeader, planes: list[int], encoding: Encoding) -> Dataset:
+    """The data set as highdicom makes it for one frame per plane of a single pixel; all else is that of the result.
+
+    highdicom puts the planes in the order of their dimension index. Two segments stand for any number: of one alone it
+    puts the number into the shared functional groups.
+    """
+    descriptions = [segment_item(content, segment) for segment in content.segments]
     reference = segmentation_reference(content, encoding=encoding)
     try:
         dataset = Segmentation(
-            source_images=stand_ins(header, planes),
-            pixel_array=_pixels(content, planes),
+            source_images=stand_ins(header, planes, rows_columns=(1, 1)),
+            pixel_array=np.ones((len(planes), 1, 1), dtype=np.uint8),
             segmentation_type=encoding,
-            segment_descriptions=[segment_item(content, segment) for segment in content.segments],
+            segment_descriptions=descriptions[:2] if encoding == "BINARY" else descriptions,
             series_instance_uid=reference.series_instance_uid,
             series_number=header.series_number("SEG"),
             sop_instance_uid=reference.sop_instance_uid,
@@ -85,32 +124,42 @@ def encode_segmentation(content: ResultContent, *, encoding: Encoding = "BINARY"
             transfer_syntax_uid=_TRANSFER_SYNTAX[encoding],
             content_label="AI_SEGMENTATION",
             content_description=f"{content.identity.model.name[:40]}: {NOT_REVIEWED}",
-            omit_empty_frames=bool(content.labels.any()),
         )
     except (ValueError, TypeError, AttributeError, LookupError) as error:
         raise Rejected(
-            f"{where}: its slice geometry (ImagePositionPatient (0020,0032), ImageOrientationPatient (0020,0037)) "
-            f"cannot be written as a Segmentation: {error}"
+            f"series {content.identity.series_instance_uid}: its slice geometry (ImagePositionPatient (0020,0032), "
+            f"ImageOrientationPatient (0020,0037)) cannot be written as a Segmentation: {error}"
         ) from error
-    write_common_modules(dataset, header, role="SEG", encoding=encoding)
-    _restore_references(dataset, content)
-    _fix_dimension_uid(dataset, component_uid(content.identity, role="SEG", encoding=encoding, component="dimensions"))
-    dataset.PositionReferenceIndicator = header.attributes.get("PositionReferenceIndicator")
-    dataset.ContentCreatorName = None  # no person made this
-    if content.supersedes.image is not None:
-        _refer_to_superseded(dataset, content.supersedes.image)
-    return finished(dataset, header, role="SEG", encoding=encoding, transfer_syntax_uid=_TRANSFER_SYNTAX[encoding])
+    if encoding == "BINARY":
+        dataset.SegmentSequence = descriptions
+        dataset.SegmentsOverlap = "YES" if overlap_anywhere(content) else "NO"
+    dataset.Rows, dataset.Columns = content.labels.shape[1:]
+    return dataset
 
 
-def _pixels(content: ResultContent, planes: Sequence[int]) -> NDArray[Any]:
-    """(planes, Y, X) segment numbers, or (planes, Y, X, segments) 0/1 where segments overlap."""
-    if not content.overlapping:
-        return content.segment_numbers()[planes]
-    labels = content.labels[planes]
-    stacked = np.zeros((*labels.shape, len(content.segments)), dtype=np.uint8)
-    for index, segment in enumerate(content.segments):
-        stacked[..., index] = np.isin(labels, [value for value in segment.region if value > 0])
-    return stacked
+def _plane(frame: Dataset) -> int:
+    """Slice z of a frame whose source is still a stand-in."""
+    source = frame.DerivationImageSequence[0].SourceImageSequence[0]
+    return int(str(source.ReferencedSOPInstanceUID).rpartition(".")[2]) - 1
+
+
+def _chunks(
+    content: ResultContent, dataset: Dataset, order: FrameOrder, encoding: Encoding
+) -> Callable[[], Iterable[bytes]]:
+    """The file: what pydicom writes of the data set, then the functional groups and pixels of each frame."""
+    templates = [item for item in dataset.PerFrameFunctionalGroupsSequence if isinstance(item, Dataset)]
+    del dataset.PerFrameFunctionalGroupsSequence, dataset.PixelData
+    head = file_bytes(dataset, _TRANSFER_SYNTAX[encoding])
+    if encoding == "LABELMAP":
+        groups = list(functional_groups(templates, order))
+        frames = run_length_encoded(content, order)
+        return lambda: chain((head,), groups, encapsulated(frames))
+    if bit_packed_bytes(content, order) > MOST_BYTES:
+        raise Rejected(
+            f"series {content.identity.series_instance_uid}: {len(order.segments)} frames are more pixel data than the "
+            f"{MOST_BYTES} bytes of a BINARY Segmentation (PS3.5 7.1.1); write it as LABELMAP"
+        )
+    return lambda: chain((head,), functional_groups(templates, order), bit_packed(content, order))
 
 
 def segment_item(content: ResultContent, segment: SegmentContent) -> SegmentDescription:
@@ -133,20 +182,19 @@ def segment_item(content: ResultContent, segment: SegmentContent) -> SegmentDesc
     return description
 
 
-def _restore_references(dataset: Dataset, content: ResultContent) -> None:
+def restore_references(dataset: Dataset, content: ResultContent) -> None:
     """Replace the stand-ins by the source objects, frame numbers included, and name every source instance."""
     done: set[int] = set()  # highdicom shares one item between the segments of a plane
     for frame in dataset.PerFrameFunctionalGroupsSequence:
-        for derivation in frame.DerivationImageSequence:
-            for item in derivation.SourceImageSequence:
-                if id(item) in done:
-                    continue
-                done.add(id(item))
-                source = content.frames[int(str(item.ReferencedSOPInstanceUID).rpartition(".")[2]) - 1]
-                item.ReferencedSOPClassUID = source.sop_class_uid
-                item.ReferencedSOPInstanceUID = source.sop_instance_uid
-                if source.frame_number is not None:
-                    item.ReferencedFrameNumber = source.frame_number
+        item = frame.DerivationImageSequence[0].SourceImageSequence[0]
+        if id(item) in done:
+            continue
+        done.add(id(item))
+        source = content.frames[_plane(frame)]
+        item.ReferencedSOPClassUID = source.sop_class_uid
+        item.ReferencedSOPInstanceUID = source.sop_instance_uid
+        if source.frame_number is not None:
+            item.ReferencedFrameNumber = source.frame_number
     dataset.SourceImageSequence = DicomSequence(instance_references(content))
     series = Dataset()
     series.SeriesInstanceUID = content.identity.series_instance_uid

@@ -9,6 +9,7 @@ lies, tilted gantry included. Nothing is resampled or flipped here.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +32,7 @@ from storage.part10 import read_meta_elements
 
 MAX_VOXELS = 1 << 30
 """Larger volumes (4 GiB as float32) are refused before anything is allocated."""
-_THREADS = 2
+_MOST_THREADS = 8
 _PARALLEL_FROM_FILES = 4
 
 
@@ -122,26 +123,42 @@ def decode(part: SeriesPart) -> SeriesPart:
         planes = [part.planes[z] for z in indices]
         source = planes[0].source
         stored = [0 if plane.frame_number is None else plane.frame_number - 1 for plane in planes]
-        decoded = stored_frames(source.file, source.pixel_format, stored, source.where)
+        offset = source.pixel_data_offset
+        decoded = stored_frames(source.file, source.pixel_format, stored, source.where, offset=offset)
         for z, plane, values in zip(indices, planes, decoded, strict=True):
-            _rescale(values, plane.rescale_slope, plane.rescale_intercept, array[0, z])
+            rescale_values(values, plane.rescale_slope, plane.rescale_intercept, array[0, z])
 
+    threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
+    # Where OpenJPEG looks for its number of threads; decoding holds the interpreter's lock.
+    os.environ.setdefault("OPJ_NUM_THREADS", str(threads))
     if len(slices) < _PARALLEL_FROM_FILES:
         for indices in slices.values():
             fill(indices)
     else:
-        with ThreadPoolExecutor(max_workers=_THREADS) as pool:
+        with ThreadPoolExecutor(max_workers=threads) as pool:
             for _ in pool.map(fill, slices.values()):
                 pass
     return replace(part, volume=Volume(array=array, geometry=part.geometry))
 
 
-def _rescale(values: StoredValues, slope: float, intercept: float, out: NDArray[np.float32]) -> None:
+def rescale_values(values: StoredValues, slope: float, intercept: float, out: NDArray[np.float32]) -> None:
     """value * slope + intercept in float64, rounded once to float32."""
-    if slope == 1.0 and intercept == 0.0:
+    if values.itemsize <= 2 and slope.is_integer() and intercept.is_integer() and _is_exact(slope, intercept):
+        # Nothing is ever rounded, so that float32 gives the same.
+        if slope == 1.0:
+            np.add(values, np.float32(intercept), out=out)
+        else:
+            np.multiply(values, np.float32(slope), out=out)
+            out += np.float32(intercept)
+    elif slope == 1.0 and intercept == 0.0:
         out[...] = values
     else:
         out[...] = values.astype(np.float64) * slope + intercept
+
+
+def _is_exact(slope: float, intercept: float) -> bool:
+    """Whether every value of 16 bits gives a whole number that float32 holds."""
+    return 0xFFFF * abs(slope) + abs(intercept) <= 1 << 24
 
 
 def _objects(files: Sequence[Path]) -> tuple[list[SourceObject], list[GeometryFinding]]:

@@ -7,17 +7,19 @@ import struct
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 from numpy.typing import NDArray
 from pydicom import dcmread
+from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless
 
 from engine.volume import Volume
 from gateway.errors import Rejected
 from gateway.results.attributes import AttributeRejected
-from gateway.results.series import SeriesPart, decode, read_series
+from gateway.results.series import SeriesPart, decode, read_series, rescale_values
 from tests.support.phantoms import (
     BLOB_VALUES,
     CENTRE_MM,
@@ -346,3 +348,29 @@ def test_no_file_of_the_collection_raises_anything_but_a_refusal(shared_data: Pa
                 refused += 1
     assert read > 50
     assert refused > 80
+
+
+@pytest.mark.parametrize("transfer_syntax", [ExplicitVRLittleEndian, JPEG2000Lossless])
+@pytest.mark.parametrize(("signed", "bits_stored"), [(False, 12), (False, 16), (True, 12), (True, 16)])
+def test_voxels_are_those_of_the_itk_series_reader(
+    tmp_path: Path, transfer_syntax: str, signed: bool, bits_stored: int
+) -> None:
+    """For one rescale of all slices: ITK gives every slice the type of the first and so cuts off fractions."""
+    series = write_series(
+        tmp_path, shape=(6, 40, 36), transfer_syntax=transfer_syntax, signed=signed, bits_stored=bits_stored
+    )
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(tmp_path)))
+    _, volume = only(read_series(series.files))
+    np.testing.assert_array_equal(volume.array[0], sitk.GetArrayFromImage(reader.Execute()))
+
+
+@pytest.mark.parametrize("slope", [1.0, 2.0, -3.0, 255.0, 256.0, 0.5, 1.1, 1e6])
+@pytest.mark.parametrize("intercept", [0.0, -1024.0, 65535.0, 0.25, -1e9])
+@pytest.mark.parametrize("dtype", [np.uint16, np.int16, np.int8])
+def test_rescaling_rounds_once_whatever_the_numbers(slope: float, intercept: float, dtype: type) -> None:
+    kind = np.iinfo(dtype)
+    values: NDArray[Any] = np.linspace(kind.min, kind.max, 997).astype(dtype)
+    found = np.empty(values.shape, dtype=np.float32)
+    rescale_values(values, slope, intercept, found)
+    assert np.array_equal(found, (values.astype(np.float64) * slope + intercept).astype(np.float32))

@@ -67,7 +67,7 @@ def test_an_object_that_finds_no_room_on_the_disk_is_alarmed_until_one_does(
     made = EncodedObject(
         role="SEG",
         encoding="BINARY",
-        data=b"object",
+        chunks=lambda: (b"object",),
         sop_instance_uid="1.2.3.9",
         sop_class_uid="1.2.840.10008.5.1.4.1.1.66.4",
         series_instance_uid="1.2.3.8",

@@ -8,6 +8,7 @@ import pytest
 from numpy.typing import NDArray
 from pydicom import dcmread
 from pydicom.dataset import Dataset
+from pydicom.pixels.decoders.base import JPEG2000LosslessDecoder
 from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
@@ -18,10 +19,11 @@ from pydicom.uid import (
     RLELossless,
 )
 
+from gateway.results import pixels
 from gateway.results.attributes import AttributeRejected
 from gateway.results.frames import read_object
 from gateway.results.pixels import stored_frames
-from gateway.results.series import read_series
+from gateway.results.series import decode, read_series
 from tests.support.phantoms import write_series
 
 LOSSLESS = [
@@ -165,6 +167,55 @@ def test_damaged_compressed_data_are_refused(tmp_path: Path, transfer_syntax: st
 
     with pytest.raises(AttributeRejected, match="PixelData"):
         read_series([file])
+
+
+@pytest.mark.parametrize("transfer_syntax", LOSSLESS)
+def test_pixels_found_at_their_place_are_those_of_the_parsed_object(tmp_path: Path, transfer_syntax: str) -> None:
+    """Every frame, in any order, with bits to be cut off; an offset that is wrong costs time and nothing else."""
+    file = write_series(
+        tmp_path, shape=(3, 40, 36), enhanced=True, transfer_syntax=transfer_syntax, bits_stored=12, signed=True
+    ).files[0]
+    source = read_object(file)
+    order = [2, 0, 1]
+
+    def frames(offset: int | None) -> NDArray[np.int64]:
+        found = stored_frames(file, source.pixel_format, order, source.where, offset=offset)
+        return np.stack([np.asarray(frame, dtype=np.int64) for frame in found])
+
+    parsed = frames(None)
+    assert np.array_equal(frames(source.pixel_data_offset), parsed)
+    assert np.array_equal(frames(200), parsed)
+    assert np.array_equal(frames(1 << 40), parsed)
+
+
+@pytest.mark.parametrize("transfer_syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEG2000Lossless])
+def test_an_object_is_parsed_once(tmp_path: Path, transfer_syntax: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write_series(tmp_path, shape=(1, 40, 36), transfer_syntax=transfer_syntax).files[0]
+    (part,) = read_series([file], only_headers=True)
+    monkeypatch.setattr(pixels, "dcmread", None)
+    decode(part)
+
+
+def test_an_object_that_was_cut_short_after_its_header_was_read_is_refused(tmp_path: Path) -> None:
+    file = write_series(tmp_path, shape=(1, 8, 8)).files[0]
+    (part,) = read_series([file], only_headers=True)
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(
+        AttributeRejected, match=r"PixelData \(7FE0,0010\) is truncated \(frame 1 has 118 bytes of 128\)"
+    ):
+        decode(part)
+
+
+def test_what_pillow_cannot_decode_others_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    series = write_series(tmp_path, shape=(1, 40, 36), transfer_syntax=JPEG2000Lossless)
+
+    def failing(*_: object) -> None:
+        raise RuntimeError("not this one")
+
+    monkeypatch.setitem(JPEG2000LosslessDecoder._available, "pillow", failing)
+    (part,) = read_series(series.files)
+    assert part.volume is not None
+    np.testing.assert_array_equal(part.volume.array[0], series.array)
 
 
 def test_object_without_pixels_is_refused_when_voxels_are_wanted(tmp_path: Path) -> None:

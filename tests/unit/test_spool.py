@@ -7,6 +7,7 @@ import hashlib
 import io
 import os
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -260,6 +261,30 @@ def test_result_file_is_written_once(spool: Spool) -> None:
         spool.store_result_file(key, "r1", "seg.dcm", b"other")
     assert (spool.root / relative).read_bytes() == b"seg"
     assert left_in_tmp(spool) == []
+
+
+@pytest.mark.requirement("QUE-27")
+def test_a_result_made_while_it_is_written_is_named_by_its_content(spool: Spool) -> None:
+    key, digest = study_key("1.2.3"), hashlib.sha256(b"segment").hexdigest()
+    stored = spool.store_result_chunks(key, "r1", "seg-binary", ".dcm", iter([b"seg", b"", b"ment"]))
+    assert stored == (f"studies/{key}/results/r1/seg-binary-{digest[:16]}.dcm", digest, 7)
+    assert (spool.root / stored[0]).read_bytes() == b"segment"
+    assert spool.store_result_chunks(key, "r1", "seg-binary", ".dcm", [b"segment"]) == stored
+    (spool.root / stored[0]).write_bytes(b"altered")
+    with pytest.raises(ObjectChanged):
+        spool.store_result_chunks(key, "r1", "seg-binary", ".dcm", [b"segment"])
+    assert left_in_tmp(spool) == []
+
+
+def test_a_result_whose_making_fails_leaves_nothing(spool: Spool) -> None:
+    def chunks() -> Iterator[bytes]:
+        yield b"seg"
+        raise ValueError("no more")
+
+    with pytest.raises(ValueError, match="no more"):
+        spool.store_result_chunks(study_key("1.2.3"), "r1", "seg", ".dcm", chunks())
+    assert left_in_tmp(spool) == []
+    assert list(spool.root.glob("studies/*/results/*/*")) == []
 
 
 def test_a_result_file_that_was_altered_or_truncated_is_not_used(spool: Spool) -> None:
