@@ -76,6 +76,7 @@ from storage.spool import Spool
 
 _log = structlog.get_logger(__name__)
 _AWAY_PAUSE_S = 2.0
+_RETENTION_MOST_S = 60.0  # canaries and other jobs wait behind it
 _HEADERS_KEPT = 1024  # some tens of kB each
 
 Boundary = Callable[[str], None]
@@ -168,6 +169,7 @@ def run_worker(settings: Settings, *, stop: threading.Event, boundary: Boundary 
         settings=settings,
         deletions=deletions,
         shadows=lambda: versions_in_shadow(registry),
+        most_s=_RETENTION_MOST_S,
     )
 
     def drift_and_policy() -> str:

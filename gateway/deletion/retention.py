@@ -8,6 +8,7 @@ then an alarm says why the disk stays full. Never within `keep_days`, and never 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -73,7 +74,10 @@ class Retention:
         deletions: Deletions,
         shadows: Callable[[], Collection[tuple[str, str]]] = frozenset,
         clock: Callable[[], datetime] = utc_now,
+        most_s: float | None = None,
     ) -> None:
+        """`most_s`: a run begins no deletion after so long; other jobs wait for its worker."""
+        self._most_s = most_s
         self._database = database
         self._spool = spool
         self._settings = settings
@@ -107,6 +111,7 @@ class Retention:
     def run(self) -> str:
         """The job: finish what was cut short, then delete what the policy says; a sentence on it. Raises DatabaseAway,
         SpoolUnsafe."""
+        began = time.monotonic()
         self._deletions.finish_all()
         if not self._policy.deletes:
             self._tell(0)
@@ -114,19 +119,25 @@ class Retention:
         judged, shadows, done = self._judged(), self._shadows(), _Done()
         aged = self._for_age(judged)
         for one in aged:
+            if self._is_long_enough(began):
+                break
             self._retire(one, shadows, done)
         gone = {one.study.study_instance_uid for one in aged}
         left = [study for study in judged if study.study_instance_uid not in gone and not study.reasons]
         wanted = self._wanted_bytes(self._spool.free_bytes())
         target = self._policy.until_mb * _MIB
         for study in left if wanted else ():
-            if self._spool.free_bytes() >= target:
+            if self._spool.free_bytes() >= target or self._is_long_enough(began):
                 break
             self._retire(Going(study=study, because=SPACE), shadows, done)
-        free_bytes = self._spool.free_bytes()
-        self._tell(max(0, self._policy.start_below_mb * _MIB - free_bytes))
+        free_bytes, is_cut = self._spool.free_bytes(), self._is_long_enough(began)
+        self._tell(0 if is_cut else max(0, self._policy.start_below_mb * _MIB - free_bytes))
         said = f"{done.studies} studies deleted, {done.size_bytes // _MIB} MB; {free_bytes // _MIB} MB are free"
-        return said + (f"; {len(done.stayed)} stayed after all" if done.stayed else "")
+        said += f"; {len(done.stayed)} stayed after all" if done.stayed else ""
+        return said + ("; the next run goes on" if is_cut else "")
+
+    def _is_long_enough(self, began: float) -> bool:
+        return self._most_s is not None and time.monotonic() - began >= self._most_s
 
     def _retire(self, one: Going, shadows: Collection[tuple[str, str]], done: _Done) -> None:
         reason = self._reason(one)

@@ -273,9 +273,7 @@ def test_it_is_on_the_queue_of_the_workers_in_the_transaction_that_decides_it(
     assert f"study {UID} 1" in queue.forgotten
 
 
-def test_what_a_step_writes_after_the_rows_are_gone_goes_too(
-    database: Database, spool: Spool, tmp_path: Path
-) -> None:
+def test_what_a_step_writes_after_the_rows_are_gone_goes_too(database: Database, spool: Spool, tmp_path: Path) -> None:
     result_id = add_finished(database, spool)
     made = deletions(database, spool, tmp_path)
     made.delete(UID, by="user:ann", reason="r")
