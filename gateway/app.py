@@ -162,7 +162,13 @@ def run_worker(settings: Settings, *, stop: threading.Event, boundary: Boundary 
         database=database, spool=spool, settings=settings, registry=registry, shelf=shelf, enqueuer=enqueuer
     )
 
-    deletions = Deletions(database=database, spool=spool, enqueuer=enqueuer, settings=settings, boundary=boundary)
+    deletions = Deletions(
+        database=database,
+        spool=spool,
+        enqueuer=enqueuer,
+        settings=settings,
+        boundary=lambda point: boundary(f"deletion {point}"),
+    )
     retention = Retention(
         database=database,
         spool=spool,
