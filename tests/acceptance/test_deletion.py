@@ -72,7 +72,7 @@ def test_retention_whose_worker_is_killed_goes_on_and_the_study_sent_again_is_ne
     gateway.wait_for_death_at("deletion rows going")
     gateway.end("worker")
     gateway.start("worker")
-    wait_until(lambda: not is_here(gateway, study.uid), "the study is gone", timeout_s=120)
+    wait_until(lambda: not is_here(gateway, study.uid), "the study is gone")
     wait_until(lambda: files_in(gateway.settings.spool_dir / "studies") == [], "its files are gone")
     assert [event.kind for event in gateway.events(study.uid)][-1] == "study-removed"
     assert gateway.in_pacs(study.uid) == before

@@ -4,7 +4,6 @@ back."""
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -77,8 +76,8 @@ class OnBoth(Bench):
 
 
 @pytest.fixture
-def bench(database: Database, tmp_path: Path) -> Iterator[OnBoth]:
-    yield OnBoth(tmp_path, database)
+def bench(database: Database, tmp_path: Path) -> OnBoth:
+    return OnBoth(tmp_path, database)
 
 
 @pytest.mark.requirement("OPS-57")

@@ -58,6 +58,13 @@ def retire(made: Deletions, database: Database, uid: str = UID) -> None:
     made.retire(study, reason="less than 5 MB were free", in_shadow=())
 
 
+def begin(made: Deletions, database: Database, why: str) -> None:
+    if why == "request":
+        made.delete(UID, by="user:ann", reason="r")
+    else:
+        retire(made, database)
+
+
 def tombstones(database: Database) -> list[dict[str, object]]:
     with database.reading() as session:
         return [dict(event.detail) for event in ledger.events(session, ledger.DELETIONS)]
@@ -170,10 +177,7 @@ def test_a_deletion_that_is_cut_short_never_looks_whole_and_is_finished_by_the_n
 
     dying = deletions(database, spool, tmp_path, boundary=dies)
     with pytest.raises(Died):
-        if why == "request":
-            dying.delete(UID, by="user:ann", reason="r")
-        else:
-            retire(dying, database)
+        begin(dying, database, why)
     with database.reading() as session:
         study = session.get(Study, UID)
     assert study is None or study.state == StudyState.DELETING
