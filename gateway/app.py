@@ -19,6 +19,8 @@ from emr.client import EmrClient, EmrEndpoint
 from emr.errors import CredentialsInvalid
 from emr.exchange import open_http
 from gateway import durable
+from gateway.deletion.deletions import Deletions
+from gateway.deletion.retention import Retention, versions_in_shadow
 from gateway.delivery.contact import forget_removed
 from gateway.delivery.destination import Destination
 from gateway.delivery.dicomweb import DicomWebPacs
@@ -31,7 +33,7 @@ from gateway.delivery.reported import ReportedObjects
 from gateway.delivery.reporting import Reporting
 from gateway.destination_settings import FhirDestination
 from gateway.disk_space import ReserveWatch
-from gateway.due_work import CANARY_CHECK, enqueue_version
+from gateway.due_work import CANARY_CHECK, DELETION, enqueue_version
 from gateway.durable import INFERENCE, JOBS, SHADOW, STUDIES, TRAINING, Enqueuer, delivery_queue
 from gateway.heartbeat import Heartbeat, executor_id
 from gateway.intake.assembly import Assembly
@@ -74,6 +76,7 @@ from storage.spool import Spool
 
 _log = structlog.get_logger(__name__)
 _AWAY_PAUSE_S = 2.0
+_RETENTION_MOST_S = 60.0  # canaries and other jobs wait behind it
 _HEADERS_KEPT = 1024  # some tens of kB each
 
 Boundary = Callable[[str], None]
@@ -159,6 +162,22 @@ def run_worker(settings: Settings, *, stop: threading.Event, boundary: Boundary 
         database=database, spool=spool, settings=settings, registry=registry, shelf=shelf, enqueuer=enqueuer
     )
 
+    deletions = Deletions(
+        database=database,
+        spool=spool,
+        enqueuer=enqueuer,
+        settings=settings,
+        boundary=lambda point: boundary(f"deletion {point}"),
+    )
+    retention = Retention(
+        database=database,
+        spool=spool,
+        settings=settings,
+        deletions=deletions,
+        shadows=lambda: versions_in_shadow(registry),
+        most_s=_RETENTION_MOST_S,
+    )
+
     def drift_and_policy() -> str:
         said, found = drift.run()
         return "; ".join(filter(None, (said, policy.after_drift(found))))
@@ -169,6 +188,8 @@ def run_worker(settings: Settings, *, stop: threading.Event, boundary: Boundary 
         "retraining": policy.retrain_all,
         "canary": canary.run,
         CANARY_CHECK: canary.check,
+        "retention": retention.run,
+        DELETION: deletions.finish_all,
     }
     register_job_workflows(story, JobSteps(database, jobs), attempts=worker.attempts)
     trainings = TrainingWork(

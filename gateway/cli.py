@@ -15,6 +15,7 @@ import typer
 from gateway.command_options import DEFAULT_CONFIG, Config, Json
 from gateway.corrections_cli import corrections
 from gateway.dataset_cli import dataset
+from gateway.deletion_cli import delete, keep, retention
 from gateway.fine_tuning_cli import train_fine_tune
 from gateway.learning_cli import learn
 from gateway.models_cli import models
@@ -260,7 +261,7 @@ train.command("fine-tune")(train_fine_tune)
 app.add_typer(train, name="train")
 app.add_typer(corrections, name="corrections")
 app.add_typer(learn, name="learn")
-for command in (plan, evaluate, select, export):
+for command in (retention, delete, keep, plan, evaluate, select, export):
     app.command()(command)
 
 

@@ -13,7 +13,7 @@ from gateway.workflows import DELIVER, MAKE_RESULT, PROCESS_STUDY, RUN_JOB, SHAD
 from storage.learning_records import ShadowRun
 from storage.records import Delivery, Result, StudyVersion
 
-CANARY_CHECK = "canary-check"
+CANARY_CHECK, DELETION = "canary-check", "deletion"
 
 
 def enqueue_version(session: Session, enqueuer: Enqueuer, version: StudyVersion, *, priority: int = ROUTINE) -> None:
@@ -77,6 +77,19 @@ def enqueue_canary_check(
         workflow=RUN_JOB,
         workflow_id=f"{CANARY_CHECK} {study_instance_uid} {why}",
         argument=CANARY_CHECK,
+        priority=ROUTINE,
+        delay_s=delay_s,
+    )
+
+
+def enqueue_deletion(session: Session, enqueuer: Enqueuer, deletion_id: str, *, why: str, delay_s: float) -> None:
+    """Finishing deletions, should whoever began this one not do it (gateway/deletion/deletions.py)."""
+    enqueuer.enqueue(
+        session,
+        queue=JOBS,
+        workflow=RUN_JOB,
+        workflow_id=f"{DELETION} {deletion_id} {why}",
+        argument=DELETION,
         priority=ROUTINE,
         delay_s=delay_s,
     )

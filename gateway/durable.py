@@ -130,6 +130,14 @@ class Enqueuer:
             found.update({row.workflow_id: str(row.status) for row in rows})
         return found
 
+    def forget(self, workflow_ids: Collection[str]) -> None:
+        """These workflows never run again, and nothing is left of them; one that runs ends at its next step."""
+        ids = sorted(workflow_ids)
+        for start in range(0, len(ids), _STATUSES_AT_ONCE):
+            some = ids[start : start + _STATUSES_AT_ONCE]
+            self._client.cancel_workflows(some)
+            self._client.delete_workflows(some)
+
     def close(self) -> None:
         self._client.destroy()
 

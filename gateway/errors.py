@@ -5,6 +5,8 @@ Each package raises its own errors; this is the one place that says what they me
 
 from __future__ import annotations
 
+from sqlalchemy.exc import NoResultFound
+
 import emr.errors
 import engine.errors
 import gateway.intake.errors
@@ -52,6 +54,7 @@ _MEANING: tuple[tuple[type[BaseException], type[GatewayError]], ...] = (
     (storage.errors.LedgerBroken, Permanent),
     (storage.errors.ModelMissing, Permanent),
     (storage.errors.ModelChanged, Permanent),
+    (NoResultFound, Rejected),  # the study was deleted while a step of it was at work
     (ConnectionError, Transient),
     (TimeoutError, Transient),
 )

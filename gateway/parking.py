@@ -22,10 +22,15 @@ from storage.records import (
     utc_now,
 )
 
+DELETED = "deleted"
+"""Its study was deleted while it was at work (gateway/deletion/deletions.py): there is nothing to park."""
+
 
 def park_study(session: Session, version_id: str, step: str, reason: str) -> str:
     """The study is FAILED, unless a newer version of it has been declared or it is parked already."""
-    version = session.get_one(StudyVersion, version_id)
+    version = session.get(StudyVersion, version_id)
+    if version is None:
+        return DELETED
     study = session.get_one(Study, version.study_instance_uid)
     words = f"{step}: {reason}"
     if study.version != version.number or study.state not in (StudyState.WHOLE, StudyState.PROCESSING):
@@ -40,7 +45,9 @@ def park_study(session: Session, version_id: str, step: str, reason: str) -> str
 
 def park_result(session: Session, result_id: str, step: str, reason: str) -> str:
     """The result is FAILED; what was computed is kept."""
-    result = session.get_one(Result, result_id, with_for_update=True)
+    result = session.get(Result, result_id, with_for_update=True)
+    if result is None:
+        return DELETED
     if result.state != ResultState.PENDING:
         return str(result.state)
     words = f"{step}: {reason}"
@@ -56,7 +63,9 @@ def park_result(session: Session, result_id: str, step: str, reason: str) -> str
 
 def park_delivery(session: Session, delivery_id: str, reason: str) -> str:
     """The delivery is PARKED; the other destinations of the result go on."""
-    delivery = session.get_one(Delivery, delivery_id)
+    delivery = session.get(Delivery, delivery_id)
+    if delivery is None:
+        return DELETED
     if delivery.next_attempt_at is None and delivery.state not in (DeliveryState.QUEUED, DeliveryState.SENT):
         return str(delivery.state)
     delivery.state, delivery.state_reason = DeliveryState.PARKED, reason

@@ -35,6 +35,8 @@ _WORDS = "the study is quarantined"
 def reason_to_stop(session: Session, study_instance_uid: str) -> str | None:
     """Why nothing may be made of this study or sent for it now; None where nothing stands against it."""
     study = session.get_one(Study, study_instance_uid)
+    if study.state == StudyState.DELETING:
+        return "the study is being deleted"
     if study.state != StudyState.QUARANTINED:
         return None
     return f"{_WORDS}: {study.state_reason or 'a person has to decide'}"

@@ -64,7 +64,7 @@ def retry_study(
         ).first()
         retried = Retried(study_instance_uid=study_instance_uid, routing=0, results=0, deliveries=0)
         why = study.state_reason
-        if version is not None and study.state != StudyState.QUARANTINED:
+        if version is not None and study.state not in (StudyState.QUARANTINED, StudyState.DELETING):
             results = list(session.scalars(select(Result).where(Result.version_id == version.version_id)))
             unmade = [r for r in results if _to_be_ordered_anew(study, r)]
             results = [r for r in results if r not in unmade]

@@ -59,6 +59,11 @@ JOB_LIST: Mapping[str, Job] = MappingProxyType(
                 summary="sends a synthetic study for each model and compares what comes",
                 cron=lambda settings: settings.canary_cron,
             ),
+            Job(
+                name="retention",
+                summary="deletes what was delivered, as [retention] says",
+                cron=lambda settings: settings.retention_cron,
+            ),
         )
     }
 )

@@ -155,6 +155,7 @@ class SchedulerSettings(Section):
     learning_cron: str = "45 3 * * *"  # learning.toml: whether enough labelled cases wait for a fine-tuning
     retraining_cron: str = ""  # a full training of each model with its old and its labelled cases
     canary_cron: str = ""  # [canary]: a synthetic study through the real path
+    retention_cron: str = "*/10 * * * *"  # [retention]: deletes what is delivered, where that says so
 
 
 class DriftSettings(Section):
@@ -172,6 +173,38 @@ class CanarySettings(Section):
     result_within_s: Annotated[float, Field(gt=0)] = 900  # later is too slow
     min_dice: Annotated[float, Field(ge=0, le=1)] = 0.95  # of each label, against what the bundle says
     keep_days: int = Field(default=2, ge=0)  # then the synthetic studies are deleted
+
+
+class RetentionSettings(Section):
+    """[retention]: which studies are deleted by themselves (OPS-57). With its defaults none is.
+
+    Only what is done with: delivered and looked up, or wanted by no model, and with no reason to stay
+    (gateway/deletion/reasons_to_stay.py).
+    """
+
+    delivered_days: int = Field(default=0, ge=0)  # delivered so long ago: deleted; 0 = not for its age
+    unmatched_days: int = Field(default=0, ge=0)  # the same for what no model wanted; 0 = never, for no reason
+    start_below_mb: int = Field(default=0, ge=0)  # free space below which the longest delivered go; 0 = not for space
+    stop_at_mb: int = Field(default=0, ge=0)  # until so much is free; 0 = 1.25 times start_below_mb
+    keep_days: int = Field(default=7, ge=0)  # after delivery nothing goes so soon, however full the disk is
+    stored_is_enough: bool = False  # destinations that cannot be asked: what they said they stored counts as delivered
+    keep_unreviewed: bool = True  # QA said "review", and no reader has said anything
+    keep_labelled: bool = True  # studies with a reader's labels that a training has learnt from
+
+    @property
+    def deletes(self) -> bool:
+        return bool(self.delivered_days or self.unmatched_days or self.start_below_mb)
+
+    @property
+    def until_mb(self) -> int:
+        """How much is to be free again."""
+        return self.stop_at_mb or self.start_below_mb * 5 // 4
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.stop_at_mb and self.stop_at_mb < self.start_below_mb:
+            raise ValueError(f"stop_at_mb: {self.stop_at_mb} is less than start_below_mb ({self.start_below_mb})")
+        return self
 
 
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -217,7 +250,18 @@ class GatewaySettings(BaseSettings):
     scheduler: SchedulerSettings = SchedulerSettings()
     drift: DriftSettings = DriftSettings()
     canary: CanarySettings = CanarySettings()
+    retention: RetentionSettings = RetentionSettings()
     web: WebSettings = WebSettings()
+
+    @model_validator(mode="after")
+    def _retention_keeps_the_reserve(self) -> Self:
+        start, reserve = self.retention.start_below_mb, self.receiver.reserve_mb
+        if start and start <= reserve:
+            raise ValueError(
+                f"retention.start_below_mb: {start} is not more than receiver.reserve_mb ({reserve}), below which "
+                "nothing is accepted any more"
+            )
+        return self
 
     @model_validator(mode="after")
     def _canary_is_no_sender(self) -> Self:

@@ -143,6 +143,8 @@ class ResultWork:
         """The result is FAILED with the step and the reason, alarmed; what was computed is kept."""
         with self._database.session() as session:
             outcome = parking.park_result(session, result_id, step, reason)
+            if outcome == parking.DELETED:
+                return outcome
             model_name = session.get_one(Result, result_id).model_name
         self._watch(model_name)
         return outcome

@@ -15,7 +15,7 @@ OF_A_CANARY = "a canary: its result leaves the gateway to nobody"
 NOBODY_TO_SEND_TO = "nobody to send it to: destinations.toml names no destination"
 
 # Decided elsewhere; results of an older version do not change them.
-_NOT_DERIVED = {StudyState.RECEIVING, StudyState.QUARANTINED, StudyState.WHOLE}
+_NOT_DERIVED = {StudyState.RECEIVING, StudyState.QUARANTINED, StudyState.WHOLE, StudyState.DELETING}
 _UNDER_WAY = {DeliveryState.QUEUED, DeliveryState.SENT}
 
 

@@ -21,7 +21,7 @@ from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import NullPool
 
-from storage import canary_records, learning_records  # noqa: F401 - their tables are among Record.metadata
+from storage import canary_records, deletion_records, learning_records  # noqa: F401 - their tables are among Record.metadata
 from storage.errors import DatabaseAway
 from storage.records import Record
 

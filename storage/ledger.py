@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import select, text
+from sqlalchemy import delete, select, text
 from sqlalchemy.orm import Session
 
 from storage.errors import LedgerBroken
 from storage.records import LedgerEvent, utc_now
 
 GENESIS = "0" * 64
+DELETIONS = "deletions"
+"""The chain of what was deleted, which names no study."""
 
 
 def study_subject(study_instance_uid: str) -> str:
@@ -63,6 +66,24 @@ def append(
     session.add(event)
     session.flush()
     return event
+
+
+def erase(session: Session, subjects: Sequence[str]) -> dict[str, Any]:
+    """Remove whole chains, inside the caller's transaction, and say what a tombstone may say of them: how many events,
+    of which kinds, and the heads of the chains, by which somebody who has an old copy can show that it is genuine.
+
+    A chain has the random ids of objects in it, so that nobody can find out by trying what a head was made from.
+    """
+    kinds: Counter[str] = Counter()
+    heads = []
+    for subject in sorted(subjects):
+        hold(session, subject)
+        chain = events(session, subject)
+        if chain:
+            kinds.update(event.kind for event in chain)
+            heads.append(chain[-1].hash)
+            session.execute(delete(LedgerEvent).where(LedgerEvent.subject == subject))
+    return {"events": kinds.total(), "kinds": dict(sorted(kinds.items())), "heads": heads}
 
 
 def events(session: Session, subject: str) -> Sequence[LedgerEvent]:

@@ -62,6 +62,7 @@ class StudyState(enum.StrEnum):
     HELD = "held"  # QA held a result: nothing but a notice leaves
     QUARANTINED = "quarantined"  # two identities, or a conflict only a person can decide
     FAILED = "failed"  # parked: the ledger says at which step and why; `seggate retry`
+    DELETING = "deleting"  # its deletion was decided; nothing is made of it or sent, and soon it is gone
 
 
 class InstanceState(enum.StrEnum):

@@ -15,7 +15,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -298,11 +298,48 @@ class Spool:
         try:
             for path in (self.root / "tmp").iterdir():
                 if path.name.endswith(_ASIDE) and _STUDY_KEY.fullmatch(path.name.removesuffix(_ASIDE)):
-                    shutil.rmtree(path)
+                    # Another process may sweep at the same time.
+                    shutil.rmtree(path, ignore_errors=True)
+                    if path.exists():
+                        shutil.rmtree(path)
                     removed += 1
+        except FileNotFoundError:
+            return removed
         except OSError as error:
             raise unsafe(error, self.root) from error
         return removed
+
+    def remove_result(self, key: str, result_id: str) -> bool:
+        """Delete the files of one result; whether there were any. Raises SpoolUnsafe."""
+        folder = self.root / "studies" / _checked(_STUDY_KEY, key) / "results" / _checked(_PLAIN_NAME, result_id)
+        if not folder.is_dir():
+            return False
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+            if folder.is_dir():
+                shutil.rmtree(folder)
+            sync_folder(folder.parent)
+        except OSError as error:
+            raise unsafe(error, self.root) from error
+        return True
+
+    def remove_objects(self, key: str, wanted: Callable[[str], bool]) -> int:
+        """Delete the objects of a study whose ids are `wanted`; how many there were. Raises SpoolUnsafe."""
+        folder = self.root / "studies" / _checked(_STUDY_KEY, key) / "objects"
+        found = [path for path in self.objects_in(folder) if wanted(path.stem)]
+        try:
+            for path in found:
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise unsafe(error, self.root) from error
+        return len(found)
+
+    def remove_incoming(self, object_id: str) -> None:
+        """Delete an object of `incoming/` that belongs to a deleted study. Raises SpoolUnsafe."""
+        try:
+            (self.root / "incoming" / f"{_checked(_OBJECT_ID, object_id)}.dcm").unlink(missing_ok=True)
+        except OSError as error:
+            raise unsafe(error, self.root) from error
 
     def take_back(self, paths: Iterable[Path]) -> None:
         """Move settled objects that no row names back to `incoming/`. Raises SpoolUnsafe; then some are moved."""

@@ -77,7 +77,7 @@ def show(config: Path, study: str, *, as_json: bool) -> int:
     """The ledger of one study, its results, deliveries and the routing rule by rule."""
     database = existing_database(load_settings(config))
     with database.reading() as session:
-        found = _find(session, study)
+        found = find_study(session, study)
         if found is None:
             return 1
         document = study_document(session, found)
@@ -100,7 +100,7 @@ def retry(config: Path, study: str | None, *, all_parked: bool, as_json: bool) -
     database, destinations = existing_database(settings), settings.destinations
     if study is not None:
         with database.reading() as session:
-            found = _find(session, study)
+            found = find_study(session, study)
             if found is None:
                 return 1
             uids = [found.study_instance_uid]
@@ -130,7 +130,7 @@ def release(config: Path, study: str, *, reason: str, as_json: bool) -> int:
 
     database = existing_database(load_settings(config))
     with database.reading() as session:
-        found = _find(session, study)
+        found = find_study(session, study)
         if found is None:
             return 1
         uid = found.study_instance_uid
@@ -159,7 +159,7 @@ def withhold(config: Path, destination: str, *, reason: str, study: str | None, 
     database, uid = existing_database(load_settings(config)), None
     if study is not None:
         with database.reading() as session:
-            found = _find(session, study)
+            found = find_study(session, study)
             if found is None:
                 return 1
             uid = found.study_instance_uid
@@ -181,7 +181,7 @@ def complete(config: Path, study: str, *, wait: bool, as_json: bool) -> int:
     database = existing_database(load_settings(config))
     wish = "wait" if wait else "complete"
     with database.session() as session:
-        found = _find(session, study)
+        found = find_study(session, study)
         if found is None:
             return 1
         uid = found.study_instance_uid
@@ -313,7 +313,7 @@ def _aside(instance: Instance) -> dict[str, Any]:
     return {f: getattr(instance, f) for f in fields}
 
 
-def _find(session: Session, beginning: str) -> Study | None:
+def find_study(session: Session, beginning: str) -> Study | None:
     """A study by its UID or the beginning of it; says what is wrong when it is none or more than one."""
     exact = session.get(Study, beginning)
     if exact is not None:

@@ -38,6 +38,7 @@ from gateway.settings import Completeness, Settings
 from storage import ledger
 from storage.alarms import clear_alarms, raise_alarm
 from storage.database import Database
+from storage.deletion_records import times_deleted
 from storage.errors import DatabaseAway
 from storage.records import Instance, InstanceState, LedgerEvent, Study, StudyState, StudyVersion, utc_now
 from storage.spool import study_key
@@ -217,6 +218,8 @@ class Assembly:
         if any(v.content_digest == digest for v in earlier):
             # The content of an older version has come back: work of its own, or the queue would say it is done.
             workflow_id = f"{workflow_id}-{study.version + 1}"
+        if deleted := times_deleted(session, study.study_key):
+            workflow_id = f"{workflow_id}-after-{deleted}"  # it was here, was deleted, and is new work
         version = StudyVersion(
             version_id=uuid.uuid4().hex,
             study_instance_uid=uid,

@@ -13,6 +13,7 @@ import logging
 import stat
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,7 +21,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from pydicom.dataset import Dataset
-from sqlalchemy import update
+from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from gateway.intake.association_index import apply_event
@@ -30,11 +31,12 @@ from gateway.intake.index_mark import IndexMark
 from gateway.intake.spool_comparison import SpoolComparison
 from gateway.intake.study_index import ACTOR, GATEWAY_SUBJECT, StudyIndex
 from gateway.settings import Settings
+from storage import ledger
 from storage.alarms import clear_alarms, raise_alarm
 from storage.database import Database
 from storage.errors import DatabaseAway, ObjectMissing, SpoolUnsafe
 from storage.records import Instance, Series, Study, utc_now
-from storage.spool import Incoming, Settlement, Spool
+from storage.spool import Incoming, Settlement, Spool, study_key
 
 LOG = logging.getLogger(__name__)
 
@@ -43,6 +45,8 @@ _BATCH = 100
 _FIRST_RETRY_S = 0.5
 _MAX_RETRY_S = 10.0
 _SKIPPED_RETRY_S = 60.0  # an entry that could not be indexed is tried again after so long
+_STUDY_GOES, _STUDY_GOES_RETRY_S = "study-goes", 0.5  # its study is being deleted; this one opens it anew
+_RETURNED = "deleted-objects-returned"
 _MAX_NAMED = 5  # entries named in an alarm
 
 ALARM_ENTRY_UNREADABLE = "spool-entry-unreadable"
@@ -224,11 +228,19 @@ class Indexer:
             if content is not None:
                 read.append((entry, content))
         moves: list[Settlement] = []
+        waiting: list[Incoming] = []
+        deleted: list[Examined] = []
         with self._database.session() as session:
             index = StudyIndex(session, self._spool, conflict_policy=self._policy, is_own_result=self._is_own_result)
             index.prepare([content for _, content in read if isinstance(content, Examined)])
             for entry, content in read:
                 if isinstance(content, Examined):
+                    if index.waits(content):
+                        waiting.append(entry)
+                        continue
+                    if index.deleted_by(content) is not None:
+                        deleted.append(content)
+                        continue
                     moves.append(index.place(self._in_time(session, content)))
                     continue
                 kind, detail = content
@@ -236,11 +248,33 @@ class Indexer:
                     apply_event(session, kind, detail)
                 except (KeyError, TypeError, ValueError):
                     LOG.exception("the event %s is damaged and left out", entry.path.name)
+            without_study = self._tell_deleted(session, index, deleted)
         self._spool.settle(moves)
+        for item in deleted:
+            self._spool.remove_incoming(item.object_id)
+        for key in without_study:
+            self._spool.set_study_aside(key)
+        if without_study:
+            self._spool.sweep_studies_aside()
         for entry in batch:
             self._skipped.pop(entry.id, None)
+        for entry in waiting:
+            self._skipped[entry.id] = (_STUDY_GOES, entry.path.name, self._clock() + _STUDY_GOES_RETRY_S)
+        for entry in batch:
             if entry.is_event:
                 self._spool.forget_event(entry.path)
+
+    def _tell_deleted(self, session: Session, index: StudyIndex, deleted: Sequence[Examined]) -> set[str]:
+        """Objects of deleted studies came back with an old copy of the spool: they go again. Returns the keys of the
+        studies that are not there anew, whose whole folders are such a copy."""
+        by_deletion = Counter(str(index.deleted_by(item)) for item in deleted)
+        for deletion_id, count in sorted(by_deletion.items()):
+            detail = {"deletion": deletion_id, "objects": count}
+            ledger.append(session, subject=ledger.DELETIONS, kind=_RETURNED, actor=ACTOR, detail=detail)
+            LOG.warning("%d objects of a deleted study came back (an old copy of the spool?) and are deleted", count)
+        studies = {str(item.study_instance_uid) for item in deleted}
+        there = set(session.scalars(select(Study.study_instance_uid).where(Study.study_instance_uid.in_(studies))))
+        return {study_key(uid) for uid in studies - there}
 
     def _in_time(self, session: Session, item: Examined) -> Examined:
         """The object with times that fit this indexer's clock, by which quiet time is measured.

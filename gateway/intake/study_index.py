@@ -19,6 +19,7 @@ from gateway.intake.examination import Examined, differences
 from gateway.intake.identity import PatientIdentity, conflicts, merged
 from storage import ledger
 from storage.alarms import raise_alarm
+from storage.deletion_records import deleted_objects, object_tail
 from storage.errors import ObjectMissing
 from storage.records import Association, Instance, InstanceState, ResultObject, Series, Study, StudyState
 from storage.spool import Settlement, Spool, object_path, quarantine_path, study_key
@@ -32,7 +33,7 @@ ALARM_IDENTITY = "identity-conflict"
 GATEWAY_SUBJECT = "gateway"
 
 # A new object in one of these opens the study again; assembly decides about a new version (CMP-17).
-_CLOSED_STATES = frozenset(StudyState) - {StudyState.RECEIVING, StudyState.QUARANTINED}
+_CLOSED_STATES = frozenset(StudyState) - {StudyState.RECEIVING, StudyState.QUARANTINED, StudyState.DELETING}
 _COMPARED_STATES = (InstanceState.CURRENT, InstanceState.CONFLICT, InstanceState.REPLACED, InstanceState.QUARANTINED)
 
 
@@ -57,9 +58,12 @@ class StudyIndex:
         self._known: dict[str, Instance] = {}
         self._same_uid: dict[str, list[Instance]] = defaultdict(list)
         self._own: set[str] = set()
+        self._deleting: set[str] = set()
+        self._deleted: dict[tuple[str, bytes], str] = {}
 
     def prepare(self, batch: Sequence[Examined]) -> None:
-        """Load what the batch will be compared with, in three queries."""
+        """Load what the batch will be compared with, in a few queries."""
+        self._look_for_deletions(batch)
         ids = [item.object_id for item in batch]
         uids = {item.header.sop_instance_uid for item in batch if item.header is not None}
         for row in self._session.scalars(select(Instance).where(Instance.object_id.in_(ids))):
@@ -73,6 +77,28 @@ class StudyIndex:
         self._own.update(
             self._session.scalars(select(ResultObject.sop_instance_uid).where(ResultObject.sop_instance_uid.in_(uids)))
         )
+
+    def _look_for_deletions(self, batch: Sequence[Examined]) -> None:
+        """Before anything else is read: behind the locks no deletion goes on, so what is read next stays true."""
+        studies = {item.study_instance_uid for item in batch if item.study_instance_uid}
+        states = self._session.execute(
+            select(Study.study_instance_uid, Study.state)
+            .where(Study.study_instance_uid.in_(studies))
+            .order_by(Study.study_instance_uid)
+            .with_for_update()
+        )
+        self._deleting = {uid for uid, state in states if state == StudyState.DELETING}
+        self._deleted = deleted_objects(self._session, {study_key(uid) for uid in studies})
+
+    def waits(self, item: Examined) -> bool:
+        """Whether its study is just being deleted: afterwards the object opens it anew."""
+        return item.study_instance_uid in self._deleting and item.object_id not in self._known
+
+    def deleted_by(self, item: Examined) -> str | None:
+        """The deletion that this very object went with: it came back with an old copy of the spool."""
+        if not self._deleted or not item.study_instance_uid or item.object_id in self._known:
+            return None
+        return self._deleted.get((study_key(item.study_instance_uid), object_tail(item.object_id)))
 
     def place(self, item: Examined) -> Settlement:
         """Write the rows of one object; returns where its file belongs."""
@@ -165,7 +191,6 @@ class StudyIndex:
             {
                 "policy": policy,
                 "first_object": current.object_id,
-                "first_study": current.study_instance_uid,
                 "differs_in": differing,
             },
         )

@@ -24,7 +24,7 @@ from sqlalchemy.orm import Session
 
 from engine.bundle import Bundle, load_bundle
 from engine.metrics import measure_case
-from gateway import quarantine
+from gateway import parking, quarantine
 from gateway.due_work import enqueue_shadow
 from gateway.durable import Enqueuer, next_workflow_id
 from gateway.errors import Permanent, Rejected, is_of_the_machine
@@ -257,7 +257,9 @@ class Shadows:
     def park_shadow(self, shadow_id: str, step: str, reason: str) -> str:
         """The run has failed, with an alarm for the version in shadow; the study is not touched."""
         with self._database.session() as session:
-            run = session.get_one(ShadowRun, int(shadow_id), with_for_update=True)
+            run = session.get(ShadowRun, int(shadow_id), with_for_update=True)
+            if run is None:
+                return parking.DELETED
             if run.state != "pending":
                 return run.state
             run.state, run.state_reason, run.finished_at = "failed", f"{step}: {reason}", utc_now()

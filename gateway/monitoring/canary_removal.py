@@ -8,27 +8,14 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta
 
-from sqlalchemy import delete, select
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from storage import alarms, ledger
+from gateway.deletion.study_removal import remove_rows
+from storage import ledger
 from storage.canary_records import CanaryRun
 from storage.database import Database
-from storage.learning_records import Correction, ShadowRun
-from storage.records import (
-    Alarm,
-    Association,
-    Delivery,
-    Instance,
-    Result,
-    ResultObject,
-    RoutingDecision,
-    Series,
-    Study,
-    StudyFacts,
-    StudyVersion,
-    utc_now,
-)
+from storage.records import utc_now
 from storage.spool import Spool, study_key
 
 _BY = "canary"
@@ -56,22 +43,7 @@ def remove_old(database: Database, spool: Spool, *, keep_days: int, now: datetim
 
 def _remove_rows(session: Session, study_instance_uid: str) -> None:
     """All rows of the study but its events and its run."""
-    results = session.scalars(select(Result.result_id).where(Result.study_instance_uid == study_instance_uid)).all()
-    for table in (Delivery, ResultObject, StudyFacts, ShadowRun, Correction):
-        session.execute(delete(table).where(table.result_id.in_(results)))
-    session.execute(delete(Result).where(Result.study_instance_uid == study_instance_uid))
-    versions = select(StudyVersion.version_id).where(StudyVersion.study_instance_uid == study_instance_uid)
-    session.execute(delete(RoutingDecision).where(RoutingDecision.version_id.in_(versions)))
-    objects = session.scalars(
-        select(Instance.association_id).where(Instance.study_instance_uid == study_instance_uid)
-    ).all()
-    associations = set(objects)
-    for of_study in (Instance, StudyVersion, Series, Study):
-        session.execute(delete(of_study).where(of_study.study_instance_uid == study_instance_uid))
-    still_used = set(session.scalars(select(Instance.association_id).where(Instance.association_id.in_(associations))))
-    session.execute(delete(Association).where(Association.association_id.in_(associations - still_used)))
+    ids = remove_rows(session, study_instance_uid)
+    detail = {"objects": len(ids.objects), "results": list(ids.results)}
     subject = ledger.study_subject(study_instance_uid)
-    for kind in session.scalars(select(Alarm.kind).where(Alarm.subject == subject, Alarm.cleared_at.is_(None))).all():
-        alarms.clear_alarms(session, kind=kind, subject=subject, by=_BY)
-    detail = {"objects": len(objects), "results": list(results)}
     ledger.append(session, subject=subject, kind="canary-removed", actor=_BY, detail=detail)

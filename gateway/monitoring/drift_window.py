@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from sqlalchemy import func, select
+from sqlalchemy import func, select, union_all
 from sqlalchemy.orm import Session
 
 from engine.drift_check import (
@@ -28,6 +28,7 @@ from engine.intensity_baseline import IntensityBaseline
 from engine.training_comparison import TrainingFinding, compare_with_training, histogram_stream
 from gateway.monitoring.study_rows import PARTS, RecordedStudy, recorded_studies, study_rows
 from gateway.settings import DriftSettings
+from storage.deletion_records import PastFacts
 from storage.records import StudyFacts
 
 
@@ -63,12 +64,15 @@ class ModelDrift:
 
 def served_versions(session: Session) -> list[tuple[str, str]]:
     """Name and version of what served last, of every model that has served, by name."""
-    newest = select(StudyFacts.model_name, func.max(StudyFacts.recorded_at).label("at")).group_by(StudyFacts.model_name)
+    facts = union_all(
+        *(select(table.model_name, table.model_version, table.recorded_at) for table in (StudyFacts, PastFacts))
+    ).subquery()
+    newest = select(facts.c.model_name, func.max(facts.c.recorded_at).label("at")).group_by(facts.c.model_name)
     latest = newest.subquery()
     rows = session.execute(
-        select(StudyFacts.model_name, StudyFacts.model_version)
-        .join(latest, (StudyFacts.model_name == latest.c.model_name) & (StudyFacts.recorded_at == latest.c.at))
-        .order_by(StudyFacts.model_name, StudyFacts.model_version)
+        select(facts.c.model_name, facts.c.model_version)
+        .join(latest, (facts.c.model_name == latest.c.model_name) & (facts.c.recorded_at == latest.c.at))
+        .order_by(facts.c.model_name, facts.c.model_version)
     )
     return list(dict((name, version) for name, version in rows).items())
 

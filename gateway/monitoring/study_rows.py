@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 
 from engine.drift_check import StudyRow
 from engine.training_comparison import Part, histogram_stream
+from storage.deletion_records import PastFacts
 from storage.records import Result, StudyFacts
 
 VERDICT, CONFIDENCE = "verdict", "confidence"
@@ -25,7 +26,8 @@ _AT_ONCE = 500
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedStudy:
-    """That there are facts of the result `result_id`, recorded at that time, made on that scanner ("": unknown)."""
+    """That there are facts of the result `result_id`, recorded at that time, made on that scanner ("": unknown). Of a
+    result that retention has removed, `result_id` leads to its facts and nowhere else."""
 
     result_id: str
     recorded_at: datetime
@@ -43,12 +45,17 @@ def recorded_studies(session: Session, model_name: str, model_version: str) -> l
             StudyFacts.model_version == model_version,
             Result.verdict.is_not(None),
         )
-        .order_by(StudyFacts.recorded_at, StudyFacts.result_id)
-    )
-    return [
+    ).all()
+    past = session.execute(
+        select(PastFacts.facts_id, PastFacts.recorded_at, PastFacts.scanner).where(
+            PastFacts.model_name == model_name, PastFacts.model_version == model_version
+        )
+    ).all()
+    studies = [
         RecordedStudy(result_id=result_id, recorded_at=recorded_at, scanner=scanner)
-        for result_id, recorded_at, scanner in found
+        for result_id, recorded_at, scanner in (*found, *past)
     ]
+    return sorted(studies, key=lambda study: (study.recorded_at, study.result_id))
 
 
 def study_rows(session: Session, result_ids: Sequence[str]) -> dict[str, StudyRow]:
@@ -70,6 +77,23 @@ def study_rows(session: Session, result_ids: Sequence[str]) -> dict[str, StudyRo
         for result_id, acquisition, image, measurements, runtime, verdict in found:
             confidence = (runtime or {}).get("mean_confidence")
             rows[result_id] = study_row(acquisition, image, measurements or [], verdict=verdict, confidence=confidence)
+    rows.update(_past_rows(session, [result_id for result_id in result_ids if result_id not in rows]))
+    return rows
+
+
+def _past_rows(session: Session, facts_ids: Sequence[str]) -> dict[str, StudyRow]:
+    """Of studies that retention has removed."""
+    rows: dict[str, StudyRow] = {}
+    for start in range(0, len(facts_ids), _AT_ONCE):
+        wanted = PastFacts.facts_id.in_(facts_ids[start : start + _AT_ONCE])
+        for past in session.scalars(select(PastFacts).where(wanted)):
+            rows[past.facts_id] = study_row(
+                past.acquisition,
+                past.image,
+                past.measurements or [],
+                verdict=past.verdict,
+                confidence=past.mean_confidence,
+            )
     return rows
 
 

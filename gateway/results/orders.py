@@ -29,6 +29,7 @@ from gateway.results.series import read_series
 from storage import ledger
 from storage.alarms import raise_alarm
 from storage.database import Database
+from storage.deletion_records import times_deleted
 from storage.errors import ModelChanged, ModelMissing
 from storage.models import RegisteredModel
 from storage.records import (
@@ -42,7 +43,7 @@ from storage.records import (
     StudyVersion,
     utc_now,
 )
-from storage.spool import Spool
+from storage.spool import Spool, study_key
 
 
 class Orders:
@@ -327,7 +328,8 @@ def content_key(session: Session, version: StudyVersion) -> str:
     """What a result was made from. Content that comes back (A, B, A again) is another result with other UIDs.
 
     The first version with a content has the content's own digest, so that the same work has the same identity
-    wherever it is done; a later one is told apart by its number.
+    wherever it is done; a later one is told apart by its number, one of a study that was deleted and sent again by how
+    often that was: what was made before may still be in a PACS, and has other bytes.
     """
     earlier = session.scalars(
         select(StudyVersion.number)
@@ -338,9 +340,11 @@ def content_key(session: Session, version: StudyVersion) -> str:
         )
         .limit(1)
     ).first()
-    if earlier is None:
+    deleted = times_deleted(session, study_key(version.study_instance_uid))
+    if earlier is None and not deleted:
         return version.content_digest
-    return hashlib.sha256(f"{version.content_digest}\n{version.number}".encode()).hexdigest()
+    parts = [version.content_digest, str(version.number), *([f"after {deleted}"] if deleted else [])]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _result_id(

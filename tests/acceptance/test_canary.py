@@ -139,7 +139,7 @@ def test_who_borrows_the_canarys_title_on_this_host_is_run_by_nobody(gateway: Wh
 
 
 @pytest.mark.requirement("OPS-59")
-@pytest.mark.requirement("CARD-05", open="retention")
+@pytest.mark.requirement("CARD-05")
 def test_the_job_compares_by_itself_removes_the_old_ones_and_a_good_one_ends_the_alarm(
     gateway: WholeGateway, answers: dict[str, Json], tmp_path: Path
 ) -> None:

@@ -14,7 +14,7 @@ from tests.support.waiting import wait_until
 from tests.support.whole_gateway import WholeGateway, gateway_to_an_archive
 
 
-@pytest.mark.requirement("CARD-05", open="retention")
+@pytest.mark.requirement("CARD-05")
 @pytest.mark.requirement("ART-20", open="the fine-tuning that an alarm starts")
 def test_facts_are_kept_as_a_study_passes_and_the_drift_job_runs_in_a_worker(tmp_path: Path) -> None:
     with gateway_to_an_archive(tmp_path) as gateway:

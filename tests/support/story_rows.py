@@ -29,10 +29,11 @@ SERIES_UID = "1.2.3.4.5"
 
 @dataclass
 class NotedQueue(Enqueuer):
-    """Notes what is enqueued instead of doing it; `gone` are workflows that have ended, with how."""
+    """Notes what is enqueued and forgotten instead of doing it; `gone` are workflows that have ended, with how."""
 
     gone: dict[str, str] = field(default_factory=dict)
     calls: list[dict[str, Any]] = field(default_factory=list)
+    forgotten: list[str] = field(default_factory=list)
 
     def enqueue(self, session: Session, **how: Any) -> None:
         assert session.in_transaction()
@@ -40,6 +41,9 @@ class NotedQueue(Enqueuer):
 
     def ended(self, workflow_ids: Collection[str]) -> dict[str, str]:
         return {w: self.gone[w] for w in workflow_ids if w in self.gone}
+
+    def forget(self, workflow_ids: Collection[str]) -> None:
+        self.forgotten.extend(sorted(workflow_ids))
 
     def close(self) -> None:
         pass

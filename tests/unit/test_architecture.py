@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[2]
 ROOMS = (
     "gateway",
     "gateway/commands",
+    "gateway/deletion",
     "gateway/demo",
     "gateway/intake",
     "gateway/learning",

@@ -41,7 +41,7 @@ def test_a_run_is_made_up_for_if_it_was_due_within_a_day(cron: str, last: dateti
     assert next_due(cron, NOON) == following
 
 
-@pytest.mark.requirement("CARD-05", open="retention")
+@pytest.mark.requirement("CARD-05")
 def test_schedulers_that_find_the_same_run_due_give_it_the_same_id(database: Database) -> None:
     queue = NotedQueue()
     for moment in (NOON, NOON + timedelta(hours=3)):

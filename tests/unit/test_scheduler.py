@@ -148,14 +148,16 @@ def _destinations(database: Database) -> list[str]:
         return list(session.scalars(select(Delivery.destination)))
 
 
-@pytest.mark.requirement("CARD-05", open="retention")
-def test_a_job_that_was_due_is_started_once_by_two_schedulers(tmp_path: Path) -> None:
+@pytest.mark.requirement("CARD-05")
+@pytest.mark.parametrize("job", ["drift", "retention"])
+def test_a_job_that_was_due_is_started_once_by_two_schedulers(tmp_path: Path, job: str) -> None:
     database = Database(f"sqlite:///{tmp_path / 'test.sqlite'}")
     database.migrate()
     durable.prepare(database)
+    lines = dict.fromkeys(("sweep_cron", "drift_cron", "learning_cron", "retention_cron"), "")
     settings = Settings(
         folder=tmp_path,
-        gateway=GatewaySettings(scheduler=SchedulerSettings(sweep_cron="", drift_cron="0 0 * * *", learning_cron="")),
+        gateway=GatewaySettings(scheduler=SchedulerSettings(**{**lines, f"{job}_cron": "0 0 * * *"})),
         destinations=DestinationSettings(),
     )
     due = last_due("0 0 * * *", utc_now())
@@ -165,11 +167,11 @@ def test_a_job_that_was_due_is_started_once_by_two_schedulers(tmp_path: Path) ->
     try:
         for scheduler in schedulers:
             scheduler.start()
-        wait_until(lambda: _jobs(client) == [workflow_id("drift", due)], "the run is on the queue")
+        wait_until(lambda: _jobs(client) == [workflow_id(job, due)], "the run is on the queue")
     finally:
         for scheduler in schedulers:
             scheduler.stop()
-    assert _jobs(client) == [workflow_id("drift", due)]
+    assert _jobs(client) == [workflow_id(job, due)]
     client.close()
     database.close()
 
