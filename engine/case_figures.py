@@ -34,8 +34,8 @@ class CaseFigures:
 
 
 class FigureStore:
-    """Figures of one bundle by one runtime (its name, version, provider and precision; another may differ by a voxel) and
-    one release of this software, which resamples, post-processes and measures. `folder` None keeps nothing."""
+    """Figures of one bundle by one runtime (its name, version, provider and precision; another may differ by a voxel)
+    and one release of this software, which resamples, post-processes and measures. `folder` None keeps nothing."""
 
     def __init__(
         self,

@@ -214,7 +214,11 @@ def _other_outputs(candidate: Bundle, champion: Bundle) -> list[Reason]:
         ),
     ):
         if ours != theirs:
-            text = f"its {check} are not those of {champion.semver}, which serves: no change plan covers that"
+            # Nothing that serves can be compared with it: a person has to know it from elsewhere.
+            text = (
+                f"its {check} are not those of {champion.semver}, which serves: no change plan covers that, so that it "
+                f"is promoted with --force and a reason alone"
+            )
             reasons.append(Reason(check=check, text=text, outside=True))
     return reasons
 

@@ -271,7 +271,8 @@ def _missing_of_report(report: GateReport | None, model: RegisteredModel, known:
     if report is None:
         return [f"no gate report for these weights under the change plan as it is now: {again}"]
     if report.verdict != ACCEPTED:
-        return [f"gate report {report.report_id} says {report.verdict}"]
+        reasons = "; ".join(str(reason["text"]) for reason in report.report.get("reasons") or ())
+        return [f"gate report {report.report_id} says {report.verdict}{reasons and f': {reasons}'}"]
     if report.champion_version != known[-1].model_version:
         against = report.champion_version or "no version"
         return [

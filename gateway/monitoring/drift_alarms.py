@@ -126,7 +126,7 @@ def draw_kind(drift: ModelDrift, kind: str, path: Path) -> bool:
 
 def tell(session: Session, drift: ModelDrift, pictures: dict[str, str], *, pauses_model: bool) -> None:
     """Raise the alarms and open or update the tasks, or clear the alarms where an answer says that all is well.
-    `pauses_model`: so does a new critical drift. Nothing is said of a version that another one has followed meanwhile."""
+    `pauses_model`: so does a new critical drift. Nothing is said of a version that no longer serves."""
     ledger.hold(session, ledger.model_subject(drift.model_name))  # first, as a promotion does
     if overtaken(session, drift.model_name, drift.model_version):
         return
