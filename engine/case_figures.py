@@ -14,6 +14,7 @@ from engine.json_reader import Reader, read_json
 from engine.json_writer import write_json
 from engine.labels import LabelManager
 from engine.metrics import CaseMetrics, Region, RegionMetrics, evaluated_regions
+from engine.provenance import this_software
 
 FORMAT = 1
 _MAX_VOXELS = 2**48
@@ -33,8 +34,8 @@ class CaseFigures:
 
 
 class FigureStore:
-    """Figures of one bundle by one runtime (its name, version, provider and precision; another may differ by a voxel).
-    `folder` None keeps nothing."""
+    """Figures of one bundle by one runtime (its name, version, provider and precision; another may differ by a voxel)
+    and one release of this software, which resamples, post-processes and measures. `folder` None keeps nothing."""
 
     def __init__(
         self,
@@ -50,6 +51,7 @@ class FigureStore:
             "weights_digest": weights_digest,
             "configuration_digest": configuration_digest,
             "runtime": runtime,
+            "software": this_software(),
         }
         self._path = folder / f"{weights_digest[:16]}-{configuration_digest[:16]}.json" if folder is not None else None
         self._known: dict[str, CaseFigures] = {}

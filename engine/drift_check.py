@@ -167,8 +167,8 @@ def _shares(rows: Sequence[StudyRow], name: str, *, bins: int | None = None) -> 
     size = bins or max((len(histogram) for histogram in found if histogram is not None), default=1)
     table = np.zeros((len(rows), size))
     for index, histogram in enumerate(found):
-        if histogram is not None and len(histogram) == size and sum(histogram) > 0:
-            table[index] = np.asarray(histogram, dtype=np.float64) / sum(histogram)
+        if histogram is not None and len(histogram) == size and (total := sum(histogram)) > 0:
+            table[index] = np.asarray(histogram, dtype=np.float64) / total
     return table
 
 

@@ -19,20 +19,49 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float64]
-Groups = NDArray[np.bool_]
-"""(D, N): which studies are in each group; the others of the N are what it is compared with."""
+Steps = NDArray[np.int32] | NDArray[np.int64]
 
 ALPHA = 0.5
 """Studies that are added to every bin or category (Laplace): one that a side never had gives no infinity."""
 
-
 _MANY = 64  # groups from which on a loop over the studies is quicker
+_VALUES_AT_ONCE = 32  # of a number; a table of so many rows stays in the processor's cache
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Groups:
+    """`members` (D, N): which studies are in each group; the others of the N are what it is compared with. What all
+    streams need of them is worked out once."""
+
+    members: NDArray[np.bool_]
+
+    @cached_property
+    def sizes(self) -> NDArray[np.int64]:
+        """(D,): studies in each."""
+        sizes: NDArray[np.int64] = np.count_nonzero(self.members, axis=1)
+        return sizes
+
+    @cached_property
+    def inside(self) -> FloatArray:
+        """(D, N): `members` as 0 and 1."""
+        return self.members.astype(np.float64)
+
+    @cached_property
+    def steps(self) -> Steps:
+        """(N, D): N - n of a study that is in the group, -n of one that is not, n being the group's size."""
+        total = self.members.shape[1]
+        sizes: Steps = self.sizes
+        if total**2 <= np.iinfo(np.int32).max:
+            sizes = sizes.astype(np.int32)
+        steps: Steps = np.where(self.members.T, np.subtract(total, sizes, dtype=sizes.dtype), -sizes)
+        return steps
 
 
 class Stream(Protocol):
@@ -54,8 +83,7 @@ class Histograms:
     shares: FloatArray
 
     def of_groups(self, groups: Groups) -> FloatArray:
-        inside = groups.astype(np.float64)
-        sums = inside @ self.shares
+        sums = groups.inside @ self.shares
         return jensen_shannon(_smoothed(sums), _smoothed(self.shares.sum(axis=0) - sums))
 
     def distance(self, live: FloatArray) -> float:
@@ -79,17 +107,17 @@ class Numbers:
         order = np.argsort(ranked, kind="stable")
         # Equal values are one step of the distributions.
         last = np.append(ranked[order][1:] != ranked[order][:-1], True)
-        n, total = groups.sum(axis=1), groups.shape[1]
-        largest = _largest_gap(groups, n, order, last) / (n * (total - n))
+        n, total = groups.sizes, groups.members.shape[1]
+        largest = _largest_gap(groups.steps, order, last) / (n * (total - n))
         scaled: FloatArray = largest * np.sqrt(n * (total - n) / total)
         return scaled
 
     def distance(self, live: FloatArray) -> float:
         """Of live studies (n,) from all of these."""
         joined = Numbers(name=self.name, values=np.concatenate([live, self.values]))
-        groups = np.zeros((1, len(joined.values)), dtype=np.bool_)
-        groups[0, : len(live)] = True
-        return float(joined.of_groups(groups)[0])
+        members = np.zeros((1, len(joined.values)), dtype=np.bool_)
+        members[0, : len(live)] = True
+        return float(joined.of_groups(Groups(members=members))[0])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -101,9 +129,16 @@ class Categories:
 
     def of_groups(self, groups: Groups) -> FloatArray:
         known = sorted(set(self.values))
-        members = [[place for place, value in enumerate(self.values) if value == one] for one in known]
-        sums = np.stack([groups.T[places].sum(axis=0) for places in members], axis=1).astype(np.float64)
-        rest = np.array([len(places) for places in members]) - sums
+        places = [[place for place, value in enumerate(self.values) if value == one] for one in known]
+        counts = np.zeros((len(groups.sizes), len(known)), dtype=np.int64)
+        # The one that most studies have is what is left: often there is no other.
+        most = max(range(len(known)), key=lambda index: len(places[index]))
+        for index, of_one in enumerate(places):
+            if index != most:
+                counts[:, index] = groups.members.T[of_one].sum(axis=0)
+        counts[:, most] = groups.sizes - counts.sum(axis=1)
+        sums = counts.astype(np.float64)
+        rest = np.array([len(of_one) for of_one in places]) - sums
         # A category that only the group has is unseen to the rest.
         unseen = (sums * (rest == 0)).sum(axis=1)
         return _g(np.where(rest == 0, 0.0, sums), rest, unseen)
@@ -137,27 +172,37 @@ def _smoothed(sums: FloatArray) -> FloatArray:
     return smoothed
 
 
-def _largest_gap(
-    groups: Groups, n: NDArray[np.int64], order: NDArray[np.intp], last: NDArray[np.bool_]
-) -> NDArray[np.int64]:
+def _largest_gap(steps: Steps, order: NDArray[np.intp], last: NDArray[np.bool_]) -> NDArray[np.int64]:
     """(D,): the largest |F_group - F_rest| over all values, times n m. In whole numbers: N c - n k, where c of the
-    group and k of all are not above a value; `last` marks the places in `order` after which it is looked at."""
-    total = groups.shape[1]
-    if len(groups) < _MANY:
-        steps = np.cumsum(groups[:, order] * total - n[:, None], axis=1)
-        few: NDArray[np.int64] = np.abs(steps[:, last]).max(axis=1)
+    group and k of all are not above a value, which is the sum of the `steps` (N, D) of these k. `last` marks the places
+    in `order` after which it is looked at."""
+    if np.count_nonzero(last) == 1:
+        return np.zeros(steps.shape[1], dtype=np.int64)  # one value: both have all of it
+    if steps.shape[1] < _MANY:
+        sums = np.cumsum(steps[order], axis=0, dtype=np.int64)
+        few: NDArray[np.int64] = np.abs(sums[last]).max(axis=0)
         return few
-    # Study by study over all groups at once: a table of all steps would be read from memory again and again.
-    by_study = np.ascontiguousarray(groups.T)
-    gap, highest, lowest = (np.zeros(len(groups), dtype=np.int64) for _ in range(3))
-    for place, is_last in zip(order, last, strict=True):
-        gap += by_study[place] * total
-        gap -= n
-        if is_last:
-            np.maximum(highest, gap, out=highest)
-            np.minimum(lowest, gap, out=lowest)
-    many: NDArray[np.int64] = np.maximum(highest, -lowest)
+    # Study by study over all groups at once: a table of all sums would be read from memory again and again.
+    table = np.zeros((_VALUES_AT_ONCE + 1, steps.shape[1]), dtype=steps.dtype)
+    rows, highest, lowest = list(table), np.zeros_like(table[0]), np.zeros_like(table[0])
+    place, begun = 0, False
+    for study, is_last in zip(order.tolist(), last.tolist(), strict=True):
+        np.add(rows[place + begun], steps[study], out=rows[place + 1])
+        begun = not is_last
+        place += is_last
+        if place == _VALUES_AT_ONCE:
+            _widen(highest, lowest, table[1:])
+            rows[0][:] = rows[place]
+            place = 0
+    _widen(highest, lowest, table[: place + 1])
+    many: NDArray[np.int64] = np.maximum(highest, -lowest).astype(np.int64)
     return many
+
+
+def _widen(highest: Steps, lowest: Steps, rows: Steps) -> None:
+    """`highest` and `lowest` (D,) are those of the `rows` (any, D) too from here on."""
+    np.maximum(highest, rows.max(axis=0), out=highest)
+    np.minimum(lowest, rows.min(axis=0), out=lowest)
 
 
 def _ranked(values: FloatArray) -> FloatArray:

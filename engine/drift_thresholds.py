@@ -15,12 +15,11 @@ are on the safe side. They belong to one window size, since what is usual shrink
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
 import numpy as np
-from numpy.typing import NDArray
 
 from engine.drift_streams import FloatArray, Groups, Stream
 
@@ -35,6 +34,7 @@ _SEED = 12345
 # A stream that never varies in the reference has distances of 0: any change of it is one.
 _LEAST_DISTANCE = 1e-9
 _MOST_CELLS = 2**24
+_CELLS_AT_ONCE = 2**20  # of the lots: as many as a processor's cache holds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ def calibrate_thresholds(
     distances = np.concatenate(
         [
             np.stack([stream.of_groups(groups) for stream in streams])
-            for groups in _draw(studies, window, draws, np.random.default_rng(seed))
+            for groups in draw_groups(studies, window, draws, np.random.default_rng(seed))
         ],
         axis=1,
     )
@@ -85,15 +85,28 @@ def _exceeded(largest: FloatArray, share: float) -> float:
     return float(np.sort(largest)[min(rank, len(largest) - 1)])
 
 
-def _draw(studies: int, window: int, draws: int, rng: np.random.Generator) -> list[Groups]:
+def draw_groups(studies: int, window: int, draws: int, rng: np.random.Generator) -> Iterator[Groups]:
     """Groups without replacement, in blocks that fit into memory."""
-    blocks: list[NDArray[np.bool_]] = []
     block = max(1, _MOST_CELLS // studies)
+    at_once = max(1, _CELLS_AT_ONCE // studies)
     for start in range(0, draws, block):
         count = min(block, draws - start)
-        chosen = np.argpartition(rng.random((count, studies)), window, axis=1)[:, :window]
         # Stored study by study, which is how numbers are looked at.
-        groups = np.zeros((studies, count), dtype=np.bool_).T
-        np.put_along_axis(groups, chosen, True, axis=1)
-        blocks.append(groups)
-    return blocks
+        members = np.empty((studies, count), dtype=np.bool_).T
+        for first in range(0, count, at_once):
+            for index, lots in enumerate(rng.random((min(at_once, count - first), studies)), start=first):
+                members[index] = lots <= highest_of(lots, window)
+        yield Groups(members=members)
+
+
+def highest_of(lots: FloatArray, window: int) -> np.float64:
+    """The highest of the `window` smallest of lots (N,) from 0 to 1. It is looked for where it is to be expected, six
+    standard deviations around, and among all of them where it is not there."""
+    middle, around = window / len(lots), 3 / np.sqrt(len(lots))
+    below = lots < middle - around
+    near = lots[~below & (lots < middle + around)]
+    place = window - 1 - int(np.count_nonzero(below))
+    if not 0 <= place < len(near):
+        near, place = lots, window - 1
+    highest: np.float64 = np.partition(near, place)[place]
+    return highest

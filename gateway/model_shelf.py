@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 import structlog
@@ -105,8 +106,31 @@ class ModelShelf:
             if predictor is None:
                 predictor = Predictor(bundle, device=self._device, threads=self._threads or None, scratch=self._scratch)
                 self._predictors[(model.name, model.semver)] = predictor
-                self._turns[(model.name, model.semver)] = threading.Lock()
+                self._turns.setdefault((model.name, model.semver), threading.Lock())
             return predictor
+
+    def loaded(self) -> dict[str, frozenset[str]]:
+        """By model the versions whose networks are in memory."""
+        with self._lock:
+            return {name: frozenset(v for n, v in self._predictors if n == name) for name, _ in self._predictors}
+
+    def close_all_but(self, name: str, needed: Collection[str]) -> list[str]:
+        """Free the networks of a model's versions that are not `needed`, and return which; one that is in use stays
+        until the next call. Asked for again, a version is loaded again."""
+        closed = []
+        for semver in sorted(self.loaded().get(name, frozenset()) - frozenset(needed)):
+            key = (name, semver)
+            if not self._turns[key].acquire(blocking=False):
+                continue
+            try:
+                with self._lock:
+                    predictor = self._predictors.pop(key, None)
+                if predictor is not None:
+                    predictor.close()
+                    closed.append(semver)
+            finally:
+                self._turns[key].release()
+        return closed
 
     def check_memory(self, model: RegisteredModel, geometry: Geometry, *, budget_bytes: int | None) -> None:
         """Raises MemoryExceeded, with the numbers, for an image on `geometry` that the model could not be run on."""
@@ -114,9 +138,13 @@ class ModelShelf:
 
     def predict(self, model: RegisteredModel, volume: Volume, *, budget_bytes: int | None) -> Prediction:
         """Run a model; two studies for the same model take turns. Raises what the predictor raises."""
-        predictor = self.predictor(model)
-        with self._turns[(model.name, model.semver)]:
-            return predictor.predict(volume, budget_bytes=budget_bytes)
+        key = (model.name, model.semver)
+        while True:
+            predictor = self.predictor(model)
+            with self._turns[key]:
+                # Not one that was closed while this study waited for its turn.
+                if self._predictors.get(key) is predictor:
+                    return predictor.predict(volume, budget_bytes=budget_bytes)
 
     def known(self) -> list[str]:
         """Names and versions of all registered models; opens the registry."""

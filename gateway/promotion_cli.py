@@ -20,7 +20,12 @@ def promote(
     semver: Annotated[str, typer.Argument(help="The version that is to serve.")],
     reason: Annotated[str, typer.Option(help="Why; kept in the ledger with your name.")] = "",
     force: Annotated[
-        bool, typer.Option("--force", help="Without what the change plan asks for. Needs --reason; the ledger says so.")
+        bool,
+        typer.Option(
+            "--force",
+            help="Without what the change plan asks for; the only way for other labels or channels. Needs --reason; "
+            "the ledger says so.",
+        ),
     ] = False,
     requested_by: Annotated[
         str | None, typer.Option(help="Who asked for this version. Default: who had it examined.")

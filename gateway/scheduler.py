@@ -2,7 +2,8 @@
 
 `sweep` looks for work that was left behind: versions, results and deliveries whose workflow was never enqueued are
 enqueued; those whose workflow has ended without them (it ran into its recovery limit, or failed in a way that nobody
-foresaw) are parked with the reason, so that an operator sees them and `seggate retry` puts them back. Results that were
+foresaw) are parked with the reason, so that an operator sees them and `seggate retry` puts them back. A training of
+which a workflow has ended like that has failed, with its alarm; `seggate learn retry` goes on. Results that were
 released while destinations.toml named nobody go to those that it names now. Enqueuing twice is once (the workflow id),
 so several schedulers may sweep at the same time. The first sweep is at the start.
 
@@ -12,7 +13,7 @@ That canaries are late is told here too: where no worker takes work, no worker c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 
 import structlog
@@ -25,6 +26,7 @@ from gateway import parking
 from gateway.delivery.release import send_unsent
 from gateway.due_work import enqueue_delivery, enqueue_result, enqueue_version
 from gateway.durable import Enqueuer
+from gateway.learning import runs
 from gateway.monitoring.canary_watch import CanaryWatch
 from gateway.scheduled_jobs import JOB_LIST, Job, enqueue_job, last_due
 from gateway.settings import Settings
@@ -117,6 +119,7 @@ def sweep(database: Database, enqueuer: Enqueuer) -> int:
             *(version.workflow_id for version in _versions(session, before)),
             *(result.workflow_id for result in _results(session, before)),
             *(delivery.workflow_id for delivery in _deliveries(session, before)),
+            *(workflow for run in runs.left_behind(session, before) for workflow in runs.awaited_workflows(run)),
         ]
     ended = enqueuer.ended(workflow_ids)
     with database.session() as session:
@@ -141,7 +144,19 @@ def sweep(database: Database, enqueuer: Enqueuer) -> int:
                 parking.park_delivery(session, delivery.delivery_id, _lost(ended[delivery.workflow_id]))
                 continue
             enqueue_delivery(session, enqueuer, delivery)
-    return len(versions) + len(results) + len(deliveries)
+        lost = _fail_trainings(session, before, ended)
+    return len(versions) + len(results) + len(deliveries) + lost
+
+
+def _fail_trainings(session: Session, before: datetime, ended: Mapping[str, str]) -> int:
+    """How many can never go on. They wait for days, and rightly, while their workflows do."""
+    lost = 0
+    for run in runs.left_behind(session, before):
+        how = next((ended[workflow] for workflow in runs.awaited_workflows(run) if workflow in ended), None)
+        if how is not None:
+            runs.fail_run(session, runs.get_run(session, run.run_id, lock=True), "sweep", _lost(how))
+            lost += 1
+    return lost
 
 
 def _lost(how: str) -> str:

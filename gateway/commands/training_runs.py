@@ -15,6 +15,7 @@ from gateway.durable import Enqueuer, prepare
 from gateway.errors import Rejected
 from gateway.learning import runs
 from gateway.learning.policy import LearningPolicy
+from gateway.learning.shadow import stop_shadow
 from gateway.settings import Settings, load_settings
 from gateway.state import existing_database, open_registry
 from storage.database import Database
@@ -128,7 +129,7 @@ def stop(config: Path, run_id: str, *, reason: str, as_json: bool) -> int:
         registry = open_registry(settings)
         shadow = registry.shadow(run.model_name) if run.semver is not None else None
         if shadow is not None and shadow.semver == run.semver:
-            registry.clear_shadow(run.model_name)
+            stop_shadow(database, registry, run.model_name, actor=acting(None)[0])
     _present(run, as_json=as_json)
     return 0
 

@@ -52,5 +52,7 @@ def consider_promotion(database: Database, registry: ModelRegistry, settings: Se
             f"`seggate models promote {model_name} {run.semver}`"
         )
     with database.session() as session:
+        if runs.get_run(session, run.run_id, lock=True).state != RunState.CANDIDATE:
+            return "none"  # given up meanwhile
         alarms.raise_alarm(session, kind=runs.WAITS, subject=subject, message=words)
     return "waits"

@@ -164,8 +164,9 @@ def _predictor(bundle: Bundle, settings: Settings) -> Predictor:
 def _look(database: Database, settings: Settings, found: Examination, bundle: Bundle, report: Progress) -> None:
     """From the sanity cases to the limits, as far as nothing speaks against the next stage."""
     champion = None if found.champion is None else _champion_bundle(found.champion)
-    if champion is not None:
-        found.reasons += _other_outputs(bundle, champion)
+    if champion is not None and (others := _other_outputs(bundle, champion)):
+        found.reasons += others
+        found.notes.append("nothing that serves can be compared with it: promote it with --force --reason TEXT alone")
     try:
         predictor = _predictor(bundle, settings)
     except BundleInvalid as error:

@@ -108,7 +108,7 @@ def promote(
             if not _serves(before, model):
                 found = grounds(session, model, plan, actor=actor, requested_by=requested_by)
                 if found.missing and not force:
-                    raise PromotionRefused(what, found.missing)
+                    raise PromotionRefused(what, [*found.missing, *_by_force_alone(found)])
                 begin_period(
                     session,
                     model,
@@ -271,7 +271,8 @@ def _missing_of_report(report: GateReport | None, model: RegisteredModel, known:
     if report is None:
         return [f"no gate report for these weights under the change plan as it is now: {again}"]
     if report.verdict != ACCEPTED:
-        return [f"gate report {report.report_id} says {report.verdict}"]
+        reasons = "; ".join(str(reason["text"]) for reason in report.report.get("reasons") or ())
+        return [f"gate report {report.report_id} says {report.verdict}{reasons and f': {reasons}'}"]
     if report.champion_version != known[-1].model_version:
         against = report.champion_version or "no version"
         return [
@@ -281,6 +282,17 @@ def _missing_of_report(report: GateReport | None, model: RegisteredModel, known:
     if withdrawn and report.examined_at <= withdrawn[-1]:
         return [f"it was rolled back since gate report {report.report_id}: {again}"]
     return []
+
+
+def _by_force_alone(found: Grounds) -> list[str]:
+    """The way on where there can be no ACCEPTED: nothing that serves has such labels or channels to compare."""
+    reasons = found.report.report.get("reasons") or () if found.report is not None else ()
+    if not any(reason["outside"] and reason["check"] in ("labels", "channels") for reason in reasons):
+        return []
+    return [
+        "a version with other labels or channels is promoted with --force --reason TEXT alone, by whoever has validated "
+        "it by other means"
+    ]
 
 
 def _missing_of_person(actor: str, requesters: set[str | None]) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
@@ -114,7 +115,7 @@ def begin_folds(session: Session, enqueuer: Enqueuer, run: LearningRun, folds: S
         return
     run.figures = {**(run.figures or {}), "begun": run.workflow_id, "folds": {fold: "queued" for fold in folds}}
     for fold in folds:
-        _enqueue(session, enqueuer, TRAIN_FOLD, f"{run.workflow_id}-fold-{fold}", f"{run.run_id}/{fold}")
+        _enqueue(session, enqueuer, TRAIN_FOLD, _fold_workflow(run, fold), f"{run.run_id}/{fold}")
 
 
 def fold_done(session: Session, enqueuer: Enqueuer, run: LearningRun, fold: str) -> bool:
@@ -124,7 +125,7 @@ def fold_done(session: Session, enqueuer: Enqueuer, run: LearningRun, fold: str)
     run.figures, run.updated_at = {**figures, "folds": folds}, utc_now()
     if set(folds.values()) != {"done"}:
         return False
-    _enqueue(session, enqueuer, FINISH_RUN, f"{run.workflow_id}-finish", run.run_id)
+    _enqueue(session, enqueuer, FINISH_RUN, _finish_workflow(run), run.run_id)
     return True
 
 
@@ -166,8 +167,24 @@ def give_up(session: Session, run: LearningRun, *, actor: str, reason: str) -> N
     """A run is ended by a person; a fold that trains stops at its next look. Raises Rejected for one that is over."""
     if run.state not in (*UNDER_WAY, RunState.FAILED, RunState.CANDIDATE):
         raise Rejected(f"training {run.run_id} is {run.state} already")
+    told = WAITS if run.state == RunState.CANDIDATE else FAILED
     move(session, run, RunState.REFUSED, f"given up by {actor}: {reason}")
-    alarms.clear_alarms(session, kind=FAILED, subject=f"model:{run.model_name}", by=actor)
+    alarms.clear_alarms(session, kind=told, subject=f"model:{run.model_name}", by=actor)
+
+
+def left_behind(session: Session, before: datetime) -> list[LearningRun]:
+    """Runs that are queued, train or are tested, and of which nothing was heard since `before`."""
+    at_work = (RunState.QUEUED, RunState.TRAINING, RunState.TESTING)
+    return [run for run in runs_of(session, None, at_work) if run.updated_at < before]
+
+
+def awaited_workflows(run: LearningRun) -> list[str]:
+    """The workflows that a run which is `left_behind` cannot go on without."""
+    if not has_begun(run):
+        return [run.workflow_id]
+    folds = (run.figures or {})["folds"]
+    awaited = [_fold_workflow(run, fold) for fold, state in folds.items() if state != "done"]
+    return awaited or [_finish_workflow(run)]
 
 
 def has_begun(run: LearningRun) -> bool:
@@ -197,6 +214,14 @@ def is_wanted(session: Session, run_id: str) -> bool:
     """Whether a run is still to go on."""
     run = session.get(LearningRun, run_id)
     return run is not None and run.state in UNDER_WAY
+
+
+def _fold_workflow(run: LearningRun, fold: str) -> str:
+    return f"{run.workflow_id}-fold-{fold}"
+
+
+def _finish_workflow(run: LearningRun) -> str:
+    return f"{run.workflow_id}-finish"
 
 
 def _enqueue(session: Session, enqueuer: Enqueuer, workflow: str, workflow_id: str, argument: str) -> None:

@@ -15,6 +15,7 @@ from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
 from engine.bundle import Bundle, load_bundle
+from gateway.monitoring.drift_closing import close_drift_of
 from storage import ledger
 from storage.database import Database
 from storage.errors import ModelChanged
@@ -97,7 +98,8 @@ def begin_period(
     ended_why: str,
     detail: Mapping[str, Any],
 ) -> ServingPeriod:
-    """The intent: closes the open period, opens the model's, and tells the ledger, in the caller's transaction.
+    """The intent: closes the open period, opens the model's, and tells the ledger, in the caller's transaction. What
+    was told of the drift of the version before is closed.
 
     The caller holds the model's chain (`storage.ledger.hold`). `previous` is what to roll back to.
     """
@@ -130,6 +132,8 @@ def begin_period(
         },
         at=now,
     )
+    if before is not None and before.model_version != model.semver:
+        close_drift_of(session, model.name, before.model_version, by=actor, reason=f"{model.semver} serves")
     session.flush()
     return period
 

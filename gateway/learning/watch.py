@@ -24,6 +24,7 @@ from sqlalchemy.orm import Session
 
 from engine.errors import BundleInvalid, EngineError
 from gateway.errors import GatewayError, is_of_the_machine
+from gateway.learning.idle_versions import close_idle_versions
 from gateway.learning.promotion import roll_back
 from gateway.learning.rollback import (
     Withdrawal,
@@ -166,7 +167,8 @@ class Watch:
                 self._keep(periods[0], rates)
 
     def tend(self) -> None:
-        """Now and then from the worker's own loop: finish rollbacks, whoever began them. Raises DatabaseAway."""
+        """Now and then from the worker's own loop: finish rollbacks, whoever began them, and let networks go that
+        nothing needs. Raises DatabaseAway."""
         if time.monotonic() < self._next_tend:
             return
         self._next_tend = time.monotonic() + _TEND_EVERY_S
@@ -180,6 +182,7 @@ class Watch:
         for name in unfinished:
             with self._alarmed(name):
                 self._finish(name, at_most=_SERIES_AT_ONCE)
+        close_idle_versions(self._database, self._shelf)
 
     def check_at_start(self, check: Callable[[RegisteredModel], Sequence[str]]) -> None:
         """Before a worker takes work: a champion that cannot be loaded, or a new one in which `check` finds faults, is

@@ -1,8 +1,9 @@
 """What a drift leads to: an alarm with the streams, a picture and example studies, and a review task for a person.
 
-An alarm is open until a later window is as the reference was. A task is opened with the alarm, and again where a
-warning becomes critical; a person closes it. Somebody who keeps an alarm quiet keeps a warning quiet: a critical drift
-is a new alarm. What differs from the training data is an alarm of its own, so that taking it on hides nothing else.
+An alarm is open until a later window is as the reference was, or another version serves
+(gateway/monitoring/drift_closing.py). A task is opened with the alarm, and again where a warning becomes critical; a
+person closes it. Somebody who keeps an alarm quiet keeps a warning quiet: a critical drift is a new alarm. What differs
+from the training data is an alarm of its own, so that taking it on hides nothing else.
 A new critical drift pauses the model where learning.toml says so; whoever resumes it is not overruled the next night.
 """
 
@@ -22,18 +23,20 @@ from engine.drift_check import StreamPair
 from engine.errors import BundleInvalid
 from engine.intensity_baseline import IntensityBaseline
 from gateway.learning.pauses import pause
+from gateway.learning.serving import overtaken
 from gateway.learning_settings import LearningSettings
+from gateway.monitoring.drift_closing import DRIFT, TRAINING_DATA
 from gateway.monitoring.drift_pictures import draw_streams, picture_path
 from gateway.monitoring.drift_window import ModelDrift, check_model, served_versions
 from gateway.monitoring.review_tasks import open_task, open_task_of
 from gateway.settings import DriftSettings
-from storage import alarms
+from storage import alarms, ledger
 from storage.database import Database
 from storage.errors import ModelMissing
 from storage.models import ModelRegistry
 from storage.records import Alarm, utc_now
 
-KIND, KIND_TRAINING = "drift", "training-data"
+KIND, KIND_TRAINING = DRIFT, TRAINING_DATA
 _BY = "scheduler"
 _log = structlog.get_logger(__name__)
 
@@ -61,7 +64,7 @@ class DriftWatch:
         return f"{said}; unlike the training data: {', '.join(unlike) or 'none'}", found
 
     def check(self, *, now: datetime) -> list[ModelDrift]:
-        """Of every model the version of its latest study; alarms are raised and cleared, tasks opened."""
+        """Of every model the version that serves; alarms are raised and cleared, tasks opened."""
         found: list[ModelDrift] = []
         with self.database.reading() as session:
             served = served_versions(session)
@@ -123,7 +126,10 @@ def draw_kind(drift: ModelDrift, kind: str, path: Path) -> bool:
 
 def tell(session: Session, drift: ModelDrift, pictures: dict[str, str], *, pauses_model: bool) -> None:
     """Raise the alarms and open or update the tasks, or clear the alarms where an answer says that all is well.
-    `pauses_model`: so does a new critical drift."""
+    `pauses_model`: so does a new critical drift. Nothing is said of a version that no longer serves."""
+    ledger.hold(session, ledger.model_subject(drift.model_name))  # first, as a promotion does
+    if overtaken(session, drift.model_name, drift.model_version):
+        return
     if drift.report.severity != "none":
         examples = [one for finding in drift.report.drifted for one in drift.examples[finding.name]]
         is_new = _tell_one(session, drift, KIND, describe(drift), examples, pictures.get(KIND))

@@ -26,9 +26,11 @@ from engine.drift_check import (
 )
 from engine.intensity_baseline import IntensityBaseline
 from engine.training_comparison import TrainingFinding, compare_with_training, histogram_stream
+from gateway.monitoring.drift_closing import drift_subject
 from gateway.monitoring.study_rows import PARTS, RecordedStudy, recorded_studies, study_rows
 from gateway.settings import DriftSettings
 from storage.deletion_records import PastFacts
+from storage.learning_records import ServingPeriod
 from storage.records import StudyFacts
 
 
@@ -49,8 +51,7 @@ class ModelDrift:
     @property
     def subject(self) -> str:
         """Of alarms and review tasks."""
-        subject = f"model:{self.model_name} {self.model_version}"
-        return (subject if self.scanner is None else f"{subject} on {self.scanner}")[:160]
+        return drift_subject(self.model_name, self.model_version, self.scanner)
 
     @property
     def unlike_training(self) -> tuple[TrainingFinding, ...]:
@@ -63,7 +64,7 @@ class ModelDrift:
 
 
 def served_versions(session: Session) -> list[tuple[str, str]]:
-    """Name and version of what served last, of every model that has served, by name."""
+    """Name and version of what serves, or of what served last, of every model that was run on a study, by name."""
     facts = union_all(
         *(select(table.model_name, table.model_version, table.recorded_at) for table in (StudyFacts, PastFacts))
     ).subquery()
@@ -74,7 +75,13 @@ def served_versions(session: Session) -> list[tuple[str, str]]:
         .join(latest, (facts.c.model_name == latest.c.model_name) & (facts.c.recorded_at == latest.c.at))
         .order_by(facts.c.model_name, facts.c.model_version)
     )
-    return list(dict((name, version) for name, version in rows).items())
+    served = dict((name, version) for name, version in rows)
+    now = session.execute(
+        select(ServingPeriod.model_name, ServingPeriod.model_version).where(ServingPeriod.ended_at.is_(None))
+    )
+    # Also where it has seen no study yet.
+    serving = dict((name, version) for name, version in now)
+    return [(name, serving.get(name, version)) for name, version in served.items()]
 
 
 def check_model(

@@ -13,17 +13,19 @@ from typer.testing import CliRunner
 
 from engine.intensity_baseline import BINS, SHARES, ChannelBins, IntensityBaseline, PooledIntensities
 from gateway.cli import app
+from gateway.monitoring import drift_alarms
 from gateway.monitoring.drift_alarms import KIND, KIND_TRAINING
+from gateway.monitoring.drift_window import ModelDrift
 from gateway.monitoring.review_tasks import close_task, open_tasks
 from gateway.settings import load_settings
 from gateway.state import prepare_state
 from storage import ledger
-from storage.alarms import open_alarms, take_on
+from storage.alarms import open_alarms, raise_alarm, take_on
 from storage.database import Database
 from storage.learning_records import ReviewTask
 from storage.records import Alarm
 from tests.support.config_folder import write_config
-from tests.support.drift_studies import add_studies, check, prepared
+from tests.support.drift_studies import add_studies, check, prepared, serve
 
 SUBJECT = "model:tiny 1.0.0"
 
@@ -114,6 +116,48 @@ def test_a_warning_that_was_taken_on_does_not_hide_a_critical_drift(database: Da
     found = alarms(database)[KIND]
     assert (found.seen_by, found.count, found.message[:9]) == (None, 1, "critical:")
     assert [task.closed_at is None for task in tasks(database)] == [False, True]
+
+
+def test_a_promotion_closes_what_was_told_of_the_version_before_with_the_reason(
+    database: Database, tmp_path: Path
+) -> None:
+    with database.session() as session:
+        serve(session, "1.0.0")
+    drifted(database, tmp_path)
+    with database.session() as session:
+        raise_alarm(session, kind=KIND, subject=f"{SUBJECT} on ACME One", message="critical: the same of one scanner")
+        raise_alarm(session, kind=KIND, subject=f"{SUBJECT}0", message="of version 1.0.00, if there were one")
+        raise_alarm(session, kind="model-rolled-back", subject=SUBJECT, message="something else")
+        serve(session, "1.1.0", previous="1.0.0")
+    assert sorted(alarms(database)) == [KIND, "model-rolled-back"]
+    assert alarms(database)[KIND].subject == f"{SUBJECT}0"
+    (task,) = tasks(database)
+    assert (task.closed_by, task.outcome) == ("user:ann", "1.1.0 serves; reference and windows start anew")
+    with database.reading() as session:
+        chain = ledger.events(session, ledger.model_subject("tiny"))
+        assert ledger.verify(session, ledger.model_subject("tiny")) == len(chain)
+    assert [event.kind for event in chain][-3:] == ["model-promoted", "review-task-closed", "drift-alarms-closed"]
+    told = chain[-1].detail
+    assert (told["semver"], told["reason"]) == ("1.0.0", task.outcome)
+    assert [one["subject"] for one in told["alarms"]] == [SUBJECT, f"{SUBJECT} on ACME One"]
+
+
+def test_a_check_that_a_promotion_overtakes_says_nothing(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with database.session() as session:
+        serve(session, "1.0.0")
+    drawn = drift_alarms.draw_drift
+
+    def and_promoted(drift: ModelDrift, folder: Path) -> dict[str, str]:
+        with database.session() as session:
+            serve(session, "1.1.0", previous="1.0.0")
+        return drawn(drift, folder)
+
+    monkeypatch.setattr(drift_alarms, "draw_drift", and_promoted)
+    drifted(database, tmp_path)
+    assert alarms(database) == {}
+    assert tasks(database) == []
 
 
 @pytest.mark.requirement("ART-20", open="the fine-tuning that an alarm starts")

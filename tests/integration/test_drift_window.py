@@ -15,7 +15,7 @@ from gateway.state import prepare_state
 from storage.alarms import open_alarms
 from storage.database import Database
 from tests.support.config_folder import write_config
-from tests.support.drift_studies import add_studies, check, prepared
+from tests.support.drift_studies import add_studies, check, prepared, serve
 
 
 @pytest.mark.requirement("ART-20", open="acknowledging and snoozing alarms, and the fine-tuning that they start")
@@ -59,6 +59,18 @@ def test_a_version_that_was_promoted_starts_with_a_reference_of_its_own(database
     (found,) = check(database, tmp_path)
     assert found.model_version == "1.1.0"
     assert found.report.too_few == "50 studies in the reference, 60 are needed"
+
+
+def test_a_version_that_serves_and_has_seen_nothing_yet_is_asked_for_instead_of_the_one_before(
+    database: Database, tmp_path: Path
+) -> None:
+    with database.session() as session:
+        prepared(session)
+        add_studies(session, 120, days_ago=3)
+        serve(session, "1.1.0")
+    (found,) = check(database, tmp_path)
+    assert found.model_version == "1.1.0"
+    assert found.report.too_few == "0 studies in the reference, 60 are needed"
 
 
 def test_studies_that_were_not_judged_yet_do_not_count_and_few_are_an_answer(

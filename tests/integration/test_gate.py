@@ -245,7 +245,11 @@ def test_other_labels_and_other_channels_are_outside_the_plan(house: House) -> N
     house.register("2.0.0", renamed)
     row = house.examine("2.0.0")
     assert (row.verdict, _checks(row)) == ("OUTSIDE_PLAN", ["labels", "locked-cases"])
+    assert row.report["reasons"][0]["text"] == (
+        "its labels are not those of 1.0.0, which serves: no change plan covers that"
+    )
     assert "the locked cases have labels" in row.report["reasons"][1]["text"]
+    assert any("--force --reason TEXT" in note for note in row.report["notes"])
 
 
 @pytest.mark.requirement("ART-23")

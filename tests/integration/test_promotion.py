@@ -224,6 +224,19 @@ def test_only_an_accepted_report_of_these_weights_against_the_champion_under_thi
         put(database, registry, second)
 
 
+def test_a_refusal_tells_the_reasons_of_the_report(
+    database: Database, registry: ModelRegistry, tmp_path: Path, name: str
+) -> None:
+    _, second = register_versions(database, registry, tmp_path, name, "1.0.0", "1.1.0")
+    texts = ["its labels are not those of 1.0.0, which serves", "the locked cases have labels 1"]
+    reasons = [{"check": "labels", "text": text, "figure": None, "limit": None, "outside": True} for text in texts]
+    add_report(database, second, verdict="OUTSIDE_PLAN", report={"reasons": reasons})
+    with pytest.raises(PromotionRefused, match=f"says OUTSIDE_PLAN: {'; '.join(texts)}; .* --force --reason TEXT"):
+        put(database, registry, second)
+    put(database, registry, second, force=True, reason="validated by a reader study")
+    assert events(database, name)[-1].detail["overridden"] == [f"gate report 1 says OUTSIDE_PLAN: {'; '.join(texts)}"]
+
+
 def test_the_last_report_counts_not_the_best(
     database: Database, registry: ModelRegistry, tmp_path: Path, name: str
 ) -> None:

@@ -118,7 +118,8 @@ def test_a_version_that_is_too_near_is_refused_with_the_one_to_use(config: Path,
 def test_the_registry_says_where_a_version_comes_from(config: Path, versions: Settings) -> None:
     shown = document(config, "show", NAME)
     provenance = shown["registry_provenance"]
-    assert set(provenance) == {"plans_digest", "dataset_digest"}
+    assert set(provenance) == {"plans_digest", "dataset_digest", "unknown"}
+    assert provenance.pop("unknown").endswith("it has no provenance.json")
     assert all(len(digest) == 64 for digest in provenance.values())
 
 

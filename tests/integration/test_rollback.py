@@ -15,6 +15,7 @@ from engine.predictor import Prediction
 from engine.volume import Volume
 from gateway import quarantine
 from gateway.durable import ROUTINE, URGENT
+from gateway.learning.idle_versions import close_idle_versions
 from gateway.learning.rollback import Withdrawal
 from storage import ledger
 from storage.database import Database
@@ -281,6 +282,35 @@ def test_where_the_version_before_cannot_be_loaded_nothing_is_rolled_back_and_a_
     assert [live.make(uid) for uid in uids] == ["held"] * 3
     assert live.models.aliases[CHAMPION] == "2.0.0"
     assert live.alarms() == {"result-held", "rollback-failed"}
+
+
+def test_networks_of_a_version_that_nothing_needs_leave_the_memory_and_a_rollback_loads_them_again(
+    live: LiveStudies,
+) -> None:
+    assert live.make(live.receive(0)) == "released"
+    waiting = live.receive(1)
+    live.promote("2.0.0")
+    uids = [live.receive(n) for n in range(2, 5)]
+    assert live.make(uids[0]) == "held"
+    assert live.shelf.loaded() == {MODEL: {"1.0.0", "2.0.0"}}
+    live.watch.tend()  # a study that was ordered from the version before has not run yet
+    assert live.shelf.loaded() == {MODEL: {"1.0.0", "2.0.0"}}
+    assert live.make(waiting) == "released"
+    live.models.set_shadow(MODEL, "1.0.0")
+    live.shelf.forget(MODEL)
+    close_idle_versions(live.database, live.shelf)
+    assert live.shelf.loaded() == {MODEL: {"1.0.0", "2.0.0"}}
+    live.models.clear_shadow(MODEL)
+    live.shelf.forget(MODEL)
+    close_idle_versions(live.database, live.shelf)
+    assert live.shelf.loaded() == {MODEL: {"2.0.0"}}
+    # The studies that give the new version away are done again by the one before, at once.
+    for uid in uids[1:]:
+        live.make(uid)
+    assert live.models.aliases[CHAMPION] == "1.0.0"
+    assert [live.make(uid) for uid in uids] == ["released"] * 3
+    close_idle_versions(live.database, live.shelf)
+    assert live.shelf.loaded() == {MODEL: {"1.0.0"}}
 
 
 def test_after_enough_good_studies_the_version_is_kept(live: LiveStudies) -> None:

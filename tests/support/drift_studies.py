@@ -10,11 +10,14 @@ from typing import Literal
 import numpy as np
 from sqlalchemy.orm import Session
 
+from gateway.learning.serving import PROMOTED, begin_period
 from gateway.learning_settings import LearningSettings, ModelLearning
 from gateway.monitoring.drift_alarms import Baselines, DriftWatch
 from gateway.monitoring.drift_window import ModelDrift
 from gateway.settings import DriftSettings
+from storage import ledger
 from storage.database import Database
+from storage.models import RegisteredModel
 from storage.records import ResultState, StudyFacts, StudyState, utc_now
 from tests.support.story_rows import add_result, add_study, add_version
 
@@ -86,6 +89,26 @@ def add_studies(
 def prepared(session: Session) -> None:
     add_study(session, StudyState.VERIFIED)
     add_version(session)
+
+
+def serve(session: Session, version: str, *, previous: str | None = None) -> None:
+    """As a promotion writes it."""
+    model = RegisteredModel(
+        name="tiny",
+        semver=version,
+        registry_version=1,
+        folder=Path("unused"),
+        weights_digest="w" * 64,
+        configuration_digest="c" * 64,
+        licence="",
+        description="",
+        aliases=("champion",),
+        registered_at_ms=0,
+    )
+    ledger.hold(session, ledger.model_subject("tiny"))
+    begin_period(
+        session, model, kind=PROMOTED, actor="user:ann", previous=previous, ended_why="it was promoted", detail={}
+    )
 
 
 def check(

@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session
 from gateway.delivery.destination import Role
 from gateway.delivery.ladder import LadderState, ObjectProgress, Rung
 from gateway.durable import Enqueuer
+from storage.learning_records import LearningRun, RunState
 from storage.records import (
     Delivery,
     DeliveryState,
@@ -167,3 +168,24 @@ def kept_ladder(encoding: str, *taken: str, refused: Sequence[str] = ()) -> dict
     )
     state = replace(LadderState.new("d", now), encoding=encoding, refused=tuple(refused), objects=objects)
     return state.as_dict()
+
+
+def add_training(
+    session: Session, state: RunState, *, run_id: str = "a", model: str = "liver", updated_at: datetime | None = None
+) -> LearningRun:
+    now = utc_now()
+    run = LearningRun(
+        run_id=run_id,
+        model_name=model,
+        kind="fine-tuning",
+        base_version="1.0.0",
+        requested_by="policy",
+        reason="drift of noise",
+        state=state,
+        requested_at=now,
+        updated_at=updated_at or now,
+        workflow_id=f"learn-{run_id}",
+    )
+    session.add(run)
+    session.flush()
+    return run

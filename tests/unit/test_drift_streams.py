@@ -6,19 +6,18 @@ import math
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from scipy import stats
 
-from engine.drift_streams import Categories, Histograms, Numbers, Stream, jensen_shannon, kl_divergence
+from engine.drift_streams import Categories, Groups, Histograms, Numbers, Stream, jensen_shannon, kl_divergence
 
 NAN = math.nan
 
 
-def groups_of(studies: int, *chosen: list[int]) -> NDArray[np.bool_]:
-    groups = np.zeros((len(chosen), studies), dtype=np.bool_)
-    for row, indices in zip(groups, chosen, strict=True):
+def groups_of(studies: int, *chosen: list[int]) -> Groups:
+    members = np.zeros((len(chosen), studies), dtype=np.bool_)
+    for row, indices in zip(members, chosen, strict=True):
         row[indices] = True
-    return groups
+    return Groups(members=members)
 
 
 def test_divergences_are_those_of_their_definitions() -> None:
@@ -95,3 +94,32 @@ def test_a_group_of_the_reference_is_as_far_as_live_studies_like_it_from_the_res
             for g, r in zip(chosen, rest, strict=True)
         ]
     np.testing.assert_allclose(whole.of_groups(groups), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("digits", [0, 1, 9])
+def test_many_groups_at_once_are_as_far_as_each_by_itself_however_many_values_are_alike(digits: int) -> None:
+    random = np.random.default_rng(4)
+    values = random.normal(0, 3, 150).round(digits)
+    values[:4] = NAN
+    members = random.random((100, 150)) < 0.3  # of various sizes
+    found = Numbers(name="n", values=values).of_groups(Groups(members=members))
+    ranked = np.where(np.isnan(values), -99.0, values)
+    expected = [
+        stats.ks_2samp(ranked[row], ranked[~row]).statistic * math.sqrt(row.sum() * (~row).sum() / 150)
+        for row in members
+    ]
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_a_number_that_never_varies_is_the_same_in_all_groups() -> None:
+    members = np.random.default_rng(5).random((70, 40)) < 0.5
+    assert not Numbers(name="n", values=np.full(40, 7.0)).of_groups(Groups(members=members)).any()
+
+
+def test_whole_numbers_do_not_overflow_in_a_reference_of_many_studies() -> None:
+    studies = 50_000  # whose square is above 2**31
+    values = np.repeat([1.0, 2.0], studies // 2)
+    members = np.zeros((64, studies), dtype=np.bool_)
+    members[:, : studies // 2] = True
+    found = Numbers(name="n", values=values).of_groups(Groups(members=members))
+    assert found == pytest.approx(math.sqrt(studies / 4))

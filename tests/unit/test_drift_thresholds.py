@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from engine.drift_streams import Categories, Histograms, Numbers, Stream
-from engine.drift_thresholds import CRITICAL, LEAST_WINDOW, WARN, Thresholds, calibrate_thresholds
+from engine.drift_thresholds import (
+    CRITICAL,
+    LEAST_WINDOW,
+    WARN,
+    Thresholds,
+    calibrate_thresholds,
+    draw_groups,
+    highest_of,
+)
 
 STUDIES, WINDOW = 120, 30
 BINS = 16
@@ -95,3 +103,18 @@ def test_a_stream_that_never_varies_alarms_at_any_change() -> None:
 def test_too_few_studies_are_an_error(studies: int, window: int) -> None:
     with pytest.raises(ValueError, match="twice the window are needed"):
         calibrate_thresholds(site(studies, 1), studies=studies, window=window)
+
+
+@pytest.mark.parametrize(("studies", "window"), [(60, 30), (500, 30), (6000, 3000)])
+def test_each_group_has_the_studies_with_the_lowest_lots(studies: int, window: int) -> None:
+    lots = np.random.default_rng(7).random((3000, studies))
+    blocks = draw_groups(studies, window, 3000, np.random.default_rng(7))
+    members = np.concatenate([groups.members for groups in blocks])
+    np.testing.assert_array_equal(members, lots <= np.sort(lots, axis=1)[:, window - 1 : window])
+    assert set(members.sum(axis=1)) == {window}
+
+
+@pytest.mark.parametrize("power", [0.1, 1.0, 9.0])
+def test_lots_that_lie_on_one_side_are_looked_through_whole(power: float) -> None:
+    lots = np.random.default_rng(8).random(400) ** power
+    assert highest_of(lots, 100) == np.sort(lots)[99]

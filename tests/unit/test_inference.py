@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import io
 import os
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +19,7 @@ from sqlalchemy import select
 import gateway
 from engine.bundle import load_bundle
 from engine.errors import MemoryExceeded
-from engine.predictor import Prediction
+from engine.predictor import Prediction, Predictor
 from engine.volume import Volume
 from gateway.learning.pauses import pause
 from gateway.model_shelf import ModelShelf
@@ -201,6 +203,46 @@ def test_statistics_name_the_centre_of_a_segment_in_the_patient_and_the_missing_
     (channel,) = facts.image["channels"]
     assert sum(channel["whole"]) == 10_000
     assert facts.image["volumes_ml"][0] == pytest.approx(anterior["volume_ml"], rel=1e-5)
+
+
+class _Closable(Predictor):
+    """Waits in its prediction until it may go on, and tells whether it was closed meanwhile."""
+
+    began, goes_on, closed = threading.Event(), threading.Event(), False
+
+    def predict(self, *_: Any, **__: Any) -> Any:
+        self.began.set()
+        assert self.goes_on.wait(30)
+        return self.closed
+
+    def close(self) -> None:
+        self.closed = True
+        super().close()
+
+
+def test_a_version_that_is_needed_no_more_is_closed_never_in_use_and_loaded_again_when_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("gateway.model_shelf.Predictor", _Closable)
+    shelf = ModelShelf(cast(ModelRegistry, _Registry()), device="cpu")
+    model = cast(ModelRegistry, _Registry()).get("tiny", "1.0.0")
+    first = shelf.predictor(model)
+    assert shelf.loaded() == {model.name: {model.semver}}
+    assert shelf.close_all_but(model.name, {model.semver}) == []
+    assert shelf.close_all_but("another", ()) == []
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(shelf.predict, model, cast(Volume, None), budget_bytes=None)
+        assert _Closable.began.wait(30)
+        assert shelf.close_all_but(model.name, ()) == []
+        _Closable.goes_on.set()
+        assert running.result() is False
+    assert shelf.close_all_but(model.name, ()) == [model.semver]
+    assert shelf.loaded() == {}
+    assert cast(_Closable, first).closed
+    # What asks for it again gets another one, which is open.
+    assert cast(Any, shelf.predict(model, cast(Volume, None), budget_bytes=None)) is False
+    assert shelf.predictor(model) is not first
+    shelf.close()
 
 
 @pytest.mark.requirement("QUE-27")

@@ -53,7 +53,11 @@ def test_a_bundle_without_evidence_is_known_by_its_files(tmp_path: Path) -> None
     digests = {
         name: hashlib.sha256((bundle.root / f"{name}.json").read_bytes()).hexdigest() for name in ("plans", "dataset")
     }
-    assert provenance_of(bundle) == {"plans_digest": digests["plans"], "dataset_digest": digests["dataset"]}
+    assert provenance_of(bundle) == {
+        "plans_digest": digests["plans"],
+        "dataset_digest": digests["dataset"],
+        "unknown": "cases, exclusions, training and validation: it has no provenance.json",
+    }
 
 
 def test_cases_exclusions_labels_code_and_figures_are_told_by_digest_and_no_name_is(tmp_path: Path) -> None:
@@ -70,6 +74,26 @@ def test_cases_exclusions_labels_code_and_figures_are_told_by_digest_and_no_name
     }
     assert json.loads(found["validation"])["labels"]["left structure"]["dice"] == 0.9
     assert not any(name in text for name in ("doe", "roe", "smith") for text in found.values())
+
+
+def test_what_a_bundle_does_not_say_is_said(tmp_path: Path) -> None:
+    bundle = write_intensity_bundle(tmp_path / "b", name="liver")
+    whole = _provenance(2)
+    found = provenance_of(replace(bundle, evidence=Evidence(provenance=whole)))
+    assert found["unknown"] == "whether a single case is among them: the digest is of all their names together"
+    # As of an nnU-Net model: its files name no cases.
+    fold = replace(_fold("0"), training_cases_digest=None, data_digest=None)
+    bare = replace(
+        whole,
+        data=data_origin({"numTraining": 7}, {}, [], dataset_name="D"),
+        training=(fold, _fold("1")),
+        validation=None,
+    )
+    found = provenance_of(replace(bundle, evidence=Evidence(provenance=bare)))
+    assert found["cases"] == "7"
+    assert found["unknown"] == (
+        "names of the cases; exclusions; cases of 1 of 2 networks; content of the cases of 1 of 2 networks; validation"
+    )
 
 
 def test_more_networks_than_a_tag_holds_are_known_by_a_digest(tmp_path: Path) -> None:

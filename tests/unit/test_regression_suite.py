@@ -147,6 +147,16 @@ def test_figures_of_another_bundle_or_runtime_are_not_taken(
     assert FigureStore(tmp_path, **identity, labels=bundle.label_manager).get(digest) is None
 
 
+def test_figures_of_another_release_are_not_taken(
+    predictors: dict[str, Predictor], locked: LockedCases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = locked.cases[0].digest
+    run_suite(locked, _version(predictors["good"], tmp_path))
+    assert _version(predictors["good"], tmp_path).store.get(digest) is not None
+    monkeypatch.setattr("engine.case_figures.this_software", lambda: "seggate 999.0.0")
+    assert _version(predictors["good"], tmp_path).store.get(digest) is None
+
+
 def test_a_torn_file_of_figures_is_made_again(
     predictors: dict[str, Predictor], locked: LockedCases, tmp_path: Path
 ) -> None:

@@ -145,6 +145,16 @@ def test_a_run_that_is_given_up_is_wanted_no_more_and_cannot_fail(database: Data
             runs.give_up(session, run, actor="user:x", reason="again")
 
 
+def test_a_candidate_that_is_given_up_waits_for_nobody_any_more(database: Database) -> None:
+    with database.session() as session:
+        run = ask(session, NotedQueue(), choice(labelled=2))
+        runs.move(session, run, RunState.CANDIDATE, "ACCEPTED")
+        for kind in (runs.WAITS, runs.FAILED):  # the second is of an earlier run
+            alarms.raise_alarm(session, kind=kind, subject="model:liver", message="...")
+        runs.give_up(session, run, actor="user:x", reason="the site has changed")
+        assert [alarm.kind for alarm in alarms.open_alarms(session)] == [runs.FAILED]
+
+
 def test_the_chain_of_the_model_holds(database: Database) -> None:
     with database.session() as session:
         run = ask(session, NotedQueue(), choice(labelled=2))

@@ -15,7 +15,9 @@ from gateway.scheduled_jobs import last_due, workflow_id
 from gateway.scheduler import Scheduler, sweep
 from gateway.settings import GatewaySettings, SchedulerSettings, Settings
 from gateway.workflows import RUN_JOB
+from storage.alarms import open_alarms
 from storage.database import Database
+from storage.learning_records import LearningRun, RunState
 from storage.records import Delivery, DeliveryState, Result, ResultState, Study, StudyState, utc_now
 from tests.support.story_rows import (
     STUDY_UID,
@@ -23,6 +25,7 @@ from tests.support.story_rows import (
     add_delivery,
     add_result,
     add_study,
+    add_training,
     add_version,
 )
 from tests.support.waiting import wait_until
@@ -106,6 +109,48 @@ def test_work_whose_workflow_has_ended_without_it_is_parked_for_the_operator(dat
         assert delivery.state == DeliveryState.PARKED
         assert how.lower() in str(delivery.state_reason)
     assert sweep(database, queue) == 0
+
+
+@pytest.mark.parametrize("how", ["ERROR", "MAX_RECOVERY_ATTEMPTS_EXCEEDED", "CANCELLED", "SUCCESS"])
+@pytest.mark.parametrize("lost", ["learn-a", "learn-a-fold-1", "learn-a-finish"])
+def test_a_training_whose_workflow_has_ended_without_it_has_failed_with_an_alarm(
+    database: Database, lost: str, how: str
+) -> None:
+    folds = {"0": "done", "1": "queued" if lost == "learn-a-fold-1" else "done"}
+    with database.session() as session:
+        run = add_training(session, RunState.TRAINING, updated_at=utc_now() - _LONG_AGO)
+        if lost != run.workflow_id:
+            run.figures = {"begun": run.workflow_id, "folds": folds}
+    queue = NotedQueue()
+    queue.gone = {"learn-a-fold-0": "SUCCESS"}  # it has done its part
+    assert sweep(database, queue) == 0
+    queue.gone[lost] = how
+    assert sweep(database, queue) == 1
+    assert queue.calls == []
+    with database.reading() as session:
+        run = session.get_one(LearningRun, "a")
+        (alarm,) = open_alarms(session)
+    assert run.state == RunState.FAILED
+    assert run.state_reason == f"sweep: its workflow ended ({how.lower()}) and left it unfinished; see the log"
+    assert (alarm.kind, alarm.subject) == ("training-failed", "model:liver")
+    assert sweep(database, queue) == 0
+
+
+@pytest.mark.parametrize(
+    ("state", "young"),
+    [(RunState.TRAINING, True), (RunState.WAITING, False), (RunState.CANDIDATE, False), (RunState.REFUSED, False)],
+)
+def test_a_training_that_has_moved_or_needs_no_workflow_is_left_alone(
+    database: Database, state: RunState, young: bool
+) -> None:
+    with database.session() as session:
+        add_training(session, state, updated_at=utc_now() - (timedelta() if young else _LONG_AGO))
+    queue = NotedQueue()
+    queue.gone = {"learn-a": "ERROR"}
+    assert sweep(database, queue) == 0
+    with database.reading() as session:
+        assert session.get_one(LearningRun, "a").state == state
+        assert list(open_alarms(session)) == []
 
 
 def test_a_malformed_cron_line_is_refused_at_the_start(tmp_path: Path, database: Database) -> None:
