@@ -264,7 +264,7 @@ class ProbabilityPredictor:
             values = np.clip(head, -half, half).astype(np.float16).astype(np.float32)
             for axis in () if there else range(3):
                 values = _along(values, axis, cropped.shape[axis], nearest=axis == apart)
-            target[...] = values.astype(np.float16)
+            target[...] = values.astype(np.float16) if rule.function == "default" else values
         return self._bundle.label_manager.probabilities(resampled)
 
     def _whole(self, probabilities: FloatArray, cropped: CroppedImage) -> FloatArray:

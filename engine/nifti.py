@@ -127,6 +127,13 @@ def read_geometry(path: Path) -> Geometry:
     return _grid(_header(path), path.name)
 
 
+def read_itk_grid(path: Path) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]:
+    """Spacing, origin and direction as ITK gives them (x, y, z; direction row by row), to the last bit; of two axes for
+    a 2D file. Raises InputRejected when there is no header."""
+    reader = _header(path)
+    return tuple(reader.GetSpacing()), tuple(reader.GetOrigin()), tuple(reader.GetDirection())
+
+
 def is_flat(path: Path) -> bool:
     """Whether the file has two axes, and not a third with one voxel. Raises InputRejected when there is no header."""
     return bool(_header(path).GetDimension() == 2)
@@ -143,10 +150,9 @@ def write_labels_like(labels: LabelMap, like: Path, path: Path) -> None:
 
     Raises InputRejected when `like` cannot be read any more.
     """
-    reader = _header(like)
-    grid = (reader.GetSpacing(), reader.GetOrigin(), reader.GetDirection())
+    grid = read_itk_grid(like)
     array = labels.array.astype(np.uint8 if int(labels.array.max()) < 255 else np.uint16, copy=False)
-    _write(array[0] if reader.GetDimension() == 2 else array, grid, path)
+    _write(array[0] if len(grid[0]) == 2 else array, grid, path)
 
 
 def write_image(array_ZYX: NDArray[Any], geometry: Geometry, path: Path, *, flat: bool = False) -> None:
