@@ -27,7 +27,7 @@ from engine.preprocessing import CroppedImage, crop_to_nonzero, network_shape, n
 from engine.resampling import linear_axis, separate_axis
 from engine.segment_statistics import SegmentStatistics, measure_segments
 from engine.sliding_window import WindowGrid, predict_logits
-from engine.volume import LabelMap, Volume
+from engine.volume import Geometry, LabelMap, Volume, reorientation
 
 FloatArray = NDArray[np.float32]
 Progress = Callable[[float], None]
@@ -88,7 +88,29 @@ class ProbabilityPredictor:
         first = next(iter(self._backends.values()))
         return f"{first.name} {first.version} on {first.provider}, {first.precision}"
 
+    def check_memory(self, geometry: Geometry, *, budget_bytes: int | None = None) -> None:
+        """Raises MemoryExceeded where all classes of an image on `geometry`, taken as if nothing could be cropped away
+        and with the image itself, would not fit into the budget (None: what is free)."""
+        turned = reorientation(geometry, self._bundle.contract.orientation).target
+        forward = self._bundle.plans.transpose_forward
+        z, y, x = (turned.shape[axis] for axis in forward)
+        spacing = tuple(turned.spacing_mm[axis] for axis in forward)
+        network = max(
+            math.prod(network_shape((z, y, x), spacing, self._bundle.plans.configurations[configuration.name]))
+            for configuration in self._bundle.final_configurations
+        )
+        values = _NETWORK_COPIES * network + _IMAGE_COPIES * z * y * x
+        heads, channels = self._bundle.label_manager.num_heads, len(self._bundle.channels)
+        needed = 4 * (heads * values + 2 * channels * (network + z * y * x))
+        budget = available_bytes() if budget_bytes is None else budget_bytes
+        if needed > budget:
+            raise MemoryExceeded(
+                f"the probabilities of all {heads} classes need about {needed / 2**20:.0f} MiB and "
+                f"{budget / 2**20:.0f} MiB may be used; labels alone need far less"
+            )
+
     def close(self) -> None:
+        """Frees the networks."""
         for backend in self._backends.values():
             backend.close()
         self._backends.clear()
@@ -116,10 +138,10 @@ class ProbabilityPredictor:
             raise BundleInvalid(f"{bundle.name}: has no configuration {', '.join(configurations or ())}")
         report = progress or (lambda _share: None)
         clock = {"preprocess": 0.0, "network": 0.0, "export": 0.0, "statistics": 0.0}
+        self.check_memory(volume.geometry)
         began = time.monotonic()
         turned, change = volume.reoriented(bundle.contract.orientation)
         cropped = crop_to_nonzero(turned, bundle.plans)
-        self._check_memory(runs, cropped)
         clock["preprocess"] += time.monotonic() - began
         total: FloatArray | None = None
         outputs = 0
@@ -162,21 +184,6 @@ class ProbabilityPredictor:
             },
             seconds=clock,
         )
-
-    def _check_memory(self, runs: Sequence[BundleConfiguration], cropped: CroppedImage) -> None:
-        network = max(
-            math.prod(
-                network_shape(cropped.shape, cropped.spacing_mm, self._bundle.plans.configurations[configuration.name])
-            )
-            for configuration in runs
-        )
-        values = _NETWORK_COPIES * network + _IMAGE_COPIES * math.prod(cropped.full_shape)
-        needed, free = 4 * self._bundle.label_manager.num_heads * values, available_bytes()
-        if needed > free:
-            raise MemoryExceeded(
-                f"the probabilities of all {self._bundle.label_manager.num_heads} classes need about "
-                f"{needed / 2**20:.0f} MiB and {free / 2**20:.0f} MiB may be used; labels alone need far less"
-            )
 
     def _logits(
         self,

@@ -1,7 +1,7 @@
 """Unpacks the zip that nnU-Net's export makes, or that of a bundle, as a file from a stranger.
 
-Of nnU-Net's only the files that an import reads are unpacked; every name in the archive is checked first. Limits bound what a bomb
-can cost, whatever its headers claim.
+Of nnU-Net's only the files that an import reads are unpacked; every name in the archive is checked first. Limits bound
+what a bomb can cost, whatever its headers claim.
 """
 
 from __future__ import annotations

@@ -123,7 +123,7 @@ def read_orientation(path: Path) -> str:
 
 
 def read_geometry(path: Path) -> Geometry:
-    """The grid of the file, from its header. Raises InputRejected as `read_nifti` does for what is no 2D or 3D image."""
+    """The grid of the file, from its header. Raises InputRejected for what is no 2D or 3D image, as `read_nifti`."""
     return _grid(_header(path), path.name)
 
 

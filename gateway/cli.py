@@ -18,6 +18,7 @@ from gateway.fine_tuning_cli import train_fine_tune
 from gateway.learning_cli import learn
 from gateway.models_cli import models
 from gateway.monitoring_cli import canary, models_pause, models_resume, tasks
+from gateway.predict_cli import NnUNetCommand, predict
 from gateway.training_cli import evaluate, export, plan, select, train
 
 app = typer.Typer(
@@ -252,6 +253,7 @@ def config_show(config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
 
 
 app.command()(canary)
+app.command(cls=NnUNetCommand)(predict)
 models.command("pause")(models_pause)
 models.command("resume")(models_resume)
 app.add_typer(dataset, name="dataset")

@@ -10,8 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -48,8 +47,7 @@ def unpacked_bundle(archive: Path, cache: Path) -> Bundle:
         unpack_model(archive, staging / "archive", everything=True)
         (staging / "archive" / (bundle_folder(archive) or "")).rename(staging / "bundle")
 
-    with _kept(target, make, lambda: None) as bundle:
-        return bundle
+    return _kept(target, make, lambda: None)
 
 
 def converted_result(
@@ -92,8 +90,7 @@ def converted_result(
     def announce() -> None:
         tell(f"{path.name}: is converted to a bundle, once")
 
-    with _kept(cache / _digest(made_from), make, announce) as bundle:
-        return bundle
+    return _kept(cache / _digest(made_from), make, announce)
 
 
 def _import_model() -> Callable[..., Bundle]:
@@ -111,14 +108,12 @@ def _import_model() -> Callable[..., Bundle]:
     return import_model
 
 
-@contextmanager
-def _kept(target: Path, make: Callable[[Path], None], announce: Callable[[], None]) -> Iterator[Bundle]:
+def _kept(target: Path, make: Callable[[Path], None], announce: Callable[[], None]) -> Bundle:
     """The bundle at `target`, made there if it is absent or damaged; of several processes one makes it. `make` gets an
     empty folder and leaves the bundle in its subfolder `bundle`."""
     found = _load(target)
     if found is not None:
-        yield found
-        return
+        return found
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.with_suffix(".lock").open("a+") as lock:
         if not try_lock(lock, attempts=_WAIT_FOR_ANOTHER):
@@ -132,7 +127,7 @@ def _kept(target: Path, make: Callable[[Path], None], announce: Callable[[], Non
                 make(Path(staging))
                 (Path(staging) / "bundle").rename(target)
             found = load_bundle(target)
-        yield found
+        return found
 
 
 def _load(folder: Path) -> Bundle | None:

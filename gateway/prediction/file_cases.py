@@ -37,7 +37,7 @@ class FileCase:
 
     @property
     def source(self) -> Mapping[str, Any]:
-        return MappingProxyType({"files": [str(path) for path in self.files]})
+        return MappingProxyType({"images": [str(path) for path in self.files]})
 
     def geometry(self) -> Geometry:
         if self.fault is not None:
@@ -76,8 +76,8 @@ def cases_in_folder(folder: Path, *, ending: str, channels: int) -> tuple[list[F
     """The cases of a folder, sorted by name, and what is left out, in words.
 
     `ending` is dataset.json's; where no file has it, the one other that files here have. No cases where there are no
-    image files at all. Raises UsageRefused where none of them is named as nnU-Net names them, or where they have several
-    endings and none is the dataset's.
+    image files at all. Raises UsageRefused where none of them is named as nnU-Net names them, or where they have
+    several endings and none is the dataset's.
     """
     images = sorted(
         path
@@ -153,8 +153,8 @@ def cases_of_files(files: Sequence[Path], *, channels: int, name: str | None) ->
         cases = [_case(_stem(files[0], str(ending_of(files[0]))), list(files))]
     else:
         raise UsageRefused(
-            f"the model takes {channels} channels and {len(files)} files were given; name them CASE_0000, CASE_0001, ... "
-            "or give the files of one case in channel order"
+            f"the model takes {channels} channels and {len(files)} files were given; name them CASE_0000, CASE_0001, "
+            "... or give the files of one case in channel order"
         )
     if name is not None:
         if len(cases) != 1:

@@ -38,6 +38,9 @@ class ChosenModel:
     def file_ending(self) -> str:
         return str(self.bundle.dataset_json.get("file_ending", ".nii.gz"))
 
+    def _all_folds(self) -> list[str]:
+        return sorted({fold.fold for c in self.bundle.final_configurations for fold in c.folds})
+
     def identity(self) -> dict[str, Any]:
         """What a result depends on besides its image, as it is written beside the results."""
         return {
@@ -46,7 +49,7 @@ class ChosenModel:
             "weights_digest": self.bundle.weights_digest,
             "configuration_digest": self.bundle.configuration_digest,
             "configurations": list(self.configurations or (c.name for c in self.bundle.final_configurations)),
-            "folds": list(self.folds) if self.folds is not None else None,
+            "folds": list(self.folds or self._all_folds()),
             "step_size": self.bundle.step_size,
             "orientation": self.bundle.contract.orientation,
             "postprocessing": self.bundle.postprocessing is not None,
@@ -124,7 +127,9 @@ def _registered(request: PredictRequest) -> Bundle:
 
     settings = load_settings(request.config)
     if not registry_exists(settings):
-        raise ModelMissing(f"no model {wanted!r}: nothing is registered under {settings.models_dir}, and no such folder is here")
+        raise ModelMissing(
+            f"no model {wanted!r}: nothing is registered under {settings.models_dir}, and no such folder is here"
+        )
     registry = open_registry(settings)
     name, _, semver = wanted.partition(":")
     return ModelShelf(registry).bundle(registry.get(name, semver) if semver else registry.champion(name))
@@ -134,7 +139,9 @@ def _nnunet_address(request: PredictRequest) -> Path:
     """nnUNet_results/DATASET/TRAINER__PLANS__CONFIGURATION, as nnUNetv2_predict finds it."""
     root = os.environ.get(_RESULTS, "")
     if not root:
-        raise UsageRefused(f"-d: the environment variable {_RESULTS} is not set; set it, or name the model's folder with -m")
+        raise UsageRefused(
+            f"-d: the environment variable {_RESULTS} is not set; set it, or name the model's folder with -m"
+        )
     dataset = str(request.dataset)
     if not dataset.startswith("Dataset"):
         if not (dataset.isdecimal() and dataset.isascii()):

@@ -81,8 +81,8 @@ def check_request(request: PredictRequest) -> None:
                 raise UsageRefused(f"{option} is part of nnU-Net's address and needs -d; -m names the model itself")
     if request.previous_stage_predictions is not None:
         raise UsageRefused(
-            "-prev_stage_predictions: label maps of the stage before are not taken from files; leave the option out: the "
-            "model brings that stage, and it is run with the cascade"
+            "-prev_stage_predictions: label maps of the stage before are not taken from files; leave the option out: "
+            "the model brings that stage, and it is run with the cascade"
         )
     if request.not_on_device:
         raise UsageRefused(

@@ -201,12 +201,6 @@ def case_name(series_instance_uid: str, part: str) -> str:
     return f"series-{digest[:_NAME_DIGITS]}"
 
 
-def is_dicom(path: Path) -> bool:
-    """Whether the file has DICOM's preamble (PS3.10 7.1)."""
-    with path.open("rb") as stream:
-        return stream.read(132)[128:] == b"DICM"
-
-
 def _listed(series: Mapping[str, SourceSeries]) -> str:
     return ", ".join(f"{s.modality} series {uid}" for uid, s in list(series.items())[:5])
 
@@ -214,4 +208,3 @@ def _listed(series: Mapping[str, SourceSeries]) -> str:
 def _content_digest(part: SeriesPart, created_at: datetime) -> str:
     lines = [f"{frame.sop_instance_uid} {frame.frame_number}" for frame in part.frames]
     return hashlib.sha256("\n".join([created_at.isoformat(), *lines]).encode()).hexdigest()
-

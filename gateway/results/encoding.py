@@ -42,6 +42,7 @@ from storage.database import Database
 from storage.records import Result, ResultObject, ResultState, Study, StudyVersion
 from storage.spool import Spool
 
+
 @dataclass(frozen=True, kw_only=True)
 class _Source:
     """What a result is encoded from."""
