@@ -267,11 +267,13 @@ for command in (plan, evaluate, select, export):
 
 def main() -> None:
     """Entry of the console script."""
-    from gateway.logs import keep_off_standard_output
-    from gateway.settings import SettingsInvalid
+    from gateway.settings_invalid import SettingsInvalid
     from storage.errors import StorageError
 
-    keep_off_standard_output()
+    if sys.argv[1:2] != ["predict"]:  # it must start fast, and calls this itself where something may log
+        from gateway.logs import keep_off_standard_output
+
+        keep_off_standard_output()
     try:
         app()
     except SettingsInvalid as error:

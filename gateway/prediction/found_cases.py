@@ -97,7 +97,7 @@ def _series(request: PredictRequest, model: ChosenModel) -> FoundCases:
     if not model.knows_orientation:
         raise UsageRefused(
             "nnU-Net does not record in which voxel order a model was trained, and a DICOM series may be stored in "
-            "another: left would become right. Look at the affine of the training images and give --orientation, such as "
-            "RAS or LPS (or as-stored, where it was trained on voxels in the order of such series)"
+            "another: left would become right. Look at the affine of the training images and give --orientation, such "
+            "as RAS or LPS (or as-stored, where it was trained on voxels in the order of such series)"
         )
     return FoundCases(cases=found.cases, faults=found.faults, notes=found.notes)

@@ -120,11 +120,13 @@ def _registered(request: PredictRequest) -> Bundle:
     wanted = str(request.model)
     if not _NAME.fullmatch(wanted):
         raise UsageRefused(f"-m {wanted[:200]!r}: there is no such file or folder, and it is no model's name")
+    from gateway.logs import keep_off_standard_output
     from gateway.model_shelf import ModelShelf
     from gateway.settings import load_settings
     from gateway.state import open_registry, registry_exists
     from storage.errors import ModelMissing
 
+    keep_off_standard_output()
     settings = load_settings(request.config)
     if not registry_exists(settings):
         raise ModelMissing(
