@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.progress import Progress
 
 from engine.errors import EngineError
-from gateway.commands.output import WorkBar, print_json_line, say, work_bar
+from gateway.commands.output import WorkBar, print_json_line, printable, say, work_bar
 from gateway.errors import GatewayError
 from gateway.prediction.cases import Case
 from gateway.prediction.found_cases import find_cases
@@ -47,14 +48,14 @@ def predict(request: PredictRequest, *, as_json: bool) -> int:
         found = find_cases(request, model)
         outputs = Outputs(request, model)
         outputs.begin(found.cases)
-        todo = [case for case in found.cases if not (request.continue_prediction and outputs.is_done(case))]
-        tally = _Tally(total=len(found.cases), skipped=len(found.cases) - len(todo))
+        missing = [case for case in found.cases if not (request.continue_prediction and outputs.is_done(case))]
+        tally = _Tally(total=len(found.cases), skipped=len(found.cases) - len(missing))
         tally.failed.update(found.faults)
         for note in found.notes if request.verbose else ():
             say(note)
         for what, why in found.faults:
             _present_failure(what, why, {}, as_json, say)
-        runtime = _run(request, model, outputs, todo, tally, as_json=as_json) if todo else ""
+        runtime = _run(request, model, outputs, missing, tally, as_json=as_json) if missing else ""
     except UsageRefused as error:
         say(f"seggate: {error}")
         return 2
@@ -83,7 +84,7 @@ def predict(request: PredictRequest, *, as_json: bool) -> int:
 def _chosen(request: PredictRequest, as_json: bool) -> ChosenModel:
     """The model; a conversion, which takes its time, has a bar of its own."""
     hidden = as_json or request.quiet or not sys.stderr.isatty()
-    with Progress(transient=True, disable=hidden) as bar:
+    with Progress(console=Console(stderr=True), transient=True, disable=hidden) as bar:
         task: Any = None
 
         def progress(share: float, what: str) -> None:
@@ -92,20 +93,25 @@ def _chosen(request: PredictRequest, as_json: bool) -> ChosenModel:
                 task = bar.add_task("converting", total=1.0)
             bar.update(task, completed=share, description=f"converting: {what}")
 
-        return choose_model(request, tell=lambda text: say(text) if request.verbose else None, progress=progress)
+        return choose_model(
+            request,
+            tell=lambda text: bar.console.print(printable(text), markup=False, highlight=False, soft_wrap=True),
+            detail=lambda text: say(text) if request.verbose else None,
+            progress=progress,
+        )
 
 
 def _run(
     request: PredictRequest,
     model: ChosenModel,
     outputs: Outputs,
-    todo: Sequence[Case],
+    missing: Sequence[Case],
     tally: _Tally,
     *,
     as_json: bool,
 ) -> str:
     """Predicts the cases; what the networks ran on."""
-    sizes = {case.name: max(1, case.size_bytes) for case in todo}
+    sizes = {case.name: max(1, case.size_bytes) for case in missing}
     finished = 0
     hidden = as_json or request.quiet or not sys.stderr.isatty()
     runner = Runner(model, request)
@@ -115,7 +121,7 @@ def _run(
             def report(case: Case, share: float) -> None:
                 if tally.first_window_s is None and share > 0:
                     tally.first_window_s = _since_start_s()
-                bar.show(f"{_place(case, todo)} {case.name}", finished + share * sizes[case.name])
+                bar.show(f"{_place(case, missing)} {case.name}", finished + share * sizes[case.name])
 
             pipeline = Pipeline(
                 runner,
@@ -128,7 +134,7 @@ def _run(
                 stop=stop.is_set,
             )
             try:
-                for done in _counted(pipeline.run(todo), tally):
+                for done in _counted(pipeline.run(missing), tally):
                     finished += sizes[done.case.name]
                     _present(done, request, bar, as_json)
             except PredictionStopped:

@@ -58,12 +58,13 @@ def converted_result(
     folds: Sequence[str] | None,
     checkpoint: str | None,
     tell: Tell,
+    detail: Tell,
     progress: Progress,
 ) -> Bundle:
     """The bundle of a model that nnU-Net (or `seggate train`) trained: a result folder, a folder of several, their zip,
     or a checkpoint. Voxels are taken as stored, unless its reader turns them.
 
-    Needs torch where it was not converted before. Raises ImportRefused, ParityFailed, BundleInvalid, MemoryExceeded.
+    `tell` hears of a conversion, `detail` what it finds worth saying. Needs torch where it was not converted before. Raises ImportRefused, ParityFailed, BundleInvalid, MemoryExceeded.
     """
     selection = {"configurations": configurations, "folds": folds, "checkpoint": checkpoint}
     if path.is_file():
@@ -84,7 +85,7 @@ def converted_result(
             checkpoint=checkpoint,
             phantoms=False,
             progress=progress,
-            notice=tell,
+            notice=detail,
         )
 
     def announce() -> None:

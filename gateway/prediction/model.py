@@ -56,8 +56,8 @@ class ChosenModel:
         }
 
 
-def choose_model(request: PredictRequest, *, tell: Tell, progress: Progress) -> ChosenModel:
-    """Raises UsageRefused, and for the model itself ImportRefused, BundleInvalid, ParityFailed, MemoryExceeded, or what
+def choose_model(request: PredictRequest, *, tell: Tell, detail: Tell, progress: Progress) -> ChosenModel:
+    """`tell` hears what a person must know, `detail` the rest, `progress` how far a conversion is. Raises UsageRefused, and for the model itself ImportRefused, BundleInvalid, ParityFailed, MemoryExceeded, or what
     the registry raises."""
     cache = cache_folder(request.cache)
     path = _nnunet_address(request) if request.dataset is not None else Path(str(request.model))
@@ -77,6 +77,7 @@ def choose_model(request: PredictRequest, *, tell: Tell, progress: Progress) -> 
         folds=_folds(path, request, tell),
         checkpoint=request.checkpoint,
         tell=tell,
+        detail=detail,
         progress=progress,
     )
     # As nnUNetv2_predict, which leaves it to nnUNetv2_apply_postprocessing.

@@ -90,7 +90,7 @@ def test_a_result_folder_is_converted_once_and_folds_that_are_absent_are_told(
     model = shared_root / "models" / "Dataset004_Hippocampus" / "nnUNetTrainer__nnUNetSmallPlans__3d_fullres"
     file = folders[0] / f"{CASES[0]}_0000.nii.gz"
     words = ("-i", file, "-o", tmp_path / "out", "-m", model, "--cache", tmp_path / "cache", "-device", "cpu")
-    first = seggate(*words, "--verbose", "--disable_tta", "--json")
+    first = seggate(*words, "--disable_tta", "--json")
     assert first.exit_code == 0, first.output
     assert "of the folds 0 to 4 there are 0, 1" in first.stderr
     assert "is converted to a bundle, once" in first.stderr

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from engine.class_probabilities import ProbabilityPredictor
 from engine.errors import InputRejected, MemoryExceeded
@@ -19,9 +20,10 @@ def image(shape: tuple[int, int, int] = (6, 10, 9), spacing: float = 1.0) -> Vol
     return Volume(array=array, geometry=Geometry(shape=shape, affine_lps=np.diag([spacing, spacing, spacing, 1.0])))
 
 
-def softmax(logits: np.ndarray) -> np.ndarray:
+def softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
     raised = np.exp(logits - logits.max(axis=0))
-    return raised / raised.sum(axis=0)
+    shares: NDArray[np.float64] = raised / raised.sum(axis=0)
+    return shares
 
 
 def test_probabilities_are_the_softmax_of_the_logits_and_labels_their_highest(tmp_path: Path) -> None:
