@@ -64,7 +64,8 @@ def converted_result(
     """The bundle of a model that nnU-Net (or `seggate train`) trained: a result folder, a folder of several, their zip,
     or a checkpoint. Voxels are taken as stored, unless its reader turns them.
 
-    `tell` hears of a conversion, `detail` what it finds worth saying. Needs torch where it was not converted before. Raises ImportRefused, ParityFailed, BundleInvalid, MemoryExceeded.
+    `tell` hears of a conversion, `detail` what it finds worth saying. Needs torch where it was not converted before.
+    Raises ImportRefused, ParityFailed, BundleInvalid, MemoryExceeded.
     """
     selection = {"configurations": configurations, "folds": folds, "checkpoint": checkpoint}
     if path.is_file():

@@ -57,8 +57,11 @@ class ChosenModel:
 
 
 def choose_model(request: PredictRequest, *, tell: Tell, detail: Tell, progress: Progress) -> ChosenModel:
-    """`tell` hears what a person must know, `detail` the rest, `progress` how far a conversion is. Raises UsageRefused, and for the model itself ImportRefused, BundleInvalid, ParityFailed, MemoryExceeded, or what
-    the registry raises."""
+    """`tell` hears what a person must know, `detail` the rest, `progress` how far a conversion is.
+
+    Raises UsageRefused, and for the model itself ImportRefused, BundleInvalid, ParityFailed, MemoryExceeded, or what
+    the registry raises.
+    """
     cache = cache_folder(request.cache)
     path = _nnunet_address(request) if request.dataset is not None else Path(str(request.model))
     if request.dataset is None and not path.exists():

@@ -15,8 +15,9 @@ from pydicom.dataset import Dataset
 from sqlalchemy import select
 
 from gateway.results.content import EncodedObject
-from gateway.results.encoding import Encoding, _identified, _Source
+from gateway.results.encoding import Encoding, _Source
 from gateway.results.segmentation import LABEL_MAP_STORAGE
+from gateway.results.source_header import identified
 from storage.alarms import open_alarms
 from storage.database import Database
 from storage.errors import SpoolFull
