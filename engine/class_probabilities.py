@@ -54,21 +54,34 @@ class ClassProbabilities:
 
 
 class ProbabilityPredictor:
-    """Runs one bundle and keeps all classes. Networks are loaded here, and freed by `close`.
+    """Runs one bundle and keeps all classes. Networks are loaded here, and freed by `close`. `configurations`: whose
+    probabilities are joined (default: the final ones).
 
     Raises as engine.predictor.Predictor does.
     """
 
-    def __init__(self, bundle: Bundle, *, device: Device = "auto", threads: int | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        configurations: Sequence[str] | None = None,
+        device: Device = "auto",
+        threads: int | None = None,
+    ) -> None:
         self._bundle = bundle
+        self._runs = (
+            bundle.final_configurations
+            if configurations is None
+            else tuple(bundle.configuration(name) for name in dict.fromkeys(configurations))
+        )
         self._postprocessing = read_postprocessing(bundle.postprocessing)
         self._backends: dict[tuple[str, str], OnnxBackend] = {}
         # Earlier stages of a cascade give labels only.
         self._stages: Predictor | None = None
         try:
-            if any(configuration.previous_stage for configuration in bundle.configurations):
+            if any(configuration.previous_stage for configuration in self._runs):
                 self._stages = Predictor(bundle, device=device, threads=threads)
-            for configuration in bundle.final_configurations:
+            for configuration in self._runs:
                 stacked = len(bundle.label_manager.foreground_labels) if configuration.previous_stage else 0
                 for fold in configuration.folds:
                     self._backends[configuration.name, fold.fold] = OnnxBackend(
@@ -97,7 +110,7 @@ class ProbabilityPredictor:
         spacing = tuple(turned.spacing_mm[axis] for axis in forward)
         network = max(
             math.prod(network_shape((z, y, x), spacing, self._bundle.plans.configurations[configuration.name]))
-            for configuration in self._bundle.final_configurations
+            for configuration in self._runs
         )
         values = _NETWORK_COPIES * network + _IMAGE_COPIES * z * y * x
         heads, channels = self._bundle.label_manager.num_heads, len(self._bundle.channels)
@@ -123,7 +136,6 @@ class ProbabilityPredictor:
         *,
         progress: Progress | None = None,
         folds: Collection[str] | None = None,
-        configurations: Sequence[str] | None = None,
         mirroring: bool | None = None,
     ) -> ClassProbabilities:
         """Arguments and errors as for Predictor.predict; several configurations give the mean of their probabilities,
@@ -133,9 +145,6 @@ class ProbabilityPredictor:
             raise InputRejected(f"the image has {volume.array.shape[0]} channel(s); {bundle.name} takes other channels")
         if not np.isfinite(volume.array).all():
             raise InputRejected("the image holds NaN or infinity, correct it at the source")
-        runs = [c for c in bundle.final_configurations if configurations is None or c.name in configurations]
-        if not runs:
-            raise BundleInvalid(f"{bundle.name}: has no configuration {', '.join(configurations or ())}")
         report = progress or (lambda _share: None)
         clock = {"preprocess": 0.0, "network": 0.0, "export": 0.0, "statistics": 0.0}
         self.check_memory(volume.geometry)
@@ -145,8 +154,8 @@ class ProbabilityPredictor:
         clock["preprocess"] += time.monotonic() - began
         total: FloatArray | None = None
         outputs = 0
-        for index, run in enumerate(runs):
-            share = (index / len(runs), 1 / len(runs))
+        for index, run in enumerate(self._runs):
+            share = (index / len(self._runs), 1 / len(self._runs))
             for logits in self._logits(run, volume, cropped, folds, mirroring, report, share, clock):
                 began = time.monotonic()
                 found = self._probabilities(logits, cropped, bundle.plans.configurations[run.name])

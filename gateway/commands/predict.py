@@ -139,6 +139,9 @@ def _run(
                     _present(done, request, bar, as_json)
             except PredictionStopped:
                 tally.state = "stopped"
+            except OSError as error:  # what a case fails with is in its line; this one is of the disk
+                tally.state = "stopped"
+                bar.say(f"seggate: {request.output}: {error.strerror or error}: nothing more can be written")
         return runner.runtime
     finally:
         runner.close()

@@ -45,7 +45,9 @@ class Runner:
         self._predictor: Predictor | None = None
         self._probabilities: ProbabilityPredictor | None = None
         if request.save_probabilities:
-            self._probabilities = ProbabilityPredictor(model.bundle, device=device, threads=threads)
+            self._probabilities = ProbabilityPredictor(
+                model.bundle, configurations=model.configurations, device=device, threads=threads
+            )
         else:
             self._predictor = Predictor(model.bundle, device=device, threads=threads)
 
@@ -69,7 +71,6 @@ class Runner:
                 volume,
                 progress=progress,
                 folds=model.folds,
-                configurations=model.configurations,
                 mirroring=self._mirroring,
             )
             return Predicted(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -375,6 +376,36 @@ def test_a_process_loads_nothing_that_it_does_not_need(bundle: Bundle, tmp_path:
         *("pydantic_settings", "httpx", "pynetdicom", "apscheduler", "alembic"),
     }
     assert json.loads(ran.stdout.splitlines()[-1])["first_window_s"] > 0
+
+
+@pytest.mark.parametrize("stopped_by", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_with_whole_files_and_the_same_command_goes_on(
+    bundle: Bundle, tmp_path: Path, stopped_by: signal.Signals
+) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    first = write_array(source / "case_000_0000.nii.gz", image(), SPACING)
+    for index in range(1, 120):
+        (source / f"case_{index:03}_0000.nii.gz").symlink_to(first)
+    words = [sys.executable, "-m", "gateway.cli", "predict", "-i", source, "-o", out, "-m", bundle.root, "--json"]
+    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'fhir'}", "PATH": "/usr/bin"}
+    with subprocess.Popen(
+        [*words, "-device", "cpu"], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as running:
+        assert running.stdout is not None
+        assert json.loads(running.stdout.readline())["case"] == "case_000"
+        running.send_signal(stopped_by)
+        rest, _ = running.communicate(timeout=120)
+        assert running.returncode == 1
+    summary = json.loads(rest.splitlines()[-1])
+    assert (summary["state"], summary["ok"]) == ("stopped", False)
+    assert 1 <= summary["predicted"] < 120
+    whole = sorted(path.name for path in out.glob("*.nii.gz"))
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+    ran = predict("-i", source, "-o", out, "-m", bundle.root, "--continue_prediction", "--json")
+    assert (lines(ran)[-1]["skipped"], lines(ran)[-1]["predicted"]) == (len(whole), 120 - len(whole))
+    for name in whole:
+        np.testing.assert_array_equal(read_label_map(out / name).array, expected(image()))
 
 
 def test_the_label_map_of_a_flat_image_is_flat(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from engine.class_probabilities import ProbabilityPredictor
 from engine.errors import InputRejected, MemoryExceeded
 from engine.predictor import Predictor
 from engine.volume import Geometry, Volume
-from tests.unit.test_predictor import BIAS, WEIGHTS, expected, threshold_bundle
+from tests.support.tiny_models import configuration_json, write_pointwise_network, write_tiny_bundle
+from tests.unit.test_predictor import BIAS, THREE_LABELS, WEIGHTS, expected, threshold_bundle
 
 
 def image(shape: tuple[int, int, int] = (6, 10, 9), spacing: float = 1.0) -> Volume:
@@ -93,3 +94,51 @@ def test_a_wrong_number_of_channels_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputRejected, match=r"2 channel\(s\)"):
         predictor.predict(two)
     predictor.close()
+
+
+def test_regions_have_a_probability_each_and_none_outside_of_what_is_nonzero(tmp_path: Path) -> None:
+    """whole is above 10, core above 30."""
+    bias = np.array([-10, -30], dtype=np.float32)
+    write_pointwise_network(tmp_path / "3d_fullres" / "fold_0.onnx", np.ones((2, 1), np.float32), bias, (8, 8, 8))
+    bundle = write_tiny_bundle(
+        tmp_path,
+        labels={"background": 0, "whole": [1, 2], "core": [2]},
+        regions_class_order=(1, 2),
+        configurations={"3d_fullres": configuration_json((8, 8, 8), (1, 1, 1))},
+    )
+    volume = image()
+    volume.array[:, :2] = 0
+    predictor = ProbabilityPredictor(bundle, device="cpu")
+    found = predictor.predict(volume)
+    predictor.close()
+    assert not found.probabilities[:, :2].any()
+    inside = volume.array[0, 2:].astype(np.float64)
+    for head, limit in enumerate((10, 30)):
+        np.testing.assert_allclose(found.probabilities[head, 2:], 1 / (1 + np.exp(limit - inside)), atol=0.02)
+    np.testing.assert_array_equal(found.labels.array > 0, found.probabilities[0] > 0.5)
+
+
+def test_a_cascade_is_run_on_the_labels_of_its_first_stage(tmp_path: Path) -> None:
+    """The second stage answers the first one's labels in exchanged order; the first one can be asked for alone."""
+    write_pointwise_network(tmp_path / "3d_lowres" / "fold_0.onnx", WEIGHTS, BIAS, (8, 8, 8))
+    swapped = np.array([[0, 0, 0], [0, 0, 9], [0, 9, 0]], dtype=np.float32)
+    second = tmp_path / "3d_cascade_fullres" / "fold_0.onnx"
+    write_pointwise_network(second, swapped, np.array([4, 0, 0], dtype=np.float32), (8, 8, 8))
+    bundle = write_tiny_bundle(
+        tmp_path,
+        labels=THREE_LABELS,
+        orientation="RAS",
+        transpose_forward=(2, 0, 1),
+        configurations={
+            "3d_lowres": configuration_json((8, 8, 8), (1, 1, 1)),
+            "3d_cascade_fullres": configuration_json((8, 8, 8), (1, 1, 1), previous_stage="3d_lowres"),
+        },
+    )
+    volume = image()
+    found = {}
+    for name in ("3d_lowres", "3d_cascade_fullres"):
+        predictor = ProbabilityPredictor(bundle, configurations=[name], device="cpu")
+        found[name] = predictor.predict(volume).labels.array
+        predictor.close()
+    np.testing.assert_array_equal(found["3d_cascade_fullres"], np.array([0, 2, 1])[found["3d_lowres"]])
+    assert set(np.unique(found["3d_lowres"])) == {0, 1, 2}
