@@ -51,8 +51,8 @@ def predict(request: PredictRequest, *, as_json: bool) -> int:
         missing = [case for case in found.cases if not (request.continue_prediction and outputs.is_done(case))]
         tally = _Tally(total=len(found.cases), skipped=len(found.cases) - len(missing))
         tally.failed.update(found.faults)
-        for note in found.notes if request.verbose else ():
-            say(note)
+        for note in found.notes:
+            say(f"note: {note}")
         for what, why in found.faults:
             _present_failure(what, why, {}, as_json, say)
         runtime = _run(request, model, outputs, missing, tally, as_json=as_json) if missing else ""

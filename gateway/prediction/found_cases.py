@@ -31,7 +31,7 @@ def find_cases(request: PredictRequest, model: ChosenModel) -> FoundCases:
     if not found.cases and not found.faults:
         raise UsageRefused("-i: there is nothing to predict")
     mine = sorted(found.cases, key=lambda case: case.name)[request.part_id :: request.num_parts]
-    return replace(found, cases=mine)
+    return replace(found, cases=mine, faults=found.faults if request.part_id == 0 else ())
 
 
 def _all_cases(request: PredictRequest, model: ChosenModel) -> FoundCases:
