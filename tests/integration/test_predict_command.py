@@ -387,10 +387,15 @@ def test_a_signal_ends_it_with_whole_files_and_the_same_command_goes_on(
     first = write_array(source / "case_000_0000.nii.gz", image(), SPACING)
     for index in range(1, 120):
         (source / f"case_{index:03}_0000.nii.gz").symlink_to(first)
-    words = [sys.executable, "-m", "gateway.cli", "predict", "-i", source, "-o", out, "-m", bundle.root, "--json"]
+    words = [sys.executable, "-m", "gateway.cli", "predict", "-m", str(bundle.root), "--json"]
     environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'fhir'}", "PATH": "/usr/bin"}
     with subprocess.Popen(
-        [*words, "-device", "cpu"], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*words, "-i", source, "-o", out, "-device", "cpu"],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as running:
         assert running.stdout is not None
         assert json.loads(running.stdout.readline())["case"] == "case_000"
