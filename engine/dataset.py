@@ -151,6 +151,11 @@ def read_dataset_json(path: Path) -> DatasetJson:
     )
 
 
+def is_read_here(image_reader_writer: str) -> bool:
+    """Whether files that this reader of nnU-Net reads are read here, alike."""
+    return image_reader_writer in _READ_HERE
+
+
 def open_dataset(folder: Path) -> RawDataset:
     """The dataset with the files that its cases need; no image is opened, and a file that is absent is no error yet.
 
@@ -158,7 +163,7 @@ def open_dataset(folder: Path) -> RawDataset:
     file ending cannot be read here, there is no case, or files made from two cases would have one name.
     """
     dataset_json = read_dataset_json(folder / DATASET_JSON)
-    if dataset_json.image_reader_writer not in _READ_HERE:
+    if not is_read_here(dataset_json.image_reader_writer):
         raise DatasetInvalid(
             f"{DATASET_JSON}: file_ending: {dataset_json.file_ending} is not read here; convert the images to .nii.gz"
         )

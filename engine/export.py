@@ -60,6 +60,7 @@ def import_model(
     card: ModelCard | None = None,
     configurations: Collection[str] | None = None,
     folds: Collection[str] | None = None,
+    checkpoint: str | None = None,
     ensemble: Ensemble = "probabilities",
     weights: Weights = "float32",
     baseline: IntensityBaseline | None = None,
@@ -74,6 +75,7 @@ def import_model(
 ) -> Bundle:
     """Import what `path` holds (engine/result_folder.py) and write the bundle `out_dir`, which must not exist.
 
+    `checkpoint` is the file's name in each fold, where it is not the usual one.
     `name` and `semver` go before the card's; without either the dataset's name and 1.0.0 are taken. `phantoms`,
     `site_cases` and those in `site_folder` become the sanity cases: ONNX Runtime must give torch's labels on each.
     `calibrate` gets the bundle before it is in its place, and gives its calibration and a text for its description.
@@ -93,7 +95,7 @@ def import_model(
     check_semver(chosen_semver, error=ImportRefused)  # before the long work
     if weights == "fp16" and not (phantoms or site_cases or site_folder):
         raise ImportRefused("weights in fp16 are proven on the sanity cases; there are none")
-    with open_result(path, configurations=configurations, folds=folds) as result:
+    with open_result(path, configurations=configurations, folds=folds, checkpoint=checkpoint) as result:
         chosen_name = name or card.name or _name_from_dataset(result.plans.dataset_name)
         check_identity(chosen_name, chosen_semver, error=ImportRefused)
         description = describe_model(result.plans, result.dataset_json, result.label_manager, card)

@@ -111,6 +111,21 @@ def label_image(
     return Segmented(labels=result, probabilities=probabilities, ties=0)
 
 
+def image_logits(source: LogitSource, shape: Shape, spacing_mm: Sequence[float], threads: RowThreads) -> FloatArray:
+    """All logits float32 (K, Z, Y, X) on the grid of `shape` and `spacing_mm`, rounded to half precision where nnU-Net
+    is: for those who need every class of every voxel."""
+    grid = _GridMap(source, shape, spacing_mm)
+    heads = grid.values.shape[2] - 1
+    result = np.empty((heads, *shape), dtype=np.float32)
+
+    def work(z: int) -> None:
+        result[:, z] = _interpolated(grid, z, 0, shape[1], heads, shape[2])
+
+    for part in grid.parts(by_bands=False):
+        threads.each(work, range(part.first_z, part.last_z))
+    return result
+
+
 class _GridMap:
     """From one source's grid to the image's: which rows of the image its blocks allow, and what these are made of."""
 

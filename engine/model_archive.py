@@ -1,7 +1,7 @@
-"""Unpacks the zip that nnU-Net's export makes, as a file from a stranger.
+"""Unpacks the zip that nnU-Net's export makes, or that of a bundle, as a file from a stranger.
 
-Only the files that an import reads are unpacked; every name in the archive is checked first. Limits bound what a bomb
-can cost, whatever its headers claim.
+Of nnU-Net's only the files that an import reads are unpacked; every name in the archive is checked first. Limits bound
+what a bomb can cost, whatever its headers claim.
 """
 
 from __future__ import annotations
@@ -23,14 +23,26 @@ MAX_RATIO = 100
 _SMALL_BYTES = 2**20  # below this a ratio says nothing
 _CHUNK = 2**20
 
+_MANIFEST = "bundle.json"
 _WANTED = re.compile(
     r"plans\.json|dataset\.json|dataset_fingerprint\.json|postprocessing\.json|inference_information\.json"
     r"|checkpoint_(final|best)\.pth"
 )
 
 
-def unpack_model(archive: Path, target: Path) -> None:
-    """Unpack the wanted files of `archive` below the empty directory `target`.
+def bundle_folder(archive: Path) -> str | None:
+    """The folder of the zip that holds bundle.json ("" at the top), None where it is no bundle."""
+    try:
+        with zipfile.ZipFile(archive) as container:
+            names = container.namelist()
+    except (zipfile.BadZipFile, OSError):
+        return None
+    found = [path.parent for path in map(PurePosixPath, names) if path.name == _MANIFEST and len(path.parts) <= 2]
+    return "/".join(found[0].parts) if len(found) == 1 else None
+
+
+def unpack_model(archive: Path, target: Path, *, everything: bool = False) -> None:
+    """Unpack the wanted files of `archive` (`everything`: all) below the empty directory `target`.
 
     Raises ImportRefused with the entry's name: a path that leads outside, a link or device, a name twice, encryption,
     too many entries, too much content, an implausible ratio, a checksum that fails, or too little free disk.
@@ -40,7 +52,7 @@ def unpack_model(archive: Path, target: Path) -> None:
             entries = container.infolist()
             if len(entries) > MAX_ENTRIES:
                 raise ImportRefused(f"{archive.name}: {len(entries)} entries; at most {MAX_ENTRIES} are read")
-            wanted = _checked(archive.name, entries)
+            wanted = _checked(archive.name, entries, everything)
             claimed = sum(entry.file_size for _, entry in wanted)
             free = shutil.disk_usage(target).free
             if claimed > MAX_TOTAL_BYTES or claimed > free:
@@ -55,7 +67,9 @@ def unpack_model(archive: Path, target: Path) -> None:
         raise ImportRefused(f"{archive.name}: cannot be unpacked: {exc.strerror}") from exc
 
 
-def _checked(where: str, entries: list[zipfile.ZipInfo]) -> list[tuple[PurePosixPath, zipfile.ZipInfo]]:
+def _checked(
+    where: str, entries: list[zipfile.ZipInfo], everything: bool
+) -> list[tuple[PurePosixPath, zipfile.ZipInfo]]:
     wanted: list[tuple[PurePosixPath, zipfile.ZipInfo]] = []
     seen: set[str] = set()
     for entry in entries:
@@ -78,7 +92,7 @@ def _checked(where: str, entries: list[zipfile.ZipInfo]) -> list[tuple[PurePosix
         if path.as_posix() in seen:
             raise ImportRefused(f"{where}: {shown!r} appears twice")
         seen.add(path.as_posix())
-        if entry.is_dir() or not _WANTED.fullmatch(path.name):
+        if entry.is_dir() or not (everything or _WANTED.fullmatch(path.name)):
             continue
         if entry.file_size > MAX_FILE_BYTES:
             raise ImportRefused(f"{where}: {shown!r} claims {entry.file_size} bytes; at most {MAX_FILE_BYTES}")

@@ -122,6 +122,18 @@ def read_orientation(path: Path) -> str:
     return Geometry(shape=(1, 1, 1), affine_lps=affine).orientation
 
 
+def read_geometry(path: Path) -> Geometry:
+    """The grid of the file, from its header. Raises InputRejected for what is no 2D or 3D image, as `read_nifti`."""
+    return _grid(_header(path), path.name)
+
+
+def read_itk_grid(path: Path) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]:
+    """Spacing, origin and direction as ITK gives them (x, y, z; direction row by row), to the last bit; of two axes for
+    a 2D file. Raises InputRejected when there is no header."""
+    reader = _header(path)
+    return tuple(reader.GetSpacing()), tuple(reader.GetOrigin()), tuple(reader.GetDirection())
+
+
 def is_flat(path: Path) -> bool:
     """Whether the file has two axes, and not a third with one voxel. Raises InputRejected when there is no header."""
     return bool(_header(path).GetDimension() == 2)
@@ -130,6 +142,17 @@ def is_flat(path: Path) -> bool:
 def write_nifti(labels: LabelMap, path: Path, *, flat: bool = False) -> None:
     """The label map as a file with its own geometry, as `write_image` writes it."""
     write_image(labels.array, labels.geometry, path, flat=flat)
+
+
+def write_labels_like(labels: LabelMap, like: Path, path: Path) -> None:
+    """The label map on the grid that the file `like` states, to the last bit and in nnU-Net's type (uint8 below 255),
+    so that the file is the one that nnU-Net's SimpleITKIO writes. Else as `write_image`.
+
+    Raises InputRejected when `like` cannot be read any more.
+    """
+    grid = read_itk_grid(like)
+    array = labels.array.astype(np.uint8 if int(labels.array.max()) < 255 else np.uint16, copy=False)
+    _write(array[0] if len(grid[0]) == 2 else array, grid, path)
 
 
 def write_image(array_ZYX: NDArray[Any], geometry: Geometry, path: Path, *, flat: bool = False) -> None:
@@ -144,24 +167,30 @@ def write_image(array_ZYX: NDArray[Any], geometry: Geometry, path: Path, *, flat
         raise ValueError(f"{path.name}: the grid is sheared (gantry tilt) and cannot be written by ITK")
     if flat and len(array_ZYX) != 1:
         raise ValueError(f"{path.name}: {len(array_ZYX)} slices do not go into a file with two axes")
-    image = sitk.GetImageFromArray(array_ZYX[0] if flat else array_ZYX)
-    image.SetSpacing(geometry.spacing_mm[::-1][:axes])
-    image.SetOrigin(geometry.origin_mm[:axes])
-    image.SetDirection(direction[:axes, :axes].ravel().tolist())
+    grid = (geometry.spacing_mm[::-1][:axes], geometry.origin_mm[:axes], direction[:axes, :axes].ravel().tolist())
+    _write(array_ZYX[0] if flat else array_ZYX, grid, path)
+
+
+def _write(array: NDArray[Any], grid: tuple[Any, Any, Any], path: Path) -> None:
+    """`grid`: spacing, origin and direction as ITK takes them."""
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing(grid[0])
+    image.SetOrigin(grid[1])
+    image.SetDirection(grid[2])
     with whole_file(path, keeps_ending=True) as made:
         try:
             sitk.WriteImage(image, str(made), True)
         except RuntimeError as error:
             raise OSError(f"{path.name}: cannot be written; is the disk full?") from error
-        _check_written(made, path.name, array_ZYX)
+        _check_written(made, path.name, array)
 
 
-def _check_written(made: Path, name: str, array_ZYX: NDArray[Any]) -> None:
+def _check_written(made: Path, name: str, array: NDArray[Any]) -> None:
     with made.open("rb") as file:
         os.fsync(file.fileno())  # says what a disk across the network could not take
     try:
-        is_whole = np.array_equal(_read(made)[0], array_ZYX)
-    except InputRejected:
+        is_whole = np.array_equal(_read(made)[0].reshape(array.shape), array)
+    except (InputRejected, ValueError):
         is_whole = False
     if not is_whole:
         raise OSError(errno.ENOSPC, f"{name}: was not written to its end; is the disk full?")
@@ -189,10 +218,22 @@ def _flat_spacing_mm(spacing_mm: Sequence[float]) -> float:
 
 def _read(path: Path) -> tuple[Any, Geometry]:
     reader = _header(path)
+    geometry = _grid(reader, path.name)
+    _check_gipl(reader, path)
+    array = _stored_voxels(path)
+    if array is None or array.size != math.prod(reader.GetSize()):
+        try:
+            array = sitk.GetArrayFromImage(reader.Execute())
+        except RuntimeError as error:
+            raise InputRejected(f"{path.name}: not readable as an image") from error
+    return array.reshape(geometry.shape), geometry
+
+
+def _grid(reader: sitk.ImageFileReader, name: str) -> Geometry:
     dimensions = reader.GetDimension()
     if reader.GetNumberOfComponents() != 1 or dimensions not in (2, 3):
         raise InputRejected(
-            f"{path.name}: {dimensions} axes with {reader.GetNumberOfComponents()} values a voxel; "
+            f"{name}: {dimensions} axes with {reader.GetNumberOfComponents()} values a voxel; "
             "a 2D or 3D image with one value a voxel is needed"
         )
     affine = np.eye(4)
@@ -201,15 +242,8 @@ def _read(path: Path) -> tuple[Any, Geometry]:
     if dimensions == 2:
         affine[2, 2] = _flat_spacing_mm(reader.GetSpacing())
     affine[:dimensions, 3] = reader.GetOrigin()
-    _check_gipl(reader, path)
-    array = _stored_voxels(path)
-    if array is None or array.size != math.prod(reader.GetSize()):
-        try:
-            array = sitk.GetArrayFromImage(reader.Execute())
-        except RuntimeError as error:
-            raise InputRejected(f"{path.name}: not readable as an image") from error
-    array = array.reshape((1, *reader.GetSize()[1::-1]) if dimensions == 2 else reader.GetSize()[::-1])
-    return array, Geometry(shape=array.shape, affine_lps=affine)
+    x, y, z = (*reader.GetSize(), 1)[:3]
+    return Geometry(shape=(z, y, x), affine_lps=affine)
 
 
 def _check_gipl(reader: sitk.ImageFileReader, path: Path) -> None:

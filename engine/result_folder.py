@@ -63,29 +63,36 @@ class ResultFolder:
 
 @contextlib.contextmanager
 def open_result(
-    path: Path, *, configurations: Collection[str] | None = None, folds: Collection[str] | None = None
+    path: Path,
+    *,
+    configurations: Collection[str] | None = None,
+    folds: Collection[str] | None = None,
+    checkpoint: str | None = None,
 ) -> Iterator[ResultFolder]:
     """The model at `path`, for as long as the context lasts (a zip is unpacked into a temporary folder).
 
     `path`: a result folder (`Trainer__Plans__configuration` with fold_*), a folder with several of them, nnU-Net's
     export zip, or one checkpoint with plans.json and dataset.json beside it or above its fold folder.
     `configurations` and `folds` choose a part; without them, nnU-Net's own choice in inference_information.json, else
-    everything that is there. Raises ImportRefused with the file or folder, and what to do.
+    everything that is there. `checkpoint` is the file's name in each fold (default: checkpoint_final.pth, else
+    checkpoint_best.pth). Raises ImportRefused with the file or folder, and what to do.
     """
     path = path.absolute()
     if path.is_dir():
-        yield _from_folder(path, configurations, folds)
+        yield _from_folder(path, configurations, folds, checkpoint)
     elif path.is_file() and path.suffix.casefold() == ".zip":
         with tempfile.TemporaryDirectory(prefix="seggate-import-") as unpacked:
             unpack_model(path, Path(unpacked))
-            yield _from_folder(Path(unpacked), configurations, folds)
+            yield _from_folder(Path(unpacked), configurations, folds, checkpoint)
     elif path.is_file():
         yield _from_checkpoint(path)
     else:
         raise ImportRefused(f"{path.name}: there is no such file or folder")
 
 
-def _from_folder(path: Path, configurations: Collection[str] | None, folds: Collection[str] | None) -> ResultFolder:
+def _from_folder(
+    path: Path, configurations: Collection[str] | None, folds: Collection[str] | None, checkpoint: str | None
+) -> ResultFolder:
     notes: list[str] = []
     if _is_result_folder(path):
         candidates = [path]
@@ -109,7 +116,9 @@ def _from_folder(path: Path, configurations: Collection[str] | None, folds: Coll
     chosen = []
     for folder, (trainer, _, name) in sorted(found.items(), key=lambda item: item[1][2]):
         chosen.append(
-            ResultConfiguration(name=name, trainer=trainer, folder=folder, folds=_folds(folder, folds, notes))
+            ResultConfiguration(
+                name=name, trainer=trainer, folder=folder, folds=_folds(folder, folds, checkpoint, notes)
+            )
         )
     return _described(tuple(chosen), notes)
 
@@ -231,7 +240,13 @@ def _check_one_model(found: Mapping[Path, tuple[str, str, str]]) -> None:
         raise ImportRefused(f"several models are here ({folders}); name one of the result folders")
 
 
-def _folds(folder: Path, wanted: Collection[str] | None, notes: list[str]) -> tuple[ResultFold, ...]:
+def _folds(
+    folder: Path, wanted: Collection[str] | None, checkpoint: str | None, notes: list[str]
+) -> tuple[ResultFold, ...]:
+    kinds = {name: kind for name, kind in _CHECKPOINTS if checkpoint in (None, name)}
+    if checkpoint is not None and not kinds:
+        kinds = {checkpoint: "given"}
+    sought = " or ".join(kinds)
     present: dict[str, Path] = {}
     for child in folder.iterdir():
         named = _FOLD.fullmatch(child.name)
@@ -244,18 +259,18 @@ def _folds(folder: Path, wanted: Collection[str] | None, notes: list[str]) -> tu
         present = {fold: child for fold, child in present.items() if fold in wanted}
     folds = []
     for fold, child in sorted(present.items(), key=lambda item: (not item[0].isdecimal(), item[0].zfill(3))):
-        for file_name, kind in _CHECKPOINTS:
+        for file_name, kind in kinds.items():
             if (child / file_name).is_file():
                 folds.append(ResultFold(fold=fold, checkpoint=child / file_name, kind=kind))
-                if kind == "best":
+                if kind == "best" and checkpoint is None:
                     notes.append(f"{folder.name}: fold {fold} has no checkpoint_final.pth; checkpoint_best.pth is used")
                 break
         else:
             if wanted is not None:
-                raise ImportRefused(f"{folder.name}: fold {fold} has no checkpoint_final.pth or checkpoint_best.pth")
+                raise ImportRefused(f"{folder.name}: fold {fold} has no {sought}")
             notes.append(f"{folder.name}: fold {fold} has no checkpoint and is left out")
     if not folds:
-        raise ImportRefused(f"{folder.name}: no fold has a checkpoint_final.pth or checkpoint_best.pth")
+        raise ImportRefused(f"{folder.name}: no fold has a {sought}")
     return tuple(folds)
 
 

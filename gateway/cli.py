@@ -20,6 +20,7 @@ from gateway.fine_tuning_cli import train_fine_tune
 from gateway.learning_cli import learn
 from gateway.models_cli import models
 from gateway.monitoring_cli import canary, models_pause, models_resume, tasks
+from gateway.predict_cli import NnUNetCommand, predict
 from gateway.training_cli import evaluate, export, plan, select, train
 
 app = typer.Typer(
@@ -254,6 +255,7 @@ def config_show(config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
 
 
 app.command()(canary)
+app.command(cls=NnUNetCommand)(predict)
 models.command("pause")(models_pause)
 models.command("resume")(models_resume)
 app.add_typer(dataset, name="dataset")
@@ -277,11 +279,13 @@ def main() -> None:
 
 
 def _run() -> None:
-    from gateway.logs import keep_off_standard_output
-    from gateway.settings import SettingsInvalid
+    from gateway.settings_invalid import SettingsInvalid
     from storage.errors import StorageError
 
-    keep_off_standard_output()
+    if sys.argv[1:2] != ["predict"]:  # it must start fast, and calls this itself where something may log
+        from gateway.logs import keep_off_standard_output
+
+        keep_off_standard_output()
     try:
         app()
     except SettingsInvalid as error:

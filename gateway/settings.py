@@ -19,13 +19,10 @@ from gateway.destination_settings import DestinationSettings
 from gateway.learning_settings import LearningSettings
 from gateway.setting_faults import DELIMITER, PREFIX, faults, unknown_variables, unreadable_variable
 from gateway.setting_types import AeTitle, PeerAddress, Port, Seconds, Section
+from gateway.settings_invalid import SettingsInvalid as SettingsInvalid
 
 FILES = ("gateway.toml", "destinations.toml", "routes.toml", "learning.toml", "logging.toml")
 T = TypeVar("T", bound=BaseModel)
-
-
-class SettingsInvalid(Exception):
-    """A configuration file cannot be used; the message names the file, the key and what is expected."""
 
 
 class ReceiverSettings(Section):

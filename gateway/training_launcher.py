@@ -100,7 +100,9 @@ def _wait(children: Sequence[subprocess.Popen[bytes]], stop: threading.Event, gr
             for child in children:
                 child.send_signal(signal.SIGTERM)
         # One that a signal ended is the cause; the others that failed may only have noticed.
-        failed = min((child for child in children if child.poll()), key=lambda child: child.returncode > 0, default=None)
+        failed = min(
+            (child for child in children if child.poll()), key=lambda child: child.returncode > 0, default=None
+        )
         if failed is not None and not code:
             code = failed.returncode if failed.returncode > 0 else 1
             deadline = time.monotonic() + grace_s

@@ -11,7 +11,14 @@ from datetime import datetime
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -56,6 +63,40 @@ def progress_bar(what: str, *, hidden: bool) -> Iterator[Callable[[int, int], No
     with Progress(*columns, console=Console(stderr=True), disable=hidden, transient=True) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+class WorkBar:
+    """A bar on standard error over work in parts of unequal size, with the share that is done and the time left."""
+
+    def __init__(self, bar: Progress, total: float, *, hidden: bool) -> None:
+        self._bar, self._hidden = bar, hidden
+        self._task = bar.add_task("", total=total)
+
+    def show(self, text: str, completed: float) -> None:
+        self._bar.update(self._task, description=text, completed=completed)
+
+    def say(self, message: str) -> None:
+        """A line above the bar."""
+        if self._hidden:
+            say(message)
+        else:
+            self._bar.console.print(printable(message), markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def work_bar(total: float, *, hidden: bool) -> Iterator[WorkBar]:
+    """A `WorkBar` while the block runs; nothing but what it is told to say where it is hidden."""
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    # Windows of a large case take seconds: a speed over half a minute would jump.
+    made = Progress(*columns, console=Console(stderr=True), disable=hidden, transient=True, speed_estimate_period=600.0)
+    with made as bar:
+        yield WorkBar(bar, total, hidden=hidden)
+
+
+def print_json_line(document: Any) -> None:
+    """One of several documents, each on a line of its own, at once."""
+    sys.stdout.write(json.dumps(document, default=_plain, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
 
 
 def printable(text: str) -> str:

@@ -75,12 +75,12 @@ def served_versions(session: Session) -> list[tuple[str, str]]:
         .join(latest, (facts.c.model_name == latest.c.model_name) & (facts.c.recorded_at == latest.c.at))
         .order_by(facts.c.model_name, facts.c.model_version)
     )
-    served = dict((name, version) for name, version in rows)
+    served: dict[str, str] = dict((name, version) for name, version in rows)
     now = session.execute(
         select(ServingPeriod.model_name, ServingPeriod.model_version).where(ServingPeriod.ended_at.is_(None))
     )
     # Also where it has seen no study yet.
-    serving = dict((name, version) for name, version in now)
+    serving: dict[str, str] = dict((name, version) for name, version in now)
     return [(name, serving.get(name, version)) for name, version in served.items()]
 
 

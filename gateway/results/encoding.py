@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from pydicom.dataset import Dataset
 from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
@@ -22,7 +21,6 @@ from gateway.delivery.destination import OutgoingObject, Role
 from gateway.delivery.reported import taken_by_a_pacs
 from gateway.disk_space import alarmed_when_full
 from gateway.errors import Permanent, Rejected
-from gateway.intake.header import text_of
 from gateway.model_shelf import ModelShelf
 from gateway.results.content import EncodedObject, ObjectReference, ResultContent, SegmentContent, Superseded
 from gateway.results.content import Encoding as SegEncoding
@@ -34,6 +32,7 @@ from gateway.results.quality import Check, Verdict
 from gateway.results.secondary_capture import encode_secondary_capture
 from gateway.results.segmentation import encode_segmentation
 from gateway.results.series import SeriesPart, decode, read_series
+from gateway.results.source_header import identified
 from gateway.results.structured_report import SR_ENCODING, encode_notice, encode_structured_report
 from gateway.settings import Settings
 from storage import ledger
@@ -41,17 +40,6 @@ from storage.canary_records import CANARY_RULE
 from storage.database import Database
 from storage.records import Result, ResultObject, ResultState, Study, StudyVersion
 from storage.spool import Spool
-
-_IDENTITY = (
-    "PatientID",
-    "IssuerOfPatientID",
-    "PatientName",
-    "PatientBirthDate",
-    "PatientSex",
-    "AccessionNumber",
-    "StudyID",
-    "StudyDate",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +180,7 @@ class Encoding:
             labels=load_labels(self._spool, result),
             geometry=part.geometry,
             frames=part.frames,
-            header=_identified(part.headers),
+            header=identified(part.headers),
             modality=part.modality,
             frame_of_reference_uid=part.frame_of_reference_uid,
             segments=_segments(result, bundle),
@@ -268,20 +256,6 @@ class Encoding:
 def _copy(row: ResultObject) -> ResultObject:
     """A row that is not bound to a transaction that failed."""
     return ResultObject(**{column.key: getattr(row, column.key) for column in ResultObject.__table__.columns})
-
-
-def _identified(headers: Sequence[Dataset]) -> Dataset:
-    """The first slice's header, its empty identity attributes filled in from the first slice that has a value.
-
-    Intake lets slices without a value pass (absent never conflicts); the result must not be filed under nobody.
-    """
-    header = headers[0]
-    for keyword in _IDENTITY:
-        if text_of(header, keyword) is None:
-            value = next((v for h in headers if (v := text_of(h, keyword)) is not None), None)
-            if value is not None:
-                setattr(header, keyword, value)
-    return header
 
 
 def _image(part: SeriesPart) -> NDArray[np.float32]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -24,9 +24,20 @@ from pydicom.sequence import Sequence as DicomSequence
 from pydicom.valuerep import PersonName
 
 from gateway.errors import Rejected
+from gateway.intake.header import text_of
 from gateway.results.attributes import PARSER_ERRORS
 from gateway.results.content import Repair
 
+_IDENTITY = (
+    "PatientID",
+    "IssuerOfPatientID",
+    "PatientName",
+    "PatientBirthDate",
+    "PatientSex",
+    "AccessionNumber",
+    "StudyID",
+    "StudyDate",
+)
 # pydicom reports a sequence that ends too early as OSError.
 _UNREADABLE: tuple[type[Exception], ...] = (*PARSER_ERRORS, OSError)
 _MAX_LENGTH = {"SH": 16, "LO": 64, "CS": 16, "UI": 64, "ST": 1024, "DS": 16, "IS": 12, "AS": 4}
@@ -99,6 +110,20 @@ SOURCE_RULES: tuple[Rule, ...] = (
     Rule(keyword="SliceThickness"),
 )
 """Read besides; the encoders decide where they go."""
+
+
+def identified(headers: Sequence[Dataset]) -> Dataset:
+    """The first slice's header, its empty identity attributes filled in from the first slice that has a value.
+
+    Intake lets slices without a value pass (absent never conflicts); the result must not be filed under nobody.
+    """
+    header = headers[0]
+    for keyword in _IDENTITY:
+        if text_of(header, keyword) is None:
+            value = next((v for h in headers if (v := text_of(h, keyword)) is not None), None)
+            if value is not None:
+                setattr(header, keyword, value)
+    return header
 
 
 def repaired_header(source: Dataset) -> tuple[Dataset, list[Repair]]:

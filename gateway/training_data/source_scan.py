@@ -96,6 +96,19 @@ def scan(root: Path, *, nifti: str | None, processes: int, progress: Progress | 
     Raises OSError when a folder cannot be listed, WorkerDied.
     """
     files, links = _files(root)
+    return scan_files(files, root=root, nifti=nifti, processes=processes, progress=progress, links=links)
+
+
+def scan_files(
+    files: Sequence[Path],
+    *,
+    root: Path,
+    nifti: str | None = None,
+    processes: int = 1,
+    progress: Progress | None = None,
+    links: int = 0,
+) -> Source:
+    """The same for given files; `links` are links to folders that were passed over. Raises WorkerDied."""
     batches = [files[start : start + _BATCH] for start in range(0, len(files), _BATCH)]
     look = partial(_look, root=root, nifti=nifti)
     seen = [found for batch in map_cases(look, batches, processes=processes, progress=progress) for found in batch]

@@ -1,4 +1,5 @@
-"""Runs tests/support/nnunet_side.py with nnU-Net's own Python; `require_peer("nnunet")` comes first."""
+"""Runs tests/support/nnunet_side.py with nnU-Net's own Python, or one of its commands; `require_peer("nnunet")` comes
+first."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ SCRIPT = Path(__file__).with_name("nnunet_side.py")
 
 def nnunet(command: str, root: Path, **arguments: Any) -> Any:
     """What the command answers. AssertionError with the end of its output when it fails."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "nnUNet_"))}
+    environment = _environment()
     done = subprocess.run(
         [str(nnunet_python()), str(SCRIPT), command, str(root), json.dumps(arguments)],
         env=environment,
@@ -25,3 +26,19 @@ def nnunet(command: str, root: Path, **arguments: Any) -> Any:
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def nnunet_command(*words: str, results: Path) -> None:
+    """A command such as nnUNetv2_predict as its users run it, with nnUNet_results; fails when it does."""
+    done = subprocess.run(
+        [str(nnunet_python().with_name(words[0])), *words[1:]],
+        env={**_environment(), "nnUNet_results": str(results)},
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+
+
+def _environment() -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "nnUNet_"))}

@@ -16,6 +16,7 @@ ROOMS = (
     "gateway/intake",
     "gateway/learning",
     "gateway/monitoring",
+    "gateway/prediction",
     "gateway/results",
     "gateway/delivery",
     "gateway/training_data",

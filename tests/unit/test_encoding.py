@@ -15,8 +15,9 @@ from pydicom.dataset import Dataset
 from sqlalchemy import select
 
 from gateway.results.content import EncodedObject
-from gateway.results.encoding import Encoding, _identified, _Source
+from gateway.results.encoding import Encoding, _Source
 from gateway.results.segmentation import LABEL_MAP_STORAGE
+from gateway.results.source_header import identified
 from storage.alarms import open_alarms
 from storage.database import Database
 from storage.errors import SpoolFull
@@ -37,16 +38,16 @@ def _header(**values: str) -> Dataset:
 @pytest.mark.requirement("OUT-39", open="rendering in OHIF")
 def test_an_empty_identity_of_the_first_slice_is_filled_from_a_later_one() -> None:
     headers = [_header(PatientID="", StudyID="7"), _header(PatientName="Ärztin^Änne"), _header(PatientID="P1")]
-    header = _identified(headers)
+    header = identified(headers)
     assert (header.PatientID, str(header.PatientName), header.StudyID) == ("P1", "Ärztin^Änne", "7")
 
 
 def test_what_the_first_slice_says_stays() -> None:
-    assert _identified([_header(PatientID="P1"), _header(PatientID="P2")]).PatientID == "P1"
+    assert identified([_header(PatientID="P1"), _header(PatientID="P2")]).PatientID == "P1"
 
 
 def test_what_no_slice_says_stays_absent() -> None:
-    assert "PatientID" not in _identified([_header(), _header()])
+    assert "PatientID" not in identified([_header(), _header()])
 
 
 @pytest.mark.requirement("QUE-27")

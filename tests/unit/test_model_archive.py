@@ -11,7 +11,7 @@ import pytest
 
 from engine import model_archive
 from engine.errors import ImportRefused
-from engine.model_archive import unpack_model
+from engine.model_archive import bundle_folder, unpack_model
 
 
 def _zip(path: Path, *entries: tuple[str, bytes]) -> Path:
@@ -110,3 +110,31 @@ def test_what_is_no_zip_is_refused(tmp_path: Path) -> None:
     (tmp_path / "m.zip").write_bytes(b"not a zip")
     with pytest.raises(ImportRefused, match="not a zip"):
         _unpack(tmp_path / "m.zip", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "folder"),
+    [
+        (["bundle.json", "plans.json"], ""),
+        (["m/bundle.json", "m/plans.json"], "m"),
+        (["a/b/bundle.json"], None),
+        (["mybundle.json", "m/plans.json"], None),
+        (["a/bundle.json", "b/bundle.json"], None),
+    ],
+)
+def test_a_bundle_in_a_zip_is_known_by_its_manifest(tmp_path: Path, names: list[str], folder: str | None) -> None:
+    assert bundle_folder(_zip(tmp_path / "m.zip", *((name, b"{}") for name in names))) == folder
+
+
+def test_what_is_no_zip_holds_no_bundle(tmp_path: Path) -> None:
+    (tmp_path / "m.zip").write_bytes(b"PK no zip")
+    assert bundle_folder(tmp_path / "m.zip") is None
+
+
+def test_of_a_bundle_everything_is_unpacked_and_checked_alike(tmp_path: Path) -> None:
+    target = tmp_path / "all"
+    target.mkdir()
+    unpack_model(_zip(tmp_path / "m.zip", ("bundle.json", b"{}"), ("c/fold_0.onnx", b"x")), target, everything=True)
+    assert (target / "c" / "fold_0.onnx").read_bytes() == b"x"
+    with pytest.raises(ImportRefused, match="plain relative path"):
+        unpack_model(_zip(tmp_path / "n.zip", ("bundle.json", b"{}"), ("../x", b"x")), target, everything=True)

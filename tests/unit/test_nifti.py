@@ -13,10 +13,12 @@ from engine.errors import InputRejected
 from engine.nifti import (
     is_flat,
     narrowed,
+    read_geometry,
     read_label_map,
     read_nifti,
     read_spacing_mm,
     read_whole_numbers,
+    write_labels_like,
     write_nifti,
 )
 from engine.volume import Geometry, LabelMap
@@ -196,3 +198,39 @@ def test_several_slices_are_not_written_with_two_axes(tmp_path: Path) -> None:
     labels = LabelMap(array=np.zeros((3, 4, 5), dtype=np.uint8), geometry=oblique())
     with pytest.raises(ValueError, match="3 slices"):
         write_nifti(labels, tmp_path / "labels.nii.gz", flat=True)
+
+
+def as_nnunet_writes(array: NDArray[Any], like: Path, path: Path) -> Path:
+    """The steps of nnU-Net's SimpleITKIO: what ITK read of the image, given to the label map."""
+    image = sitk.ReadImage(str(like))
+    labels = sitk.GetImageFromArray(array)
+    labels.SetSpacing(image.GetSpacing())
+    labels.SetOrigin(image.GetOrigin())
+    labels.SetDirection(image.GetDirection())
+    sitk.WriteImage(labels, str(path), True)
+    return path
+
+
+@pytest.mark.parametrize("ending", [".nii.gz", ".nii", ".nrrd", ".mha"])
+def test_a_label_map_on_the_grid_of_another_file_is_the_file_that_nnunet_writes(tmp_path: Path, ending: str) -> None:
+    """Spacings and directions that no affine gives back to the last bit."""
+    image = sitk.GetImageFromArray(np.zeros((3, 4, 5), dtype=np.float32))
+    image.SetSpacing((0.7, 0.1 + 0.2, 1 / 3))
+    image.SetOrigin((-12.3, 4.56, 789.1))
+    image.SetDirection(oblique().direction.ravel().tolist())
+    like = tmp_path / f"image{ending}"
+    sitk.WriteImage(image, str(like))
+    array = np.arange(60, dtype=np.uint16).reshape(3, 4, 5)
+    labels = LabelMap(array=array, geometry=read_geometry(like))
+    write_labels_like(labels, like, tmp_path / f"labels{ending}")
+    wanted = as_nnunet_writes(array.astype(np.uint8), like, tmp_path / f"wanted{ending}")
+    assert (tmp_path / f"labels{ending}").read_bytes() == wanted.read_bytes()
+
+
+def test_labels_like_a_flat_file_are_flat_and_255_takes_two_bytes(tmp_path: Path) -> None:
+    like = write_image(tmp_path / "image.nii.gz", np.zeros((4, 5), dtype=np.float32), (0.5, 0.75))
+    geometry = read_geometry(like)
+    assert geometry.shape == (1, 4, 5)
+    write_labels_like(LabelMap(array=np.full((1, 4, 5), 255), geometry=geometry), like, tmp_path / "labels.nii.gz")
+    back = sitk.ReadImage(str(tmp_path / "labels.nii.gz"))
+    assert (back.GetDimension(), back.GetSpacing(), back.GetPixelID()) == (2, (0.5, 0.75), sitk.sitkUInt16)

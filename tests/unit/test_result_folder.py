@@ -242,3 +242,19 @@ def test_empty_folder_and_absent_path_are_refused(tmp_path: Path) -> None:
 @pytest.mark.peer("shared-data")
 def test_nnunets_own_export_zip_is_read() -> None:
     assert _summary(_open(shared_root() / "models" / "hippocampus_3d.zip")) == {"3d_fullres": ["0", "1"]}
+
+
+def test_a_checkpoint_of_another_name_is_taken_where_it_is_asked_for(dataset: Path) -> None:
+    folder = _folder(dataset, "3d_fullres")
+    (folder / "fold_0" / "checkpoint_best.pth").touch()
+    (folder / "fold_1" / "mine.pth").touch()
+    best = _open(folder, checkpoint="checkpoint_best.pth")
+    assert [(f.fold, f.checkpoint.name, f.kind) for f in best.configurations[0].folds] == [
+        ("0", "checkpoint_best.pth", "best")
+    ]
+    mine = _open(folder, checkpoint="mine.pth", folds=["1"])
+    assert [(f.fold, f.kind) for f in mine.configurations[0].folds] == [("1", "given")]
+    with pytest.raises(ImportRefused, match=r"fold 0 has no mine\.pth"):
+        _open(folder, checkpoint="mine.pth", folds=["0"])
+    with pytest.raises(ImportRefused, match=r"no fold has a other\.pth"):
+        _open(folder, checkpoint="other.pth")
