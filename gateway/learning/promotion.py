@@ -290,8 +290,8 @@ def _by_force_alone(found: Grounds) -> list[str]:
     if not any(reason["outside"] and reason["check"] in ("labels", "channels") for reason in reasons):
         return []
     return [
-        "a version with other labels or channels is promoted with --force --reason TEXT alone, by whoever has validated "
-        "it by other means"
+        "a version with other labels or channels is promoted with --force --reason TEXT alone, by whoever has "
+        "validated it by other means"
     ]
 
 
