@@ -19,7 +19,7 @@ from gateway.learning.case_choice import CaseChoice, choose_cases
 from gateway.learning.promotion import POLICY
 from gateway.learning_settings import ModelLearning
 from gateway.monitoring.drift_window import ModelDrift
-from gateway.monitoring.review_tasks import close_task, open_task, open_task_of
+from gateway.monitoring.review_tasks import open_task
 from gateway.settings import Settings
 from storage import ledger
 from storage.database import Database
@@ -27,8 +27,6 @@ from storage.errors import ModelMissing
 from storage.learning_records import LearningRun, RunState
 from storage.models import ModelRegistry
 from storage.records import utc_now
-
-LABEL = "label"
 
 
 class LearningPolicy:
@@ -115,9 +113,7 @@ class LearningPolicy:
             choice = self._choice(session, self._learning.of(run.model_name))
             if choice.ready:
                 runs.queue_run(session, self._enqueuer, run, choice)
-                task = open_task_of(session, kind=LABEL, subject=_subject(run))
-                if task is not None:
-                    close_task(session, task.task_id, by=POLICY, outcome=choice.sentence)
+                runs.close_label_task(session, run, by=POLICY, outcome=choice.sentence)
             else:
                 runs.move(session, run, RunState.WAITING, choice.sentence)
                 self._ask_readers(session, run, choice)
@@ -130,15 +126,11 @@ class LearningPolicy:
     def _ask_readers(session: Session, run: LearningRun, choice: CaseChoice) -> None:
         open_task(
             session,
-            kind=LABEL,
+            kind=runs.LABEL,
             model_name=run.model_name,
             model_version=run.base_version,
-            subject=_subject(run),
+            subject=runs.label_subject(run),
             summary=f"{choice.sentence}; `seggate corrections export` writes what is to be read",
             result_ids=[case.result_id for case in choice.waiting],
             picture=None,
         )
-
-
-def _subject(run: LearningRun) -> str:
-    return f"model:{run.model_name} training"

@@ -20,6 +20,7 @@ from sqlalchemy.orm import Session
 from gateway.durable import ROUTINE, TRAINING, Enqueuer, next_workflow_id
 from gateway.errors import Rejected
 from gateway.learning.case_choice import CaseChoice
+from gateway.monitoring.review_tasks import close_task, open_task_of
 from gateway.workflows import FINISH_RUN, PREPARE_RUN, TRAIN_FOLD
 from storage import alarms, ledger
 from storage.learning_records import LearningRun, RunState, ServingPeriod
@@ -27,6 +28,8 @@ from storage.records import utc_now
 
 Kind = Literal["fine-tuning", "retraining"]
 FAILED, WAITS = "training-failed", "candidate-waits"
+LABEL = "label"
+"""Kind of the review task that asks readers for labels."""
 UNDER_WAY = (RunState.WAITING, RunState.QUEUED, RunState.TRAINING, RunState.TESTING)
 _FOLDERS = "learning"
 
@@ -170,6 +173,19 @@ def give_up(session: Session, run: LearningRun, *, actor: str, reason: str) -> N
     told = WAITS if run.state == RunState.CANDIDATE else FAILED
     move(session, run, RunState.REFUSED, f"given up by {actor}: {reason}")
     alarms.clear_alarms(session, kind=told, subject=f"model:{run.model_name}", by=actor)
+    close_label_task(session, run, by=actor, outcome=f"the training was given up: {reason}")
+
+
+def label_subject(run: LearningRun) -> str:
+    """Of the review task that asks readers for labels."""
+    return f"model:{run.model_name} training"
+
+
+def close_label_task(session: Session, run: LearningRun, *, by: str, outcome: str) -> None:
+    """Readers need not look any more, if they were asked to."""
+    task = open_task_of(session, kind=LABEL, subject=label_subject(run))
+    if task is not None:
+        close_task(session, task.task_id, by=by, outcome=outcome)
 
 
 def left_behind(session: Session, before: datetime) -> list[LearningRun]:

@@ -21,17 +21,15 @@ from tests.support.peers import require_peer
 
 require_peer("torch")
 
-from engine.bundle import load_bundle
-from gateway.learning.registration import register
 from gateway.learning.runs import run_folder, runs_of
 from storage import ledger
-from storage.learning_records import LearningRun, RunState, ServingPeriod
+from storage.learning_records import RunState, ServingPeriod
 from storage.models import ModelRegistry
 from storage.records import Executor
 from tests.support import learning_site as site
-from tests.support.pacs import free_port
+from tests.support.learning_gateway import approve, learning_gateway, only_run, send_patient
 from tests.support.waiting import wait_until
-from tests.support.whole_gateway import WholeGateway, whole_gateway
+from tests.support.whole_gateway import WholeGateway
 
 _STEPS = ("write cases", "plan", "train", "count", "export", "register", "examine", "offer")
 _POINTS = (*(f"{step}:end" for step in _STEPS), "alias-champion", "alias-previous")
@@ -41,57 +39,22 @@ _POINTS = (*(f"{step}:end" for step in _STEPS), "alias-champion", "alias-previou
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WholeGateway]:
     folder = tmp_path_factory.mktemp("learning9")
     trained = site.train(folder / "trained", range(1, 9))
-    locked = site.write_dataset(folder / "Dataset903_Locked", range(900, 910))
-    nobody = ("NONE", free_port())
-    with whole_gateway(
-        folder / "gateway", pacs_address=nobody, emr_url=f"http://127.0.0.1:{nobody[1]}/fhir"
-    ) as gateway:
-        (gateway.config / "routes.toml").write_text(site.ROUTES)
-        (gateway.config / "learning.toml").write_text(
-            f"""[[models]]
-name = "{site.MODEL}"
-trained = "{trained.model}"
-dataset = "{trained.raw}"
-locked = "{locked}"
-[models.selection]
-least = 1
-random_share = 0
-[models.fine_tuning]
-folds = ["0"]
-epochs = 3
-iterations = 30
-threads = 1
-[models.change_plan]
-approval = "automatic"
-max_dice_loss = 0.1
-max_dice_loss_per_label = 0.2
-max_runtime_ratio = 20
-max_memory_ratio = 3
-shadow_studies = 0
-"""
-        )
-        register(gateway.settings, load_bundle(trained.bundle), candidate=False, actor="test")
-        gateway.start_receiver()
+    with learning_gateway(folder, trained, fine_tuning='folds = ["0"]\nepochs = 3\niterations = 30') as gateway:
         gateway.start("worker", lives=True)
         yield gateway
 
 
 @pytest.mark.requirement("ART-21", "ART-22", "QUE-27")
 def test_killed_anywhere_a_fine_tuning_ends_in_one_promotion(gateway: WholeGateway) -> None:
-    config = ["--config", str(gateway.config)]
     for seed in (100, 101):
-        study = site.write_study(gateway.folder / "sent" / str(seed), seed, f"P{seed}")
-        gateway.send(study.files)
-        gateway.wait_for_state(study.study_instance_uid, "delivering")
-        (result,) = gateway.results(study.study_instance_uid)
-        site.run("corrections", "add", result.result_id, "--approve", *config)
+        approve(gateway, send_patient(gateway, seed))
     for point in _POINTS:
         gateway.kill_at(point)
 
     with _ChampionWatch(gateway) as watch:
-        site.run("learn", "start", site.MODEL, *config)
+        site.run("learn", "start", site.MODEL, "--config", str(gateway.config))
         _kill_while_it_trains(gateway)
-        wait_until(lambda: _run(gateway).state == RunState.PROMOTED, "the promotion", timeout_s=900)
+        wait_until(lambda: only_run(gateway).state == RunState.PROMOTED, "the promotion", timeout_s=900)
         gateway.wait_for_death_at(*_POINTS)
     assert watch.looks > 50
     assert watch.without == 0
@@ -113,18 +76,12 @@ def test_killed_anywhere_a_fine_tuning_ends_in_one_promotion(gateway: WholeGatew
     assert kinds["model-promoted"] == 2  # the first version, and this one
 
 
-def _run(gateway: WholeGateway) -> LearningRun:
-    gateway.check_alive()
-    with gateway.database.reading() as session:
-        (run,) = runs_of(session, site.MODEL)
-    assert run.state not in (RunState.FAILED, RunState.REFUSED), run.state_reason
-    return run
-
-
 def _kill_while_it_trains(gateway: WholeGateway) -> None:
     """The worker, after the training of the fold has written its first checkpoint."""
-    folder = run_folder(gateway.settings.models_dir, _run(gateway).run_id)
-    wait_until(lambda: list(folder.rglob("fold_0/checkpoint_*.pth")) and _run(gateway), "a checkpoint", timeout_s=300)
+    folder = run_folder(gateway.settings.models_dir, only_run(gateway).run_id)
+    wait_until(
+        lambda: list(folder.rglob("fold_0/checkpoint_*.pth")) and only_run(gateway), "a checkpoint", timeout_s=300
+    )
     with gateway.database.reading() as session:
         pid = session.scalars(select(Executor.pid).where(Executor.role == "worker")).one()
     os.kill(pid, signal.SIGKILL)

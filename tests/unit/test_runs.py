@@ -13,6 +13,7 @@ from gateway.durable import TRAINING
 from gateway.errors import Rejected
 from gateway.learning import runs
 from gateway.learning.case_choice import CaseChoice, ChosenCase
+from gateway.monitoring.review_tasks import open_task, open_tasks
 from storage import alarms, ledger
 from storage.database import Database
 from storage.learning_records import RunState
@@ -153,6 +154,24 @@ def test_a_candidate_that_is_given_up_waits_for_nobody_any_more(database: Databa
             alarms.raise_alarm(session, kind=kind, subject="model:liver", message="...")
         runs.give_up(session, run, actor="user:x", reason="the site has changed")
         assert [alarm.kind for alarm in alarms.open_alarms(session)] == [runs.FAILED]
+
+
+def test_readers_are_not_asked_for_labels_of_a_training_that_was_given_up(database: Database) -> None:
+    with database.session() as session:
+        run = ask(session, NotedQueue(), choice(labelled=1, waiting=3))
+        open_task(
+            session,
+            kind=runs.LABEL,
+            model_name="liver",
+            model_version="1.0.0",
+            subject=runs.label_subject(run),
+            summary="1 of 4 cases",
+            result_ids=["r1"],
+            picture=None,
+        )
+        runs.give_up(session, run, actor="user:x", reason="wrong cases")
+        assert list(open_tasks(session)) == []
+        assert kinds(session)[-1] == "review-task-closed"
 
 
 def test_the_chain_of_the_model_holds(database: Database) -> None:
