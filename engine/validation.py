@@ -49,6 +49,7 @@ class TorchBackend:
 
     name = "torch"
     precision = "float32"
+    batch = 1
 
     def __init__(self, network: nn.Module) -> None:
         self._network = network

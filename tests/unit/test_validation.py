@@ -35,7 +35,7 @@ class Threshold:
     """Not trained: knows the normalised brightness of each label of the tiny dataset."""
 
     name = precision = version = provider = "threshold"
-    threads = 1
+    threads = batch = 1
 
     def __init__(self) -> None:
         self.runs = 0
