@@ -95,7 +95,7 @@ def probe(runtime: Runtime, provider: Provider, precision: Precision) -> Backend
         try:
             version, reason = _run(BackendChoice(runtime=runtime, provider=provider, precision=precision, threads=1))
         except (BackendFailed, BundleInvalid) as error:
-            reason = str(error)
+            reason = str(error).removeprefix(f"{PROBE_FILE.name}: ")
     return BackendStatus(runtime=runtime, provider=provider, precision=precision, version=version, reason=reason)
 
 

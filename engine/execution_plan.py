@@ -1,8 +1,8 @@
 """An execution plan: on what, in which arithmetic and how many windows at a time one model runs on one machine, and the
 figures that say why.
 
-A plan is made by engine/tuning.py. It holds for one version of a model, one machine, and the runtimes that were installed
-when it was measured; `stale_reasons` says why it no longer does.
+A plan is made by engine/tuning.py. It holds for one version of a model, one machine, and the runtimes that were
+installed when it was measured; `stale_reasons` says why it no longer does.
 """
 
 from __future__ import annotations
@@ -71,7 +71,14 @@ class CandidateFigure:
         """In a few words, for a table."""
         if self.changed_voxels is None:
             return self.reason or "not measured"
-        return "agrees" if not self.faults else "; ".join(self.faults)
+        if self.faults:
+            return "; ".join(self.faults)
+        return "agrees" if self.cases else "agrees on single windows"
+
+    @property
+    def was_run(self) -> bool:
+        """Whether it ran at all here."""
+        return self.seconds_per_window is not None
 
 
 @dataclass(frozen=True, kw_only=True)

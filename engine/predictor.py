@@ -36,7 +36,8 @@ _NETWORK_SHARE = 0.95
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeInfo:
-    """On what a prediction was computed. `seconds` is wall time by stage: preprocess, network, export, statistics."""
+    """On what a prediction was computed. `seconds` is wall time by stage: preprocess, network, export, statistics.
+    `left_out`: what an execution plan with a tolerance spared of the model's own passes, in words."""
 
     backend: str
     provider: str
@@ -45,6 +46,7 @@ class RuntimeInfo:
     versions: Mapping[str, str]
     seconds: Mapping[str, float]
     peak_estimate_bytes: int
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

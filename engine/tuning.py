@@ -33,7 +33,7 @@ from engine.volume import Volume
 from engine.window_timing import Clock, TimedChoice, time_choices
 
 DEFAULT_BUDGET_S = 120.0
-FIRST_USE_BUDGET_S = 10.0
+FIRST_USE_BUDGET_S = 2.0
 _TIMING_SHARE = 0.4
 """Part of the time that windows may take; whole cases have the rest."""
 _BATCHES = (2, 4, 8)

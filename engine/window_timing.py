@@ -1,4 +1,4 @@
-"""How fast each choice runs the windows of a model, in turns, so that what else the machine does falls on all of them."""
+"""How fast each choice runs the windows of a model: in turns, so that what else the machine does falls on all."""
 
 from __future__ import annotations
 
