@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -55,7 +56,7 @@ def test_a_plan_that_was_kept_is_found_and_one_of_another_machine_only_shown(bun
     assert plans.find(bundle).plan is None
     path = plans.save(plan)
     assert plans.find(bundle).plan == plan
-    assert set(plans.all(bundle.name, bundle.semver)) == {plan, other} or len(plans.all("tiny", "1.0.0")) == 2
+    assert sorted(p.machine.cores for p in plans.all(bundle.name, bundle.semver)) == sorted((plan.machine.cores, 99))
     assert path.parts[-4:-1] == ("tiny", "plans", "1.0.0")
     assert [p.name for p in path.parent.iterdir() if p.name.startswith(".")] == []
 
@@ -123,8 +124,7 @@ def test_what_cannot_be_measured_or_kept_does_not_keep_a_model_from_running(
 
 
 def test_a_plan_that_cannot_be_opened_any_more_is_told_and_left(bundle: Bundle) -> None:
-    gone = plan_of(bundle, choice=BackendChoice(runtime="torch", provider="tensorrt", precision="float32"))
-    gone = replace(gone, choice=BackendChoice(runtime="openvino", provider="cuda", precision="float32"))
+    gone = plan_of(bundle, choice=BackendChoice(runtime="openvino", provider="cuda", precision="float32"))
     with capture_logs() as logs:
         predictor, plan = open_planned(bundle, gone, device="cpu")
     with predictor:
@@ -174,8 +174,6 @@ def test_a_worker_runs_a_model_by_its_plan_and_the_result_says_so(
 
 
 def test_the_file_is_plain_json_without_a_name_of_the_machine(bundle: Bundle, plans: ModelPlans) -> None:
-    import os
-
     text = plans.save(plan_of(bundle)).read_text(encoding="utf-8")
     assert json.loads(text)["choice"]["runtime"] == "openvino"
     assert os.uname().nodename not in text
