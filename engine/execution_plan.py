@@ -13,7 +13,7 @@ from importlib import metadata
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
-from engine.backends import PRECISIONS, PROVIDERS, RUNTIMES, BackendChoice, Device
+from engine.backends import PRECISIONS, PROVIDERS, RUNTIMES, BackendChoice, Device, Precision, Provider, Runtime
 from engine.bundle import Bundle
 from engine.errors import PlanInvalid
 from engine.json_reader import Reader
@@ -30,9 +30,9 @@ Mirroring = Literal["full", "none"]
 """Whether the mirrored passes that the model allows are run."""
 Origin = Literal["tuned", "first-use"]
 """`tuned`: every candidate that time allowed, on whole cases. `first-use`: the float32 runtimes, on single windows."""
-RUNTIME_TABLE = MappingProxyType({name: name for name in RUNTIMES})
-PROVIDER_TABLE = MappingProxyType({name: name for name in PROVIDERS})
-PRECISION_TABLE = MappingProxyType({name: name for name in PRECISIONS})
+_RUNTIMES: Mapping[str, Runtime] = {name: name for name in RUNTIMES}
+_PROVIDERS: Mapping[str, Provider] = {name: name for name in PROVIDERS}
+_PRECISIONS: Mapping[str, Precision] = {name: name for name in PRECISIONS}
 _MIRRORING = MappingProxyType({name: name for name in get_args(Mirroring)})
 _ORIGINS = MappingProxyType({name: name for name in get_args(Origin)})
 
@@ -218,9 +218,9 @@ def read_plan(document: Mapping[str, Any], *, where: str) -> ExecutionPlan:
 
 def _read_choice(entry: Reader) -> BackendChoice:
     return BackendChoice(
-        runtime=entry.look_up("runtime", entry.text("runtime"), RUNTIME_TABLE),
-        provider=entry.look_up("provider", entry.text("provider"), PROVIDER_TABLE),
-        precision=entry.look_up("precision", entry.text("precision"), PRECISION_TABLE),
+        runtime=entry.look_up("runtime", entry.text("runtime"), _RUNTIMES),
+        provider=entry.look_up("provider", entry.text("provider"), _PROVIDERS),
+        precision=entry.look_up("precision", entry.text("precision"), _PRECISIONS),
         threads=entry.integer("threads", 0, 2**12),
         batch=entry.integer("batch", 1, 2**10),
     )

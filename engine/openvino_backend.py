@@ -155,7 +155,8 @@ def openvino_runtime() -> Any:
     if "openvino" in sys.modules:
         return sys.modules["openvino"]
     hidden = [name for name in _LEFT_OUT if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))  # None: importing it fails, and openvino foresees that
+    nothing: Any = None  # importing it fails, and openvino foresees that
+    sys.modules.update(dict.fromkeys(hidden, nothing))
     try:
         return import_module("openvino")
     except ImportError as error:

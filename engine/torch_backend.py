@@ -49,7 +49,7 @@ class TorchOnnxBackend:
         if choice.threads:
             torch.set_num_threads(choice.threads)
         self._network: Any = None
-        loaded = load_exported(network).to(self._device)
+        loaded: Any = load_exported(network).to(self._device)
         if self._device.type == "cuda":
             layout = torch.channels_last_3d if len(network.patch_size) == 3 else torch.channels_last
             loaded = loaded.to(memory_format=layout)

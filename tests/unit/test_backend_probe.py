@@ -63,7 +63,7 @@ def test_a_provider_that_is_listed_and_computes_on_the_cpu_instead_is_not_availa
         lambda path, options, providers: session(path, options, providers=["CPUExecutionProvider"]),
     )
     for provider in ("cuda", "tensorrt"):
-        status = probe("onnxruntime", provider, "float32")  # type: ignore[arg-type]
+        status = probe("onnxruntime", provider, "float32")
         assert not status.is_available
         assert "did not start" in str(status.reason)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from engine.machine import allowed_cores, this_identity
 @pytest.fixture(autouse=True)
 def _no_tool(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(machine, "_CGROUP", tmp_path)
-    monkeypatch.setattr(machine.shutil, "which", lambda _name: None)
+    monkeypatch.setattr(shutil, "which", lambda _name: None)
 
 
 def test_the_same_machine_has_the_same_key_and_another_one_another() -> None:
@@ -56,7 +57,7 @@ def test_flags_are_those_that_matter(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 def test_a_gpu_is_named_with_memory_and_driver_and_a_tool_that_fails_means_none(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(machine.shutil, "which", lambda _name: "/usr/bin/nvidia-smi")
+    monkeypatch.setattr(shutil, "which", lambda _name: "/usr/bin/nvidia-smi")
 
     def answers(command: list[str], **_: Any) -> Any:
         return subprocess.CompletedProcess(command, 0, stdout="NVIDIA L4, 23034 MiB, 550.54.15\n")
@@ -64,7 +65,7 @@ def test_a_gpu_is_named_with_memory_and_driver_and_a_tool_that_fails_means_none(
     def fails(command: list[str], **_: Any) -> Any:
         raise subprocess.CalledProcessError(9, command)
 
-    monkeypatch.setattr(machine.subprocess, "run", answers)
+    monkeypatch.setattr(subprocess, "run", answers)
     assert this_identity().gpu == "NVIDIA L4, 23034 MiB, 550.54.15"
-    monkeypatch.setattr(machine.subprocess, "run", fails)
+    monkeypatch.setattr(subprocess, "run", fails)
     assert this_identity().gpu == ""

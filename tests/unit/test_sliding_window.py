@@ -15,7 +15,7 @@ FloatArray = NDArray[np.float32]
 class FunctionBackend:
     """A network that is a function of the batch."""
 
-    name, version, provider, precision, threads = "function", "1", "cpu", "float32", 1
+    name, version, provider, precision, threads, batch = "function", "1", "cpu", "float32", 1, 1
 
     def __init__(self, function: Callable[[FloatArray], FloatArray]) -> None:
         self._function = function

@@ -81,7 +81,7 @@ def test_half_precision_is_autocast_and_changes_little(tmp_path: Path) -> None:
 
 def test_a_file_of_another_network_is_refused_before_anything_is_allocated(tmp_path: Path) -> None:
     network = _exported(tmp_path)
-    write_pointwise_network(tmp_path / "other.onnx", np.zeros((3, 2)), np.zeros(3), PATCH)
+    write_pointwise_network(tmp_path / "other.onnx", np.zeros((3, 2), np.float32), np.zeros(3, np.float32), PATCH)
     other = Network(**{**vars(network), "file": tmp_path / "other.onnx"})
     with pytest.raises(BundleInvalid, match=r"other\.onnx: has no encoder\.stages"):
         open_backend(other, _choice("torch"))

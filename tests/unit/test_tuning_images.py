@@ -14,10 +14,12 @@ from tests.support.tiny_models import configuration_json, write_pointwise_networ
 
 
 def test_each_configuration_gets_a_window_of_its_patch_with_what_the_stage_before_found(tmp_path: Path) -> None:
-    weights, bias = np.ones((3, 1)), np.zeros(3)
+    weights, bias = np.ones((3, 1), dtype=np.float32), np.zeros(3, dtype=np.float32)
     write_pointwise_network(tmp_path / "2d" / "fold_0.onnx", weights, bias, (6, 10))
     write_pointwise_network(tmp_path / "3d_lowres" / "fold_0.onnx", weights, bias, (4, 8, 8))
-    write_pointwise_network(tmp_path / "3d_cascade" / "fold_0.onnx", np.ones((3, 3)), bias, (8, 8, 12))
+    write_pointwise_network(
+        tmp_path / "3d_cascade" / "fold_0.onnx", np.ones((3, 3), dtype=np.float32), bias, (8, 8, 12)
+    )
     bundle = write_tiny_bundle(
         tmp_path,
         labels={"background": 0, "a": 1, "b": 2},
