@@ -6,7 +6,6 @@ Whatever is to be measured at an export is in `BACKENDS`.
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,9 +14,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from engine.backends import Backend, OnnxBackend
+from engine.backends import Backend
 from engine.errors import BackendFailed
 from engine.json_reader import Reader
+from engine.machine import allowed_cores, memory_gib, processor_name
+from engine.onnx_backend import OnnxBackend
+from engine.openvino_backend import OpenVinoBackend
 
 BACKENDS_JSON = "backends.json"
 FORMAT = 1
@@ -26,7 +28,11 @@ _MAX_FIGURES = 10_000
 REFERENCE = "onnxruntime on cpu"
 """What every export is proven with; the others are measured where they run."""
 BACKENDS: Mapping[str, Callable[..., Backend]] = MappingProxyType(
-    {REFERENCE: partial(OnnxBackend, device="cpu"), "onnxruntime on cuda": partial(OnnxBackend, device="cuda")}
+    {
+        REFERENCE: partial(OnnxBackend, device="cpu"),
+        "openvino on cpu": OpenVinoBackend,
+        "onnxruntime on cuda": partial(OnnxBackend, device="cuda"),
+    }
 )
 
 
@@ -76,11 +82,10 @@ def running_backends(file: Path, *, channels: int, patch_size: Sequence[int]) ->
 
 
 def this_machine() -> Machine:
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return Machine(
-        processor=_processor(),
-        cores=len(os.sched_getaffinity(0)),
-        memory_gib=round(pages / 2**30, 1),
+        processor=processor_name(),
+        cores=allowed_cores(),
+        memory_gib=memory_gib(),
         system=f"{platform.system()} {platform.machine()}",
     )
 
@@ -121,14 +126,3 @@ def read_figures(document: Mapping[str, Any], *, error: type[Exception]) -> Back
             for entry in reader.children("figures", lengths=(0, _MAX_FIGURES))
         ),
     )
-
-
-def _processor() -> str:
-    """The model's name as the kernel gives it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()[:200]
-    except OSError:
-        pass
-    return platform.processor()

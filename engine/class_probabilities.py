@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backends import Device, OnnxBackend
+from engine.backends import Backend, Device
 from engine.bundle import Bundle
+from engine.bundle_networks import open_networks
 from engine.errors import BundleInvalid, InputRejected, MemoryExceeded
 from engine.logit_source import NetworkLogits, StoredLogits
 from engine.logit_stream import LogitStream, stored_logits
@@ -78,22 +79,15 @@ class ProbabilityPredictor:
             else tuple(bundle.configuration(name) for name in dict.fromkeys(configurations))
         )
         self._postprocessing = read_postprocessing(bundle.postprocessing)
-        self._backends: dict[tuple[str, str], OnnxBackend] = {}
+        self._backends: dict[tuple[str, str], Backend] = {}
         # Earlier stages of a cascade give labels only.
         self._stages: Predictor | None = None
         try:
             if any(configuration.previous_stage for configuration in self._runs):
                 self._stages = Predictor(bundle, device=device, threads=threads)
-            for configuration in self._runs:
-                stacked = len(bundle.label_manager.foreground_labels) if configuration.previous_stage else 0
-                for fold in configuration.folds:
-                    self._backends[configuration.name, fold.fold] = OnnxBackend(
-                        fold.file,
-                        channels=len(bundle.channels) + stacked,
-                        patch_size=bundle.plans.configurations[configuration.name].patch_size,
-                        device=device,
-                        threads=threads,
-                    )
+            self._backends = open_networks(
+                bundle, device=device, threads=threads, names=[run.name for run in self._runs]
+            )
         except BaseException:
             self.close()
             raise

@@ -57,3 +57,7 @@ class MemoryExceeded(EngineError):
 
 class BackendFailed(EngineError):
     """The runtime failed on a batch (device lost, out of memory); trying again may help."""
+
+
+class PlanInvalid(EngineError):
+    """An execution plan is damaged or of another release; it is not used."""

@@ -77,7 +77,7 @@ def check_parity(
             if fault and not found:
                 raise ParityFailed(f"{where}: {name} {fault}")
             if fault:
-                notes.append(f"{where}: {name} {fault}; use another device for this model")
+                notes.append(f"{where}: {name} {fault}; it runs where `seggate models tune` finds the labels the same")
             found.append(
                 BackendFigure(
                     configuration=configuration.name,

@@ -15,8 +15,9 @@ import numpy as np
 import scipy
 from numpy.typing import NDArray
 
-from engine.backends import Backend, Device, OnnxBackend
+from engine.backends import Backend, BackendChoice, Device
 from engine.bundle import Bundle
+from engine.bundle_networks import open_networks
 from engine.errors import BundleInvalid, InputRejected, MemoryExceeded
 from engine.labels import LabelManager
 from engine.logit_source import LogitSource, StoredLogits
@@ -43,7 +44,8 @@ _NETWORK_SHARE = 0.95
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeInfo:
-    """On what a prediction was computed. `seconds` is wall time by stage: preprocess, network, export, statistics."""
+    """On what a prediction was computed. `seconds` is wall time by stage: preprocess, network, export, statistics.
+    `left_out`: what an execution plan with a tolerance spared of the model's own passes, in words."""
 
     backend: str
     provider: str
@@ -52,6 +54,7 @@ class RuntimeInfo:
     versions: Mapping[str, str]
     seconds: Mapping[str, float]
     peak_estimate_bytes: int
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -72,8 +75,10 @@ class Prediction:
 class Predictor:
     """Runs one model bundle. Networks are loaded once, here, and stay loaded until `close`.
 
-    `backends`, by (configuration, fold), run the networks instead of the bundle's own files. `scratch` is a folder on a
-    disk: where memory is short, the sums of windows are kept in a file there, which is slower and changes no label.
+    `choice` is the runtime that an execution plan names; without one it is ONNX Runtime in float32 on `device` with so
+    many `threads`. `backends`, by (configuration, fold), run the networks instead of the bundle's own files. `scratch`
+    is a folder on a disk: where memory is short, the sums of windows are kept in a file there, which is slower and
+    changes no label.
 
     One prediction at a time. Raises BundleInvalid when a network or rule of the bundle cannot be run, BackendFailed
     when the device asked for cannot.
@@ -85,6 +90,7 @@ class Predictor:
         *,
         device: Device = "auto",
         threads: int | None = None,
+        choice: BackendChoice | None = None,
         backends: Mapping[tuple[str, str], Backend] | None = None,
         scratch: Path | None = None,
     ) -> None:
@@ -94,20 +100,11 @@ class Predictor:
         self._postprocessing = read_postprocessing(bundle.postprocessing)
         for configuration in bundle.configurations:
             check_rule(bundle.plans.configurations[configuration.name].resampling_probabilities)
-        self._backends: dict[tuple[str, str], Backend] = dict(backends or {})
-        try:
-            for configuration in bundle.configurations if backends is None else ():
-                for fold in configuration.folds:
-                    self._backends[configuration.name, fold.fold] = OnnxBackend(
-                        fold.file,
-                        channels=self._input_channels(configuration),
-                        patch_size=bundle.plans.configurations[configuration.name].patch_size,
-                        device=device,
-                        threads=threads,
-                    )
-        except BaseException:
-            self.close()
-            raise
+        self._backends: dict[tuple[str, str], Backend] = (
+            dict(backends)
+            if backends is not None
+            else open_networks(bundle, device=device, threads=threads, choice=choice)
+        )
 
     @property
     def bundle(self) -> Bundle:
@@ -279,10 +276,6 @@ class Predictor:
                 peak_estimate_bytes=estimate.bytes,
             ),
         )
-
-    def _input_channels(self, configuration: BundleConfiguration) -> int:
-        stacked = len(self._bundle.label_manager.foreground_labels) if configuration.previous_stage else 0
-        return len(self._bundle.channels) + stacked
 
     def _task(
         self, run: BundleConfiguration, cropped: CroppedImage, folds: Collection[str] | None, mirroring: bool | None

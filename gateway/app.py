@@ -51,6 +51,7 @@ from gateway.learning.shadow import Shadows
 from gateway.learning.training_child import TrainingChild
 from gateway.learning.training_steps import TrainingWork, results_wait
 from gateway.learning.watch import Watch
+from gateway.model_plans import ModelPlans
 from gateway.model_shelf import ModelShelf
 from gateway.monitoring.canary import Canary
 from gateway.monitoring.drift_alarms import DriftWatch, bundle_baselines
@@ -86,7 +87,13 @@ def run_worker(settings: Settings, *, stop: threading.Event, boundary: Boundary 
     """Assembly, routing, inference, results, until `stop`. `boundary` hears of every step's begin and end."""
     worker = settings.gateway.worker
     database, spool, registry = open_database(settings), open_spool(settings), open_registry(settings)
-    shelf = ModelShelf(registry, device=worker.device, threads=worker.threads, scratch=settings.state_dir)
+    shelf = ModelShelf(
+        registry,
+        device=worker.device,
+        threads=worker.threads,
+        plans=ModelPlans(settings.models_dir),
+        scratch=settings.state_dir,
+    )
     enqueuer = Enqueuer(database)
     heartbeat = _heartbeat(settings, database, role="worker")
     encoding = Encoding(

@@ -254,16 +254,16 @@ def check_models(settings: Settings, rules: RuleSet | None) -> list[Finding]:
 
 
 def check_runtime(settings: Settings) -> Finding:
-    """What inference would run on, as far as it can be said without running a model."""
-    try:
-        import onnxruntime
-    except ImportError:
-        return failed("inference", "ONNX Runtime is not installed: make install (extra `cpu` or `gpu`)")
-    device, version = settings.gateway.worker.device, onnxruntime.__version__
-    cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
-    if device == "cuda" and not cuda:
-        return failed("inference", f"worker.device = 'cuda', but ONNX Runtime {version} was built without CUDA")
-    return ok("inference", f"ONNX Runtime {version}, {'CUDA offered, else CPU' if cuda and device != 'cpu' else 'CPU'}")
+    """What inference can run on: each runtime has computed a small network here, or it does not count."""
+    from engine.backend_probe import available_backends
+
+    device = settings.gateway.worker.device
+    found = available_backends(device)
+    running = [status for status in found if status.is_available]
+    exact = [status for status in running if status.precision == "float32"]
+    if not exact:
+        return failed("inference", f"nothing computes on worker.device = {device!r}: {'; '.join(map(str, found))}")
+    return ok("inference", ", ".join(f"{s.runtime} {s.version} on {s.provider} ({s.precision})" for s in running))
 
 
 def check_bind(check: str, host: str, port: int) -> Finding | None:

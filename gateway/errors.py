@@ -43,6 +43,7 @@ _MEANING: tuple[tuple[type[BaseException], type[GatewayError]], ...] = (
     (engine.errors.ParityFailed, Permanent),
     (engine.errors.MemoryExceeded, Permanent),
     (engine.errors.BackendFailed, Transient),
+    (engine.errors.PlanInvalid, Permanent),
     (emr.errors.TryLater, Transient),
     (emr.errors.Refused, Permanent),
     (emr.errors.PatientNotResolved, Permanent),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
 import structlog
@@ -12,8 +13,10 @@ import structlog
 from engine.backends import Device
 from engine.bundle import Bundle, load_bundle
 from engine.errors import EngineError
+from engine.execution_plan import ExecutionPlan
 from engine.predictor import Prediction, Predictor
 from engine.volume import Geometry, Volume
+from gateway.model_plans import ModelPlans, open_planned
 from storage.errors import ModelChanged, ModelMissing, StorageError
 from storage.models import SHADOW, ModelRegistry, RegisteredModel
 
@@ -25,14 +28,23 @@ class ModelShelf:
     """Resolves names to the version that serves, and holds its loaded bundle and predictor.
 
     Safe to use from several threads. Weights are hashed when a bundle is first loaded; what differs from its
-    registration is refused with ModelChanged and never run (INF-35).
+    registration is refused with ModelChanged and never run (INF-35). With `plans`, each model runs by its execution
+    plan, which is measured when there is none; without, in ONNX Runtime and float32.
     """
 
     def __init__(
-        self, registry: ModelRegistry, *, device: Device = "auto", threads: int = 0, scratch: Path | None = None
+        self,
+        registry: ModelRegistry,
+        *,
+        device: Device = "auto",
+        threads: int = 0,
+        plans: ModelPlans | None = None,
+        scratch: Path | None = None,
     ) -> None:
-        """`scratch`: a folder on a disk, for models that need more memory than is free (engine.predictor)."""
+        """`plans`: which runtime each model uses on this machine. `scratch`: a folder on a disk, for models that need
+        more memory than is free (engine.predictor)."""
         self._registry = registry
+        self._plans = plans
         self._scratch = scratch
         self._device = device
         self._threads = threads
@@ -41,6 +53,7 @@ class ModelShelf:
         self._shadows: dict[str, tuple[float, RegisteredModel | None]] = {}
         self._bundles: dict[tuple[str, str], Bundle] = {}
         self._predictors: dict[tuple[str, str], Predictor] = {}
+        self._in_force: dict[tuple[str, str], ExecutionPlan | None] = {}
         self._turns: dict[tuple[str, str], threading.Lock] = {}
 
     def champion(self, name: str) -> RegisteredModel:
@@ -104,7 +117,10 @@ class ModelShelf:
         with self._lock:
             predictor = self._predictors.get((model.name, model.semver))
             if predictor is None:
-                predictor = Predictor(bundle, device=self._device, threads=self._threads or None, scratch=self._scratch)
+                device, threads = self._device, self._threads or None
+                plan = self._plans.in_force(bundle, device=device, threads=threads) if self._plans else None
+                predictor, plan = open_planned(bundle, plan, device=device, threads=threads, scratch=self._scratch)
+                self._in_force[(model.name, model.semver)] = plan
                 self._predictors[(model.name, model.semver)] = predictor
                 self._turns.setdefault((model.name, model.semver), threading.Lock())
             return predictor
@@ -143,8 +159,13 @@ class ModelShelf:
             predictor = self.predictor(model)
             with self._turns[key]:
                 # Not one that was closed while this study waited for its turn.
-                if self._predictors.get(key) is predictor:
-                    return predictor.predict(volume, budget_bytes=budget_bytes)
+                if self._predictors.get(key) is not predictor:
+                    continue
+                prediction = predictor.predict(volume, budget_bytes=budget_bytes)
+            plan = self._in_force[key]
+            if plan is None or not plan.left_out:
+                return prediction
+            return replace(prediction, runtime=replace(prediction.runtime, left_out=plan.left_out))
 
     def known(self) -> list[str]:
         """Names and versions of all registered models; opens the registry."""

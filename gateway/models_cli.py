@@ -91,6 +91,57 @@ def models_show(
     raise typer.Exit(command.show(config, name, semver=semver, as_json=as_json))
 
 
+@models.command("tune")
+def models_tune(
+    name: Annotated[str, typer.Argument(help="Model name.")],
+    semver: Annotated[str | None, typer.Option(help="A version; default: the one that serves.")] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the voxels that may change, and ten times as much of a label's Dice; default 1e-4."
+        ),
+    ] = None,
+    mirroring: Annotated[
+        Literal["full", "none"], typer.Option(help="none: try the model without its mirrored passes as well.")
+    ] = "full",
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"] | None, typer.Option(help="Where to compute; default: worker.device.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads; default: worker.threads, or what is fastest.")
+    ] = None,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this runtime: onnxruntime, openvino, torch; may be repeated. Default: the usual ones."),
+    ] = None,
+    budget: Annotated[str | None, typer.Option(help="Time for measuring, such as 60s or 10m; default 2m.")] = None,
+    cases: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder with images to compare labels on besides the sanity cases (CASE_0000.nii.gz).",
+            exists=True,
+            file_okay=False,
+        ),
+    ] = None,
+    config: Config = DEFAULT_CONFIG,
+    as_json: Json = False,
+) -> None:
+    """Measure what runs a model fastest on this machine with the labels of its export, and keep it as its execution
+    plan: runtime, precision, threads, windows at a time. Only a tolerance allows labels to change more."""
+    from gateway.commands import model_tuning as command
+
+    options = command.TuneOptions(
+        tolerance=tolerance,
+        mirroring=mirroring,
+        device=device,
+        threads=threads,
+        runtimes=tuple(backend) if backend else None,
+        budget=budget,
+        cases=cases,
+    )
+    raise typer.Exit(command.tune(config, name, semver=semver, options=options, as_json=as_json))
+
+
 @models.command("verify")
 def models_verify(
     name: Annotated[str | None, typer.Argument(help="Model name; default: all.")] = None,

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from engine.errors import DatasetInvalid, EngineError
 from engine.parallel import default_processes
 from gateway.commands.output import print_json, progress_bar, say
-from gateway.commands.train import failed, fold_rows, launched, parse_budget, present_folds, reporting
+from gateway.commands.train import failed, fold_rows, launched, present_folds, reporting
 from gateway.stop_signal import stop_requests
+from gateway.time_budget import parse_budget
 from gateway.training_device import (
     DeviceName,
     PrecisionName,

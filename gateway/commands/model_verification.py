@@ -13,6 +13,7 @@ from gateway.commands.output import table
 
 if TYPE_CHECKING:
     from engine.bundle import Bundle
+    from engine.execution_plan import ExecutionPlan
     from engine.sanity_check import CaseAgreement
 
 
@@ -32,21 +33,24 @@ class SanityRun:
         }
 
 
-def run_sanity(bundle: Bundle, *, hide_bar: bool) -> SanityRun | None:
-    """None where the bundle has no sanity cases. What the engine raises on a case becomes the fault."""
+def run_sanity(bundle: Bundle, *, plan: ExecutionPlan | None, hide_bar: bool) -> SanityRun | None:
+    """As the model runs by its execution plan, within what that allows; without one in ONNX Runtime. None where the
+    bundle has no sanity cases. What the engine raises on a case becomes the fault."""
     from engine.errors import EngineError
-    from engine.predictor import Predictor
-    from engine.sanity_check import check_sanity
+    from engine.sanity_check import STRICT, check_sanity
+    from gateway.model_plans import open_planned
 
     if bundle.evidence.sanity is None:
         return None
     runtime = ""
     try:
-        with Predictor(bundle) as predictor:
+        predictor, plan = open_planned(bundle, plan)
+        limits = plan.limits if plan is not None else STRICT
+        with predictor:
             runtime = predictor.runtime
             with Progress(console=Console(stderr=True), disable=hide_bar, transient=True) as bar:
                 task = bar.add_task(f"{bundle.name} {bundle.semver}", total=1.0)
-                cases = check_sanity(predictor, progress=lambda share: bar.update(task, completed=share))
+                cases = check_sanity(predictor, limits=limits, progress=lambda share: bar.update(task, completed=share))
     except EngineError as error:
         return SanityRun(runtime=runtime, cases=(), fault=f"the sanity cases cannot be computed: {error}")
     faults = [f"{case.name}: {fault}" for case in cases for fault in case.faults]

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from gateway.commands.model_evidence import evidence_document, present_evidence
+from gateway.commands.model_tuning import plans_shown, present_plans
 from gateway.commands.model_verification import SanityRun, present_sanity, run_sanity
 from gateway.commands.output import console, print_json, printable, say, table
 from gateway.learning.registration import register
 from gateway.learning.serving import registered_bundle, registrations
 from gateway.learning.versions import VersionRefused
+from gateway.model_plans import ModelPlans
 from gateway.settings import load_settings
 from gateway.state import existing_database, open_registry, registry_exists
 from storage.errors import ModelChanged
@@ -125,14 +127,16 @@ def show(config: Path, name: str, *, semver: str | None, as_json: bool) -> int:
     from engine.bundle import load_bundle
     from engine.errors import BundleInvalid
 
-    registry = open_registry(load_settings(config))
+    settings = load_settings(config)
+    registry = open_registry(settings)
     model = registry.get(name, semver) if semver else registry.champion(name)
     try:
         bundle = load_bundle(model.folder, verify=False)
     except BundleInvalid as error:
         say(f"seggate: {error}")
         return 1
-    document = _document(model, bundle)
+    plans = ModelPlans(settings.models_dir)
+    document = {**_document(model, bundle), **plans_shown(plans, bundle)}
     if as_json:
         print_json(document)
         return 0
@@ -162,6 +166,7 @@ def show(config: Path, name: str, *, semver: str | None, as_json: bool) -> int:
         [(p.configuration, p.fold, f"{p.max_abs_difference:.2g}", f"{p.argmax_agreement:.6f}") for p in bundle.parity],
     )
     present_evidence(bundle)
+    present_plans(plans, bundle)
     return 0
 
 
@@ -191,10 +196,12 @@ def verify(config: Path, name: str | None, *, files_only: bool, as_json: bool) -
     with database.reading() as session:
         recorded = {model: registrations(session, model) for model in {m.name for m in found}}
     database.close()
+    plans = ModelPlans(settings.models_dir)
     rows: list[dict[str, Any]] = []
     runs: list[tuple[str, str, SanityRun]] = []
     for model in found:
-        verdict, run = _verdict(model, recorded[model.name].get(model.semver), run=not files_only, hide_bar=as_json)
+        event = recorded[model.name].get(model.semver)
+        verdict, run = _verdict(model, event, plans=None if files_only else plans, hide_bar=as_json)
         rows.append({**_row(model), "verdict": verdict, "sanity": None if run is None else run.document()})
         if run is not None:
             runs.append((model.name, model.semver, run))
@@ -270,17 +277,17 @@ def _convert(
 
 
 def _verdict(
-    model: RegisteredModel, recorded: Mapping[str, Any] | None, *, run: bool, hide_bar: bool
+    model: RegisteredModel, recorded: Mapping[str, Any] | None, *, plans: ModelPlans | None, hide_bar: bool
 ) -> tuple[str, SanityRun | None]:
     """ "ok" or what is wrong, and the sanity cases where they were computed: not of files that are not the registered
-    ones."""
+    ones, nor without `plans`."""
     from engine.errors import BundleInvalid
 
     try:
         bundle = registered_bundle(model, recorded)
     except (BundleInvalid, ModelChanged) as error:
         return str(error), None
-    sanity = run_sanity(bundle, hide_bar=hide_bar) if run else None
+    sanity = run_sanity(bundle, plan=plans.find(bundle).plan, hide_bar=hide_bar) if plans is not None else None
     return (sanity.fault if sanity is not None and sanity.fault else "ok"), sanity
 
 

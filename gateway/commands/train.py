@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from engine.training_lock import ask_to_stop, holder, is_asked_to_stop, training
 from engine.training_profile import TRAINING_PROFILES
 from gateway.commands.output import print_json, progress_bar, say, table
 from gateway.stop_signal import stop_requests
+from gateway.time_budget import parse_budget
 from gateway.training_device import (
     DeviceName,
     PrecisionName,
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 
 ALL_FOLDS = "all-folds"
 
-_BUDGET = re.compile(r"(?:(?P<h>\d+)h)?(?:(?P<m>\d+)m)?(?:(?P<s>\d+)s)?")
 # Every process of a training fails with these at once: the first one says it for all.
 _SAID_BY_THE_FIRST = (WorkerDied, TrainingRefused, TrainingDiverged)
 
@@ -280,17 +279,6 @@ def wrong_usage(options: TrainOptions) -> str | None:
     if options.deterministic and options.compile == "on":
         return "--compile on changes how sums are formed, which --deterministic excludes"
     return None
-
-
-def parse_budget(text: str | None) -> float | None:
-    """Seconds of "90s", "30m", "2h" or "1h30m". Raises ValueError for anything else."""
-    if text is None:
-        return None
-    match = _BUDGET.fullmatch(text)
-    seconds = sum(int(match[unit] or 0) * size for unit, size in (("h", 3600), ("m", 60), ("s", 1))) if match else 0
-    if not seconds:
-        raise ValueError(f"--budget {text!r}: a time like 90s, 30m, 2h or 1h30m is needed")
-    return float(seconds)
 
 
 def failed(what: str, error: Exception, *, as_json: bool) -> int:

@@ -25,12 +25,12 @@ from gateway.commands.train import (
     fold_requests,
     fold_rows,
     launched,
-    parse_budget,
     present_folds,
     run_folds,
     wrong_usage,
 )
 from gateway.stop_signal import StopRequested, raised_when_stopped, stop_requests
+from gateway.time_budget import parse_budget
 from gateway.training_device import training_processes
 from gateway.training_launcher import is_launched
 

@@ -92,8 +92,9 @@ def make(
     from engine.training_profile import TRAINING_PROFILES
     from gateway.commands.export import export_chosen
     from gateway.commands.select import select_trained
-    from gateway.commands.train import TrainOptions, fold_requests, parse_budget, run_folds
+    from gateway.commands.train import TrainOptions, fold_requests, run_folds
     from gateway.stop_signal import stop_requests
+    from gateway.time_budget import parse_budget
 
     preprocessed, results = work / "preprocessed", work / "results"
     plan_demo(dataset, preprocessed)

@@ -20,12 +20,13 @@ from engine.errors import BundleInvalid
 from engine.locked_cases import LockedCases, misfit, open_locked, read_locked
 from engine.predictor import Predictor
 from engine.regression_suite import Version, run_suite
-from engine.sanity_check import CaseAgreement, check_sanity
+from engine.sanity_check import STRICT, CaseAgreement, Limits, check_sanity
 from engine.version_comparison import compare_versions
 from gateway.learning.gate_report import Examination, report_document
 from gateway.learning.learnt_cases import learnt_cases
 from gateway.learning.verdict import Reason, broken_limits, verdict_of
 from gateway.learning_settings import Change
+from gateway.model_plans import ModelPlans, open_planned
 from gateway.settings import Settings
 from storage import ledger
 from storage.database import Database
@@ -105,8 +106,9 @@ def check_at_startup(
         bundle = load_bundle(model.folder, verify=True)
         if faults := _digest_faults(model, bundle):
             return tuple(faults)
-        with _predictor(bundle, settings) as predictor:
-            return tuple(_sanity_faults(check_sanity(predictor, progress=progress)))
+        predictor, limits = _predictor(bundle, settings)
+        with predictor:
+            return tuple(_sanity_faults(check_sanity(predictor, limits=limits, progress=progress)))
     except BundleInvalid as error:
         return (str(error),)
 
@@ -156,9 +158,13 @@ def _sanity_faults(cases: Sequence[CaseAgreement]) -> list[str]:
     return [f"sanity case {case.name}: {fault}" for case in cases for fault in case.faults]
 
 
-def _predictor(bundle: Bundle, settings: Settings) -> Predictor:
+def _predictor(bundle: Bundle, settings: Settings) -> tuple[Predictor, Limits]:
+    """As the version serves, or would: by its execution plan on this machine, and what that allows to change."""
     worker = settings.gateway.worker
-    return Predictor(bundle, device=worker.device, threads=worker.threads or None)
+    device, threads = worker.device, worker.threads or None
+    plan = ModelPlans(settings.models_dir).in_force(bundle, device=device, threads=threads)
+    predictor, plan = open_planned(bundle, plan, device=device, threads=threads)
+    return predictor, plan.limits if plan is not None else STRICT
 
 
 def _look(database: Database, settings: Settings, found: Examination, bundle: Bundle, report: Progress) -> None:
@@ -168,14 +174,16 @@ def _look(database: Database, settings: Settings, found: Examination, bundle: Bu
         found.reasons += others
         found.notes.append("nothing that serves can be compared with it: promote it with --force --reason TEXT alone")
     try:
-        predictor = _predictor(bundle, settings)
+        predictor, limits = _predictor(bundle, settings)
     except BundleInvalid as error:
         found.reasons.append(Reason(check="integrity", text=str(error)))
         return
     with predictor:
         found.runtime, found.labels = predictor.runtime, bundle.label_manager.foreground
         try:
-            found.sanity = check_sanity(predictor, progress=lambda share: report(0.15 * share, "sanity cases"))
+            found.sanity = check_sanity(
+                predictor, limits=limits, progress=lambda share: report(0.15 * share, "sanity cases")
+            )
         except BundleInvalid as error:
             found.reasons.append(Reason(check="sanity", text=str(error)))
             return
@@ -188,7 +196,7 @@ def _look(database: Database, settings: Settings, found: Examination, bundle: Bu
         if champion is None:
             _measure(settings, found, locked, predictor, None, report)
         else:
-            with _predictor(champion, settings) as serving:
+            with _predictor(champion, settings)[0] as serving:
                 _measure(settings, found, locked, predictor, serving, report)
 
 
@@ -279,11 +287,13 @@ def _measure(
 
     def version(predictor: Predictor) -> Version:
         bundle = predictor.bundle
+        # A plan may leave them out, and then these are other labels.
+        is_mirrored = any(configuration.mirror_axes for configuration in bundle.configurations)
         store = FigureStore(
             folder,
             weights_digest=bundle.weights_digest,
             configuration_digest=bundle.configuration_digest,
-            runtime=predictor.runtime,
+            runtime=predictor.runtime if is_mirrored else f"{predictor.runtime}, not mirrored",
             labels=bundle.label_manager,
         )
         return Version(predictor=predictor, store=store)

@@ -23,7 +23,7 @@ from sqlalchemy.orm import Session
 from engine.bundle import Bundle
 from engine.errors import BundleInvalid
 from engine.sanity_cases import LoadedSanityCase, SanityCase, load_case
-from engine.sanity_check import ALLOWED_VOXELS, reference_figures
+from engine.sanity_check import STRICT, reference_figures
 from engine.volume import Geometry, LabelMap
 from gateway.due_work import enqueue_canary_check
 from gateway.durable import Enqueuer
@@ -259,7 +259,7 @@ class Canary:
         for spec in bundle.labels:
             value = dice[spec.name]
             differing = np.isin(expected.array, spec.region) != np.isin(labels.array, spec.region)
-            if value is not None and value < least and int(differing.sum()) > ALLOWED_VOXELS:
+            if value is not None and value < least and int(differing.sum()) > STRICT.voxels:
                 wrong.append(f"{spec.name}: Dice {value:.3f} to what the bundle says, at least {least:g}")
         return dice, wrong
 

@@ -292,6 +292,7 @@ def _runtime(prediction: Prediction, part: SeriesPart, read_s: float) -> dict[st
         "versions": dict(info.versions),
         "seconds": {"read": round(read_s, 4), **{k: round(v, 4) for k, v in info.seconds.items()}},
         "peak_estimate_bytes": info.peak_estimate_bytes,
+        **({"left_out": list(info.left_out)} if info.left_out else {}),
         "mean_confidence": prediction.mean_confidence,
         "unit": "[hnsf'U]" if part.modality == "CT" else "1",
         "series_number": _series_number(part),

@@ -13,12 +13,12 @@ import pytest
 from sqlalchemy import select
 from typer.testing import CliRunner, Result
 
-from engine.backends import OnnxBackend
 from engine.bundle import Bundle, load_bundle, write_bundle
 from engine.evidence import Evidence, write_evidence
+from engine.onnx_backend import OnnxBackend
+from engine.phantom_planning import plan_phantoms
 from engine.predictor import Predictor
 from engine.sanity_cases import SanityCase, SanitySuite, image_digest, write_case
-from engine.sanity_making import plan_phantoms
 from engine.sanity_phantom import make_phantom
 from gateway.cli import app
 from gateway.demo.story import model_folder

@@ -265,10 +265,21 @@ def test_a_model_that_a_route_names_must_serve_here_and_be_unchanged(tmp_path: P
     assert weights.name in changed[0].detail
 
 
-def test_cuda_that_the_runtime_was_not_built_with_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_computes_here_is_named_and_a_device_on_which_nothing_does_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import onnxruntime
 
+    from engine import backend_probe
+
+    backend_probe.probe.cache_clear()
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    assert checks.check_runtime(settings_in(tmp_path / "a")).status is Status.OK
-    asked = settings_in(tmp_path / "b", gateway='[worker]\ndevice = "cuda"')
-    assert checks.check_runtime(asked).status is Status.FAILED
+    monkeypatch.setattr(backend_probe, "_DRIVERS", ())
+    found = checks.check_runtime(settings_in(tmp_path / "a"))
+    assert found.status is Status.OK
+    assert f"onnxruntime {onnxruntime.__version__} on cpu (float32)" in found.detail
+    assert "openvino" in found.detail
+    asked = checks.check_runtime(settings_in(tmp_path / "b", gateway='[worker]\ndevice = "cuda"'))
+    assert asked.status is Status.FAILED
+    assert "no CUDA provider" in asked.detail
+    backend_probe.probe.cache_clear()

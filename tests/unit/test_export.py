@@ -126,7 +126,9 @@ def test_the_bundle_says_what_is_expected_of_it_and_how_it_was_measured(tmp_path
     assert evidence.sanity.computed_by.startswith("torch ")
     assert evidence.backends is not None
     measured = [(f.fold, f.backend, f.provider, f.precision) for f in evidence.backends.figures if f.provider == "cpu"]
-    assert measured == [(fold, "onnxruntime", "cpu", "float32") for fold in ("0", "1")]
+    assert measured == [
+        (fold, backend, "cpu", "float32") for fold in ("0", "1") for backend in ("onnxruntime", "openvino")
+    ]
     assert all(figure.seconds_per_window > 0 for figure in evidence.backends.figures)
     assert evidence.provenance is not None
     assert [(fold.fold, fold.trainer, fold.epochs) for fold in evidence.provenance.training] == [

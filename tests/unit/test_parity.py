@@ -18,10 +18,10 @@ import torch
 
 from engine import backend_figures
 from engine.backend_figures import REFERENCE
-from engine.backends import OnnxBackend
 from engine.checkpoint import load_network, read_checkpoint
 from engine.errors import ParityFailed
 from engine.labels import LabelManager
+from engine.onnx_backend import OnnxBackend
 from engine.onnx_graph import write_onnx
 from engine.parity import MeasuredNetwork, check_parity, with_rounded_kernels
 from engine.plans import Configuration, read_plans

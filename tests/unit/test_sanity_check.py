@@ -14,10 +14,11 @@ import pytest
 from numpy.typing import NDArray
 
 from engine.array_archive import write_arrays
-from engine.backends import OnnxBackend
 from engine.bundle import Bundle, load_bundle, write_bundle
 from engine.errors import BundleInvalid, ImportRefused
 from engine.evidence import Evidence, write_evidence
+from engine.onnx_backend import OnnxBackend
+from engine.phantom_planning import plan_phantoms
 from engine.predictor import Predictor
 from engine.sanity_cases import (
     CASES_JSON,
@@ -29,7 +30,7 @@ from engine.sanity_cases import (
     suite_document,
 )
 from engine.sanity_check import check_sanity, compare
-from engine.sanity_making import SiteCase, make_sanity, plan_phantoms, read_site_folder
+from engine.sanity_making import SiteCase, make_sanity, read_site_folder
 from engine.sanity_phantom import make_phantom
 from engine.volume import Geometry, LabelMap, Volume
 from tests.support.raw_datasets import write_array
