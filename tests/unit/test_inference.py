@@ -148,7 +148,7 @@ def ordered(database: Database, monkeypatch: pytest.MonkeyPatch, files: tuple[Pa
     monkeypatch.setattr(step, "series_files", lambda *_: files)
 
 
-@pytest.mark.requirement("INF-34", open="the ladder of cheaper ways before a refusal")
+@pytest.mark.requirement("INF-34")
 def test_a_series_that_does_not_fit_is_refused_with_the_numbers_before_a_pixel_is_decoded(
     database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,7 +159,7 @@ def test_a_series_that_does_not_fit_is_refused_with_the_numbers_before_a_pixel_i
     shelf = ModelShelf(cast(ModelRegistry, _Registry()), device="cpu")
     work = inference(database, tmp_path / "spool", shelf=shelf, memory_budget_bytes=10 * 2**20)
     with pytest.raises(
-        MemoryExceeded, match=r"needs about \d+ MiB and 10 MiB may be used \(networks \d+ MiB, image 8 MiB"
+        MemoryExceeded, match=r"needs about \d+ MiB and 10 MiB may be used \(networks \d+ MiB, image 4 MiB"
     ):
         work.infer("r1")
     assert decoded == []
@@ -223,7 +223,7 @@ class _Closable(Predictor):
 def test_a_version_that_is_needed_no_more_is_closed_never_in_use_and_loaded_again_when_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("gateway.model_shelf.Predictor", _Closable)
+    monkeypatch.setattr("gateway.model_plans.Predictor", _Closable)
     shelf = ModelShelf(cast(ModelRegistry, _Registry()), device="cpu")
     model = cast(ModelRegistry, _Registry()).get("tiny", "1.0.0")
     first = shelf.predictor(model)
