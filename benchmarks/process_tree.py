@@ -12,6 +12,7 @@ import argparse
 import ctypes
 import json
 import os
+import statistics
 import subprocess
 import sys
 import threading
@@ -36,7 +37,9 @@ class Usage:
     """`wall_s` until the command itself ended, `cpu_s` user and system time of the whole tree.
 
     `peak_pss_mb` (MB = 2^20 bytes) is the largest sum of the tree's proportional set sizes, 0 where memory was not
-    sampled; `samples_per_s` says how often it was.
+    sampled; `samples_per_s` says how often it was, `sample_ms` the median time from one sample to the next and
+    `longest_ms` the longest. `peak_rss_mb` is the kernel's own high-water mark of the largest single process, which
+    misses no peak and of one process is never below its proportional set size.
     """
 
     exit_code: int
@@ -44,6 +47,9 @@ class Usage:
     cpu_s: float
     peak_pss_mb: float = 0.0
     samples_per_s: float = 0.0
+    sample_ms: float = 0.0
+    longest_ms: float = 0.0
+    peak_rss_mb: float = 0.0
 
 
 def measure(command: Sequence[str], *, log: Path, environment: Mapping[str, str], memory: bool = False) -> Usage:
@@ -92,6 +98,7 @@ class PeakMemory:
     def __init__(self, pid: int) -> None:
         self.peak = 0
         self.samples = 0
+        self.intervals_s: list[float] = []
         self._pid = pid
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -105,9 +112,13 @@ class PeakMemory:
         self._thread.join()
 
     def _watch(self) -> None:
+        before = time.monotonic()
         while not self._ended.wait(_PAUSE_S):
             self.peak = max(self.peak, pss_bytes(descendants(self._pid)))
             self.samples += 1
+            now = time.monotonic()
+            self.intervals_s.append(now - before)
+            before = now
 
 
 def main() -> int:
@@ -132,11 +143,12 @@ def _run(command: Sequence[str], log: Path, *, memory: bool) -> Usage:
             stdout=output,
             stderr=subprocess.STDOUT,
         )
-    cpu_s, exit_code, wall_s = 0.0, 0, 0.0
+    cpu_s, exit_code, wall_s, rss_kb = 0.0, 0, 0.0, 0
     with watched if memory else nullcontext(), suppress(ChildProcessError):  # until there is no child left
         while True:
             pid, status, used = os.wait4(-1, 0)
             cpu_s += used.ru_utime + used.ru_stime
+            rss_kb = max(rss_kb, used.ru_maxrss)
             if pid == process.pid:
                 wall_s = time.monotonic() - began
                 exit_code = process.returncode = os.waitstatus_to_exitcode(status)
@@ -146,6 +158,9 @@ def _run(command: Sequence[str], log: Path, *, memory: bool) -> Usage:
         cpu_s=cpu_s,
         peak_pss_mb=watched.peak / 2**20,
         samples_per_s=watched.samples / (time.monotonic() - began),
+        sample_ms=1000 * statistics.median(watched.intervals_s or [0.0]),
+        longest_ms=1000 * max(watched.intervals_s, default=0.0),
+        peak_rss_mb=rss_kb / 1024,
     )
 
 
