@@ -1,6 +1,5 @@
-"""Logits for benchmarks of the export: of each class a smooth random field, so that blobs of one class lie beside blobs of
-another, and the background leads in a third of the image. Any box of them can be made alone; they are never made as a
-whole unless all of it is asked for.
+"""Logits for benchmarks of the export: of each class a smooth random field, so that blobs of one class lie beside blobs
+of another. Any box of them can be made alone: they need not exist as a whole.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _BACKGROUND_LEAD = 6.0
 
 
 class BlobLogits:
-    """Logits of `classes` (the first is the background) over a grid of `shape` (Z, Y, X), the same for the same seed."""
+    """Logits of `classes`, the first of which is the background, on a grid of `shape` (Z, Y, X); a seed, one image."""
 
     def __init__(self, classes: int, shape: Shape, *, seed: int = SEED) -> None:
         self.classes = classes

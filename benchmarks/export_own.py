@@ -3,8 +3,8 @@
     python -m benchmarks.export_own SPECIFICATION
 
 SPECIFICATION is JSON: `classes`, `network_shape`, `network_spacing_mm`, `shape`, `spacing_mm`, `threads`, and either
-`logits`, a file of float16 (classes, Z, Y, X) that is read whole before the clock starts, or `patch`, with which the logits
-are made window by window and go through the engine's stream (its sums count as export, making the logits does not).
+`logits`, a file of float16 (classes, Z, Y, X) that is read whole before the clock starts, or `patch`, with which the
+logits are made window by window and go through the engine's stream (sums count as export, making the logits does not).
 `labels`: the file for the result. The last line is one JSON object.
 """
 

@@ -2,8 +2,9 @@
 
     python nnunet_export.py PLANS DATASET_JSON LOGITS SHAPE SPACING_MM LABELS
 
-LOGITS is a file of float16 (classes, Z, Y, X) on the grid of the plans' `3d_fullres`, read whole before the clock starts.
-SHAPE and SPACING_MM of the image are JSON arrays. The last line is one JSON object: seconds of CPU and of wall time.
+LOGITS is a file of float16 (classes, Z, Y, X) on the grid of the plans' `3d_fullres`, read whole before the clock
+starts. SHAPE and SPACING_MM of the image are JSON arrays. The last line is one JSON object: seconds of CPU and of wall
+time.
 """
 
 import json

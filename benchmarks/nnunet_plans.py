@@ -15,7 +15,7 @@ _INTENSITIES = {
     "percentile_99_5": 622.0,
     "std": 124.72550964355469,
 }
-# nnU-Net's default network for a patch of 96×112×128 at equal spacings.
+# nnU-Net's default network for a patch of 96x112x128 at equal spacings.
 DEFAULT_FEATURES = (32, 64, 128, 256, 320, 320)
 DEFAULT_STRIDES = ((1, 1, 1), (2, 2, 2), (2, 2, 2), (2, 2, 2), (2, 2, 2), (1, 1, 2))
 
@@ -28,7 +28,7 @@ def ct_plans(
     features: Sequence[int] = DEFAULT_FEATURES,
     strides: Sequence[Sequence[int]] = DEFAULT_STRIDES,
 ) -> dict[str, Any]:
-    """plans.json with `3d_fullres` alone: two convolutions of 3×3×3 a stage, as the planner writes it."""
+    """plans.json with `3d_fullres` alone: two convolutions of 3x3x3 a stage, as the planner writes it."""
     stages = len(features)
 
     def resampled(order: int, *, is_seg: bool) -> dict[str, Any]:

@@ -3,20 +3,20 @@
     python -m benchmarks.predict [--json] [--cases NAME ...] [--pairs N] [--growth] [--device cpu|cuda] [--work FOLDER]
                                  [--out FILE] [--own COMMAND] [--own-bf16 COMMAND] [--nnunet-python PYTHON]
 
-`hippocampus-40`: 40 volumes in one call, mirrored. `ct-small-net`: a torso CT of 336×303×366 voxels of 1 mm, a small
+`hippocampus-40`: 40 volumes in one call, mirrored. `ct-small-net`: a torso CT of 336x303x366 voxels of 1 mm, a small
 trained network, not mirrored. `ct-default-net`: the same CT, plan of 3 mm, nnU-Net's default network with weights drawn
-from a seed, mirrored. `ct-default-net-bf16`: the same, ours with `--own-bf16`. `whole-104`: ours alone, once: 104 classes,
-512×512×600 voxels, plan of 1.5 mm. `ct-512` (with `--device cuda`): 512×512×300, default network. `--growth`: ours alone,
-once, at 1, 2 and 4 times the voxels and with 2 (one class and the background), 8, 25 and 104 classes.
+from a seed, mirrored. `ct-default-net-bf16`: the same, ours with `--own-bf16`. `whole-104`: ours alone, once: 104
+classes, 512x512x600 voxels, plan of 1.5 mm. `ct-512` (with `--device cuda`): 512x512x300, default network. `--growth`:
+ours alone, once, at 1, 2 and 4 times the voxels and with 2 (one class and the background), 8, 25 and 104 classes.
 
-nnU-Net runs with all its defaults. COMMAND is ours, with {model}, {input}, {output}, {device} and {mirroring} (nothing, or
---disable_tta) to be filled in; its last line must be JSON with `runtime` and `first_window_s`.
+nnU-Net runs with all its defaults. COMMAND is ours, with {model}, {input}, {output}, {device} and {mirroring} (nothing,
+or --disable_tta) to be filled in; its last line must be JSON with `runtime` and `first_window_s`.
 
-The first turn warms up, has its memory sampled (proportional set size of the whole tree of processes), and gives the label
-maps that are compared, voxel by voxel. Times are medians of the pairs after it; `wall_ratio` includes the start of the
-process. Start-up apart: nnU-Net's is the time of the same command for a folder without images (imports, network,
-weights), ours the time until the first window is done. `--work` keeps volumes, models and finished runs: a benchmark that
-was stopped goes on there. Ratios are nnU-Net's figure by ours. The last line is `{"cases": [...]}`.
+The first turn warms up and has its memory sampled (proportional set size of the whole tree of processes). Times are
+medians of the pairs after it; `wall_ratio` includes the start of the process. Start-up apart: nnU-Net's is the time of
+the same command for a folder without images (imports, network, weights), ours the time until the first window is done.
+The label maps of the last turn are compared voxel by voxel. `--work` keeps volumes, models and finished runs: a
+benchmark that was stopped goes on there. Ratios are nnU-Net's figure by ours. The last line is `{"cases": [...]}`.
 """
 
 from __future__ import annotations
@@ -112,7 +112,9 @@ def default_command() -> str:
         seggate = shlex.quote(str(Path(sys.executable).with_name("seggate")))
         return f"{seggate} predict -i {{input}} -o {{output}} -m {{model}} -device {{device}} {{mirroring}} --json"
     python = shlex.quote(sys.executable)
-    return f"{python} -m benchmarks.predict_own -m {{model}} -i {{input}} -o {{output}} --device {{device}} {{mirroring}}"
+    return (
+        f"{python} -m benchmarks.predict_own -m {{model}} -i {{input}} -o {{output}} --device {{device}} {{mirroring}}"
+    )
 
 
 class Benchmark:
@@ -237,8 +239,8 @@ def compare(theirs: Path, ours: Path) -> dict[str, Any]:
 
 
 def runtime_of(said: Mapping[str, Any]) -> dict[str, str]:
-    """`backend` and `precision` from a runtime such as "onnxruntime 1.32.0 on cpu, float32"; "unknown" where our command
-    did not say it so."""
+    """`backend` and `precision` from a runtime such as "onnxruntime 1.32.0 on cpu, float32"; "unknown" where our
+    command did not say it so."""
     match = _RUNTIME.fullmatch(str(said.get("runtime", "")))
     if match is None:
         return {"backend": "unknown", "precision": "unknown"}

@@ -101,7 +101,7 @@ CASES = (
     ),
     PredictCase(
         name="ct-512",
-        network="PlainConvUNet 32 to 320 features, 6 stages, patch 128×128×128, seeded random weights",
+        network="PlainConvUNet 32 to 320 features, 6 stages, patch 128x128x128, seeded random weights",
         volumes=Volumes(kind="torso", size=(512, 512, 300), spacing_mm=(0.8, 0.8, 1.5)),
         mirroring=True,
         random=RandomModel(
@@ -111,7 +111,7 @@ CASES = (
     ),
     PredictCase(
         name="whole-104",
-        network="PlainConvUNet 16/32/64/128 features, 4 stages, patch 128×128×128, 104 heads, seeded random weights",
+        network="PlainConvUNet 16/32/64/128 features, 4 stages, patch 128x128x128, 104 heads, seeded random weights",
         volumes=Volumes(kind="torso", size=(512, 512, 600), spacing_mm=(0.8, 0.8, 1.0)),
         mirroring=False,
         random=RandomModel(
@@ -132,7 +132,7 @@ ON_CUDA = ("ct-512",)
 GROWTH = tuple(
     PredictCase(
         name=f"{voxels}x voxels, {classes} classes",
-        network="PlainConvUNet 16/32/64/128 features, 4 stages, patch 64×64×64, seeded random weights",
+        network="PlainConvUNet 16/32/64/128 features, 4 stages, patch 64x64x64, seeded random weights",
         volumes=Volumes(kind="torso", size=size, spacing_mm=(1.5, 1.5, 1.5)),
         mirroring=False,
         random=RandomModel(
@@ -208,7 +208,9 @@ class Materials:
             (folder / "dataset.json").write_text(json.dumps(dataset))
             command = [str(self._nnunet_python), str(ROOT / "benchmarks" / "nnunet_model.py"), str(folder), str(SEED)]
             axes = [0, 1, 2] if case.mirroring else []
-            done = subprocess.run([*command, json.dumps(axes)], env=nnunet_environment(), capture_output=True, text=True)
+            done = subprocess.run(
+                [*command, json.dumps(axes)], env=nnunet_environment(), capture_output=True, text=True
+            )
             if done.returncode:
                 raise SystemExit(f"nnU-Net could not make the network:\n{(done.stdout + done.stderr)[-2000:]}")
         return self._work / "models", name, "nnUNetPlans"

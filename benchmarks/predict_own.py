@@ -2,8 +2,9 @@
 
     python -m benchmarks.predict_own -m BUNDLE -i IMAGES -o RESULTS [--disable_tta] [--device cpu|cuda]
 
-The memory that an image needs is measured by the caller, and nothing is refused for want of it. The last line is one JSON
-object: `predicted`, `first_window_s` (since the start of the process), `runtime`, and wall time by stage (`seconds`).
+The memory that an image needs is measured by the caller, and nothing is refused for want of it. The last line is one
+JSON object: `predicted`, `first_window_s` (since the start of the process), `runtime`, and wall time by stage
+(`seconds`).
 """
 
 from __future__ import annotations

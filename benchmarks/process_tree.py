@@ -26,8 +26,10 @@ from typing import Self
 ROOT = Path(__file__).resolve().parents[1]
 # prctl.h
 _PR_SET_CHILD_SUBREAPER = 36
-# Between two samples; they take time themselves, some 30 ms for each GB.
-_PAUSE_S = 0.005
+_PAUSE_S = 0.01
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+# The kernel counts resident pages in batches for each core.
+_RSS_SLACK_BYTES = 2**20
 # The command's lower priority while it is sampled, so that samples are not late on a busy machine.
 _NICE = 5
 
@@ -92,8 +94,20 @@ def pss_bytes(pids: Sequence[int]) -> int:
     return total
 
 
+def rss_bytes(pids: Sequence[int]) -> int:
+    """Sum of the resident set sizes, never less than `pss_bytes`, and much sooner known."""
+    total = 0
+    for pid in pids:
+        with suppress(OSError, IndexError):
+            total += int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE_BYTES
+    return total
+
+
 class PeakMemory:
-    """The largest `pss_bytes` of the descendants of `pid`, looked at again and again while the `with` block runs."""
+    """The largest `pss_bytes` of the descendants of `pid`, looked at again and again while the `with` block runs.
+
+    Summing up takes some 30 ms for each GB; it is left out where the resident sizes say that no new peak is possible.
+    """
 
     def __init__(self, pid: int) -> None:
         self.peak = 0
@@ -114,7 +128,9 @@ class PeakMemory:
     def _watch(self) -> None:
         before = time.monotonic()
         while not self._ended.wait(_PAUSE_S):
-            self.peak = max(self.peak, pss_bytes(descendants(self._pid)))
+            pids = descendants(self._pid)
+            if rss_bytes(pids) + _RSS_SLACK_BYTES * len(pids) > self.peak:
+                self.peak = max(self.peak, pss_bytes(pids))
             self.samples += 1
             now = time.monotonic()
             self.intervals_s.append(now - before)
