@@ -160,11 +160,6 @@ class Benchmark:
         return row
 
     def _ours(self, case: ExportCase, *, memory: bool) -> Run:
-        given: dict[str, Any] = (
-            {"logits": str(self._logits(case)), "labels": str(self._labels(case, OURS))}
-            if case.is_paired
-            else {"patch": self._options.patch}
-        )
         specification = {
             "classes": case.classes,
             "network_shape": case.network_shape,
@@ -172,13 +167,15 @@ class Benchmark:
             "shape": case.shape,
             "spacing_mm": SPACING_MM,
             "threads": self._options.threads,
-            **given,
+            "patch": self._options.patch,
         }
         if not self._is_compiled:
             # At their first use kernels are compiled, and kept: a matter of the installation, not of an export.
             tiny = {"classes": 2, "network_shape": (16, 16, 16), "shape": (20, 20, 20), "patch": (16, 16, 16)}
-            self._own_process({**{k: v for k, v in specification.items() if k not in {"logits", "labels"}}, **tiny}, memory=False)
+            self._own_process({**specification, **tiny}, memory=False)
             self._is_compiled = True
+        if case.is_paired:
+            specification |= {"logits": str(self._logits(case)), "labels": str(self._labels(case, OURS))}
         return self._own_process(specification, memory=memory)
 
     def _own_process(self, specification: dict[str, Any], *, memory: bool) -> Run:
