@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -98,6 +99,7 @@ def main() -> int:
     )
     parser.add_argument("--json", action="store_true", help="only the JSON object")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is ended too
     chosen = [case for case in CASES if case.name in options.cases]
     if any(case.is_paired for case in chosen) and not options.nnunet_python.exists():
         parser.error("run `make nnunet-peer`, or name a Python that has nnunetv2 with --nnunet-python")

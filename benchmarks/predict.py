@@ -27,6 +27,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -85,6 +86,7 @@ def main() -> int:
     )
     parser.add_argument("--json", action="store_true", help="only the JSON object")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is ended too
     if not options.nnunet_python.exists():
         parser.error("run `make nnunet-peer`, or name a Python that has nnunetv2 with --nnunet-python")
     names = options.cases

@@ -12,6 +12,7 @@ import argparse
 import ctypes
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -58,18 +59,27 @@ def measure(command: Sequence[str], *, log: Path, environment: Mapping[str, str]
     """Runs the command, its output in `log`. Sampling memory takes CPU time of its own, more from a larger tree: take
     times from a run without it. Raises SystemExit when the command fails."""
     options = ["--log", str(log), *(["--memory"] if memory else []), "--", *command]
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.process_tree", *options],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    usage = Usage(**json.loads(done.stdout))
+    words = [sys.executable, "-m", "benchmarks.process_tree", *options]
+    with subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            answer, _ = process.communicate()
+        finally:
+            _end_tree(process)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)}: could not be measured ({process.returncode})")
+    usage = Usage(**json.loads(answer))
     if usage.exit_code:
         raise SystemExit(f"{' '.join(command)}: ended with {usage.exit_code}\n{log.read_text()[-2000:]}")
     return usage
+
+
+def _end_tree(process: subprocess.Popen[str]) -> None:
+    """Ends what a measurement that was broken off has started."""
+    if process.poll() is not None:
+        return
+    for pid in (process.pid, *descendants(process.pid)):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def descendants(pid: int) -> list[int]:
