@@ -27,7 +27,9 @@ from typing import Self
 ROOT = Path(__file__).resolve().parents[1]
 # prctl.h
 _PR_SET_CHILD_SUBREAPER = 36
-_PAUSE_S = 0.01
+# From the start of a sample to the next, and between them at least.
+_PERIOD_S = 0.03
+_PAUSE_S = 0.005
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 # The kernel counts resident pages in batches for each core.
 _RSS_SLACK_BYTES = 2**20
@@ -136,8 +138,9 @@ class PeakMemory:
         self._thread.join()
 
     def _watch(self) -> None:
-        before = time.monotonic()
-        while not self._ended.wait(_PAUSE_S):
+        before, pause_s = time.monotonic(), _PAUSE_S
+        while not self._ended.wait(pause_s):
+            began = time.monotonic()
             pids = descendants(self._pid)
             if rss_bytes(pids) + _RSS_SLACK_BYTES * len(pids) > self.peak:
                 self.peak = max(self.peak, pss_bytes(pids))
@@ -145,6 +148,7 @@ class PeakMemory:
             now = time.monotonic()
             self.intervals_s.append(now - before)
             before = now
+            pause_s = max(_PAUSE_S, _PERIOD_S - (now - began))
 
 
 def main() -> int:
