@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -186,7 +187,8 @@ class Materials:
             (found,) = (self._shared / "models" / case.trained).glob(f"nnUNetTrainer__*__{CONFIGURATION}")
             return self._shared / "models", case.trained, found.name.split("__")[1]
         model = case.random
-        name = "Dataset901_" + "x".join(map(str, (*model.patch_size, model.classes, *model.features)))
+        form = hashlib.sha256(repr((model, case.mirroring, SEED)).encode()).hexdigest()[:12]
+        name = f"Dataset901_Random{form}"
         folder = self._work / "models" / name / f"nnUNetTrainer__nnUNetPlans__{CONFIGURATION}"
         if not (folder / "fold_0" / "checkpoint_final.pth").exists():
             self._tell(f"{case.name}: making a network of {model.classes} heads")
