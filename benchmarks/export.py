@@ -41,7 +41,7 @@ from benchmarks.turns import (
     Run,
     Tell,
     clean_environment,
-    engine_digest,
+    code_digest,
     in_turns,
     last_json,
     machine,
@@ -130,7 +130,7 @@ class Benchmark:
             self._write_logits(case)
             sides = {THEIRS: lambda memory: self._theirs(case, memory=memory), **sides}
         form = f"seed {SEED}, patch {self._options.patch}, {self._options.threads} threads"
-        of = {OURS: f"engine {engine_digest()}, {form}", THEIRS: f"seed {SEED}"}
+        of = {OURS: f"code {code_digest()}, {form}", THEIRS: f"seed {SEED}"}
         found = in_turns(case.name, sides, pairs=pairs, runs=self._runs, of=of, tell=self._tell)
         own = found[OURS][-1].said
         row = {

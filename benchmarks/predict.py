@@ -55,7 +55,7 @@ from benchmarks.turns import (
     Run,
     Tell,
     clean_environment,
-    engine_digest,
+    code_digest,
     in_turns,
     last_json,
     machine,
@@ -139,7 +139,7 @@ class Benchmark:
             sides = {THEIRS: lambda memory: self._theirs(case, images, memory=memory), **sides}
         pairs = case.pairs if self._options.pairs is None or not case.is_paired else self._options.pairs
         device = self._options.device
-        of = {OURS: f"engine {engine_digest()}, {command}, {device}", THEIRS: device}
+        of = {OURS: f"code {code_digest()}, {command}, {device}", THEIRS: device}
         found = in_turns(case.name, sides, pairs=pairs, runs=self._runs, of=of, tell=self._tell)
         summary = summarize(found, cpu_s=lambda run: run.usage.cpu_s)
         row = {

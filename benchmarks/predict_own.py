@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
 
 import psutil
@@ -36,7 +36,7 @@ def main() -> int:
     options = parser.parse_args()
     started = psutil.Process().create_time()
     first_window_s: list[float] = []
-    seconds: Counter[str] = Counter()
+    seconds: dict[str, float] = defaultdict(float)
 
     def progress(share: float) -> None:
         if share > 0 and not first_window_s:
@@ -58,7 +58,8 @@ def main() -> int:
                 mirroring=False if options.disable_tta else None,
                 budget_bytes=_ANY_MEMORY,
             )
-            seconds.update(found.runtime.seconds)
+            for stage, value in found.runtime.seconds.items():
+                seconds[stage] += value
             begun = time.perf_counter()
             write_nifti(found.labels, options.results / f"{case}.nii.gz")
             seconds["write"] += time.perf_counter() - begun

@@ -122,10 +122,10 @@ def last_json(text: str) -> dict[str, Any]:
     return {}
 
 
-def engine_digest() -> str:
-    """Of the code that is measured: another engine makes runs again."""
+def code_digest() -> str:
+    """Of the engine and of what runs it here: where they have changed, our runs are made again."""
     digest = hashlib.sha256()
-    for file in sorted((ROOT / "engine").glob("*.py")):
+    for file in sorted([*(ROOT / "engine").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 
