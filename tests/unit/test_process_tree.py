@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.process_tree import PeakMemory, descendants, measure, pss_bytes
+from benchmarks.process_tree import PeakMemory, descendants, measure, pss_bytes, rss_bytes
 from tests.support.waiting import wait_until
 
 # Holds 60 MB, starts a child that holds as much, works for half a second of CPU time each, and does not wait for it.
@@ -41,12 +41,34 @@ def test_time_and_memory_are_those_of_the_whole_tree(tmp_path: Path, script: Pat
     assert 120 <= usage.peak_pss_mb < 200
     assert usage.wall_s >= 0.5
     assert usage.samples_per_s > 1
+    assert 0 < usage.sample_ms <= usage.longest_ms
+    assert 60 <= usage.peak_rss_mb < 160  # of one of the two, which copies its 60 MB once
 
 
 def test_what_fails_ends_the_benchmark_with_what_it_said(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "import sys; print('out of luck'); sys.exit(3)"]
     with pytest.raises(SystemExit, match=r"(?s)ended with 3.*out of luck"):
         measure(command, log=tmp_path / "log", environment=dict(os.environ))
+
+
+def test_a_measurement_that_is_broken_off_ends_what_it_started(tmp_path: Path) -> None:
+    """As SIGTERM to a benchmark does; the command's own child is in another session."""
+    code = "import os, subprocess, sys; subprocess.run([sys.executable, '-c', CHILD], start_new_session=True)"
+    child = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    program = f"""
+import signal, sys
+from pathlib import Path
+from benchmarks.process_tree import measure
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+command = [sys.executable, "-c", {code.replace("CHILD", repr(child))!r}]
+measure(command, log=Path({str(tmp_path / "log")!r}), environment={{}})
+"""
+    with subprocess.Popen([sys.executable, "-c", program]) as one:
+        wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text() != "", "the child")
+        child_pid = int((tmp_path / "pid").read_text())
+        one.terminate()
+        assert one.wait(timeout=30) == 143
+    wait_until(lambda: not Path(f"/proc/{child_pid}").exists(), "the end of the child")
 
 
 def test_a_process_shares_its_pages_with_what_it_forked() -> None:
@@ -64,6 +86,7 @@ def test_a_process_shares_its_pages_with_what_it_forked() -> None:
         both = pss_bytes([one.pid, child])
         assert 40 * 2**20 <= both < 70 * 2**20
         assert pss_bytes([one.pid]) < 0.75 * both
+        assert rss_bytes([one.pid, child]) > 80 * 2**20
         with PeakMemory(os.getpid()) as watched:
             wait_until(lambda: watched.samples > 1, "two samples")
         assert watched.peak >= 0.9 * both
