@@ -5,7 +5,7 @@ Each package raises its own errors; this is the one place that says what they me
 
 from __future__ import annotations
 
-from sqlalchemy.exc import NoResultFound
+import sys
 
 import emr.errors
 import engine.errors
@@ -55,10 +55,17 @@ _MEANING: tuple[tuple[type[BaseException], type[GatewayError]], ...] = (
     (storage.errors.LedgerBroken, Permanent),
     (storage.errors.ModelMissing, Permanent),
     (storage.errors.ModelChanged, Permanent),
-    (NoResultFound, Rejected),  # the study was deleted while a step of it was at work
     (ConnectionError, Transient),
     (TimeoutError, Transient),
 )
+
+
+def _known() -> tuple[tuple[type[BaseException], type[GatewayError]], ...]:
+    # An error of a module that nobody has loaded cannot be here, and loading it takes time that commands on files save.
+    queries = sys.modules.get("sqlalchemy.exc")
+    if queries is None:
+        return _MEANING
+    return (*_MEANING, (queries.NoResultFound, Rejected))  # the study was deleted while a step of it was at work
 
 
 def meaning(error: BaseException) -> type[GatewayError]:
@@ -66,7 +73,7 @@ def meaning(error: BaseException) -> type[GatewayError]:
     for own in (Transient, Permanent, Rejected):
         if isinstance(error, own):
             return own
-    for known, verdict in _MEANING:
+    for known, verdict in _known():
         if isinstance(error, known):
             return verdict
     return Permanent
@@ -74,7 +81,7 @@ def meaning(error: BaseException) -> type[GatewayError]:
 
 def is_foreseen(error: BaseException) -> bool:
     """Whether the table knows the error: its message then says all, and a traceback nothing."""
-    return isinstance(error, (Transient, Permanent, Rejected, *(known for known, _ in _MEANING)))
+    return isinstance(error, (Transient, Permanent, Rejected, *(known for known, _ in _known())))
 
 
 def is_of_the_machine(error: BaseException) -> bool:
