@@ -112,6 +112,6 @@ def test_a_command_leaves_no_connection_behind(postgresql_server: str) -> None:
         # A transaction sees one state of this view, so each look is one of its own.
         with database.reading() as session:
             query = text("SELECT count(*) FROM pg_stat_activity WHERE pid = :own")
-            return session.execute(query, {"own": own}).scalar_one() == 0
+            return bool(session.execute(query, {"own": own}).scalar_one() == 0)
 
     wait_until(is_closed, "the connection is closed")

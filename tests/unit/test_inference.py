@@ -235,7 +235,7 @@ def test_a_version_that_is_needed_no_more_is_closed_never_in_use_and_loaded_agai
         assert _Closable.began.wait(30)
         assert shelf.close_all_but(model.name, ()) == []
         _Closable.goes_on.set()
-        assert running.result() is False
+        assert cast(Any, running.result()) is False
     assert shelf.close_all_but(model.name, ()) == [model.semver]
     assert shelf.loaded() == {}
     assert cast(_Closable, first).closed
