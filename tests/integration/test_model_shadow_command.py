@@ -7,17 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from gateway.commands import model_shadow
+from gateway.commands import model_shadow, training_runs
 from gateway.learning.registration import register
+from gateway.learning.runs import WAITS
 from gateway.settings import load_settings
 from gateway.state import open_registry, prepare_state
+from storage import ledger
+from storage.alarms import open_alarms, raise_alarm
 from storage.errors import ModelMissing
-from storage.learning_records import ShadowRun
+from storage.learning_records import RunState, ShadowRun
 from storage.models import SHADOW
 from storage.records import ResultState, StudyState, utc_now
 from tests.support.intensity_model import PHANTOM_BANDS, SWAPPED_BANDS, write_intensity_bundle
 from tests.support.live_studies import begin_period
-from tests.support.story_rows import add_result, add_study, add_version
+from tests.support.story_rows import add_result, add_study, add_training, add_version
 
 _LEARNING = '[[models]]\nname = "sides"\non_drift = "nothing"\n[models.change_plan]\nshadow_studies = 4\n'
 
@@ -122,3 +125,20 @@ def test_the_first_studies_of_a_new_champion_are_shown_with_rates_and_limits(
     said = capsys.readouterr().out
     assert "watched; beyond a limit 0.9.0 serves again" in said
     assert "Studies: 1 of 30" in said
+
+
+def test_a_training_that_is_stopped_takes_its_candidate_out_of_shadow_and_waits_for_nobody(config: Path) -> None:
+    settings = load_settings(config)
+    registry, database = open_registry(settings), prepare_state(settings)
+    registry.set_shadow("sides", "2.0.0")
+    with database.session() as session:
+        add_training(session, RunState.CANDIDATE, model="sides").semver = "2.0.0"
+        raise_alarm(session, kind=WAITS, subject="model:sides", message="...")
+    assert training_runs.stop(config, "a", reason="the site has changed", as_json=False) == 0
+    assert registry.shadow("sides") is None
+    with database.reading() as session:
+        assert list(open_alarms(session)) == []
+        kinds = [event.kind for event in ledger.events(session, ledger.model_subject("sides"))]
+    assert kinds[-2:] == ["training-refused", "shadow-stopped"]
+    assert training_runs.stop(config, "a", reason="again", as_json=False) == 1
+    database.close()
