@@ -17,6 +17,7 @@ from benchmarks.export_own import label_names
 from benchmarks.nnunet_plans import DEFAULT_FEATURES, DEFAULT_STRIDES, ct_plans
 from benchmarks.process_tree import ROOT
 from benchmarks.turns import Tell, clean_environment
+from engine.model_card import ModelCard
 
 SEED = 20240117
 CONFIGURATION = "3d_fullres"
@@ -226,7 +227,10 @@ class Materials:
         if not bundle.exists():
             self._tell(f"{case.name}: importing the model")
             source = results / dataset / f"nnUNetTrainer__{plans}__{CONFIGURATION}"
-            import_model(source, bundle, name=dataset.lower().replace("_", "-"), folds=["0"], phantoms=False)
+            # nnU-Net takes voxels in the order in which a file has them.
+            card = ModelCard(contract={"orientation": "as-stored"})
+            name = dataset.lower().replace("_", "-")
+            import_model(source, bundle, name=name, card=card, folds=["0"], phantoms=False)
         return bundle
 
 
