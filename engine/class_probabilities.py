@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 from engine.backends import Backend, Device
 from engine.bundle import Bundle
 from engine.bundle_networks import open_networks
-from engine.errors import BundleInvalid, InputRejected, MemoryExceeded
+from engine.errors import BundleInvalid, MemoryExceeded
 from engine.logit_source import NetworkLogits, StoredLogits
 from engine.logit_stream import LogitStream, stored_logits
 from engine.logits_to_labels import image_logits
 from engine.manifest import BundleConfiguration
 from engine.memory import available_bytes
 from engine.postprocessing import apply_postprocessing, read_postprocessing
-from engine.predictor import Predictor
+from engine.predictor import Predictor, check_image
 from engine.preprocessing import CroppedImage, crop_to_nonzero, network_shape, network_spacing_mm, preprocess
 from engine.row_threads import RowThreads
 from engine.segment_statistics import SegmentStatistics, measure_segments
@@ -138,10 +138,7 @@ class ProbabilityPredictor:
         """Arguments and errors as for Predictor.predict; several configurations give the mean of their probabilities,
         as nnU-Net's ensemble does."""
         bundle = self._bundle
-        if volume.array.shape[0] != len(bundle.channels):
-            raise InputRejected(f"the image has {volume.array.shape[0]} channel(s); {bundle.name} takes other channels")
-        if not np.isfinite(volume.array).all():
-            raise InputRejected("the image holds NaN or infinity, correct it at the source")
+        check_image(bundle, volume)
         report = progress or (lambda _share: None)
         clock = {"preprocess": 0.0, "network": 0.0, "export": 0.0, "statistics": 0.0}
         self.check_memory(volume.geometry)

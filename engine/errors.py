@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def one_line(error: BaseException) -> str:
+    """What a library said, without its line breaks, and not all of a long story."""
+    return " ".join(str(error).split())[:500]
+
+
 class EngineError(Exception):
     """Root of everything that the engine raises on purpose."""
 

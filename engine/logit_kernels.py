@@ -122,13 +122,7 @@ def judge_rows(
             second[x] = -np.inf
             winner[x] = 0
         for head in range(1, heads):
-            values = row[head]
-            for x in range(width):
-                value = values[corner[1] + x]
-                high = best[x]
-                second[x] = max(second[x], min(value, high))
-                winner[x] = head if value > high else winner[x]
-                best[x] = max(value, high)
+            _compare(row[head, corner[1] : corner[1] + width], head, best, second, winner)
         for x in range(width):
             winners[y, x] = winner[x]
             entropies[y, x] = 0
@@ -213,12 +207,7 @@ def label_rows(
             _spread(blended, along_x, values)
             if is_halved:
                 _round(bits[head])
-            for x in range(width):
-                value = values[x]
-                high = best[x]
-                second[x] = max(second[x], min(value, high))
-                winner[x] = head if value > high else winner[x]
-                best[x] = max(value, high)
+            _compare(values, head, best, second, winner)
         tied = 0
         for x in range(width):
             labels[index, x] = winner[x]
@@ -258,6 +247,18 @@ def count_pairs(first: FloatArray, second: FloatArray, weights: FloatArray, tabl
                         high[x] = max(value, high[x])
             for x in range(width):
                 table[winner[0, x], winner[1, x]] += weights[z, y, x]
+
+
+@compiled
+def _compare(values: FloatArray, head: int, best: FloatArray, second: FloatArray, winner: NDArray[np.int32]) -> None:
+    """Takes one more head into the highest and the second highest value, and whose the highest is; of equal ones the
+    first keeps it."""
+    for x in range(values.shape[0]):
+        value = values[x]
+        high = best[x]
+        second[x] = max(second[x], min(value, high))
+        winner[x] = head if value > high else winner[x]
+        best[x] = max(value, high)
 
 
 @compiled

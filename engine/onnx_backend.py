@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from engine.backends import BackendChoice, Device, Network, Precision, Provider
 from engine.batching import check_batch, run_in_pieces
-from engine.errors import BackendFailed, BundleInvalid
+from engine.errors import BackendFailed, BundleInvalid, one_line
 
 FloatArray = NDArray[np.float32]
 
@@ -103,7 +103,7 @@ class OnnxBackend:
         try:
             return run_in_pieces(batch, self._batch, self._run)
         except _failures(self._runtime) as error:
-            raise BackendFailed(f"{self._path.name}: {self._provider} failed on a batch: {_one_line(error)}") from error
+            raise BackendFailed(f"{self._path.name}: {self._provider} failed on a batch: {one_line(error)}") from error
 
     def close(self) -> None:
         self._bound.clear()
@@ -160,7 +160,7 @@ class OnnxBackend:
         try:
             session = self._runtime.InferenceSession(str(self._path), options, providers=providers)
         except _failures(self._runtime) as error:
-            raise BundleInvalid(f"{self._path.name}: not loadable by onnxruntime: {_one_line(error)}") from error
+            raise BundleInvalid(f"{self._path.name}: not loadable by onnxruntime: {one_line(error)}") from error
         inputs, outputs = session.get_inputs(), session.get_outputs()
         if len(inputs) != 1 or len(outputs) != 1 or inputs[0].type != "tensor(float)":
             raise BundleInvalid(f"{self._path.name}: a network with one float32 input and one output is needed")
@@ -221,7 +221,3 @@ def _failures(runtime: Any) -> tuple[type[Exception], ...]:
     binding = vars(runtime.capi.onnxruntime_pybind11_state).values()
     own = [item for item in binding if isinstance(item, type) and issubclass(item, Exception)]
     return (*own, RuntimeError)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:500]

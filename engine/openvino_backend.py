@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from engine.backends import BackendChoice, Network, Precision
 from engine.batching import check_batch, run_in_pieces
-from engine.errors import BackendFailed, BundleInvalid
+from engine.errors import BackendFailed, BundleInvalid, one_line
 
 FloatArray = NDArray[np.float32]
 
@@ -91,7 +91,7 @@ class OpenVinoBackend:
         try:
             return run_in_pieces(batch, self._batch, self._run)
         except RuntimeError as error:
-            raise BackendFailed(f"{self._path.name}: OpenVINO failed on a batch: {_one_line(error)}") from error
+            raise BackendFailed(f"{self._path.name}: OpenVINO failed on a batch: {one_line(error)}") from error
 
     def close(self) -> None:
         self._requests.clear()
@@ -119,7 +119,7 @@ class OpenVinoBackend:
         try:
             model = core.read_model(str(self._path))
         except RuntimeError as error:
-            raise BundleInvalid(f"{self._path.name}: not loadable by OpenVINO: {_one_line(error)}") from error
+            raise BundleInvalid(f"{self._path.name}: not loadable by OpenVINO: {one_line(error)}") from error
         shape = (batch, *self._window)
         _check_interface(model, shape, self._path.name)
         try:
@@ -127,7 +127,7 @@ class OpenVinoBackend:
             compiled = core.compile_model(model, "CPU", options)
         except RuntimeError as error:
             raise BundleInvalid(
-                f"{self._path.name}: OpenVINO cannot compile it for {shape}: {_one_line(error)}"
+                f"{self._path.name}: OpenVINO cannot compile it for {shape}: {one_line(error)}"
             ) from error
         taken = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         if taken != _NAMES[self._precision]:
@@ -160,7 +160,7 @@ def openvino_runtime() -> Any:
     try:
         return import_module("openvino")
     except ImportError as error:
-        raise BackendFailed(f"OpenVINO cannot be imported: {_one_line(error)}") from error
+        raise BackendFailed(f"OpenVINO cannot be imported: {one_line(error)}") from error
     finally:
         for name in hidden:
             sys.modules.pop(name, None)
@@ -175,7 +175,3 @@ def _check_interface(model: Any, shape: Sequence[int], where: str) -> None:
         size.is_static and size.get_length() != wanted for size, wanted in zip(declared, shape, strict=True)
     ):
         raise BundleInvalid(f"{where}: the network takes {declared}, the plans say {tuple(shape)}")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:500]

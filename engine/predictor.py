@@ -175,13 +175,7 @@ class Predictor:
         BundleInvalid for an unknown fold or configuration, BackendFailed.
         """
         bundle = self._bundle
-        if volume.array.shape[0] != len(bundle.channels):
-            raise InputRejected(
-                f"the image has {volume.array.shape[0]} channel(s); {bundle.name} takes {len(bundle.channels)}: "
-                + ", ".join(channel.name for channel in bundle.channels)
-            )
-        if not np.isfinite(volume.array).all():
-            raise InputRejected("the image holds NaN or infinity, correct it at the source")
+        check_image(bundle, volume)
         runs = run_order(bundle, configurations)
         members = (
             {configuration.name for configuration in bundle.final_configurations}
@@ -217,7 +211,13 @@ class Predictor:
                     )
                 if task is tasks[-1]:
                     cropped = cropped.without_image()
-                streams = self._streams(task, image, cropped, report, threads, in_file=in_file)
+                try:
+                    streams = self._streams(task, image, cropped, report, threads, in_file=in_file)
+                except OSError as error:
+                    raise MemoryExceeded(
+                        "the sums of windows fit neither into memory nor into a file below "
+                        f"{self._scratch}: {error.strerror}; free memory or space there"
+                    ) from error
                 del image
                 own: Sequence[LogitSource] = streams.streams
                 if task.run.name in needed:
@@ -330,6 +330,17 @@ class Predictor:
             for together in ([[network] for network in networks] if apart else [networks])
         ]
         return _Streams(streams, mirrors)
+
+
+def check_image(bundle: Bundle, volume: Volume) -> None:
+    """Raises InputRejected where the image has other channels than the model, or values that are no numbers."""
+    if volume.array.shape[0] != len(bundle.channels):
+        raise InputRejected(
+            f"the image has {volume.array.shape[0]} channel(s); {bundle.name} takes {len(bundle.channels)}: "
+            + ", ".join(channel.name for channel in bundle.channels)
+        )
+    if not np.isfinite(volume.array).all():
+        raise InputRejected("the image holds NaN or infinity, correct it at the source")
 
 
 @dataclass(frozen=True, kw_only=True)

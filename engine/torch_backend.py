@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from engine.backends import BackendChoice, Network
 from engine.batching import check_batch, run_in_pieces
-from engine.errors import BackendFailed, BundleInvalid
+from engine.errors import BackendFailed, BundleInvalid, one_line
 from engine.network import build_network
 
 FloatArray = NDArray[np.float32]
@@ -90,7 +90,7 @@ class TorchOnnxBackend:
         try:
             return run_in_pieces(batch, self._choice.batch, self._run)
         except RuntimeError as error:  # also what a compiler or a lost device raises
-            raise BackendFailed(f"{self._where}: torch failed on a batch: {_one_line(error)}") from error
+            raise BackendFailed(f"{self._where}: torch failed on a batch: {one_line(error)}") from error
 
     def close(self) -> None:
         self._network = None
@@ -119,7 +119,7 @@ def load_exported(network: Network) -> nn.Module:
     try:
         graph = onnx.load(str(network.file)).graph
     except (OSError, ValueError, onnx.checker.ValidationError) as error:
-        raise BundleInvalid(f"{where}: cannot be read as ONNX: {_one_line(error)}") from error
+        raise BundleInvalid(f"{where}: cannot be read as ONNX: {one_line(error)}") from error
     stored = {item.name: numpy_helper.to_array(item) for item in graph.initializer}
     with torch.device("meta"):
         built = build_network(network.architecture, channels=network.channels, heads=network.heads)
@@ -154,7 +154,3 @@ def _arithmetic(device: str, precision: str) -> Iterator[None]:
         if precision != "float32":
             stack.enter_context(torch.autocast(device, dtype=_HALF[precision]))
         yield
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:500]

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from engine.execution_plan import ExecutionPlan, plan_document, planned_bundle, 
 from engine.json_reader import read_json
 from engine.machine import MachineIdentity, this_identity
 from engine.predictor import Predictor
+from engine.whole_file import whole_file
 
 FOLDER = "plans"
 _log = structlog.get_logger(__name__)
@@ -76,12 +76,8 @@ class ModelPlans:
         """In the place of the one before; a half-written plan never has the final name. Raises OSError."""
         path = self._path(plan.model, plan.semver, plan.machine.key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
+        with whole_file(path) as partial:
             partial.write_text(json.dumps(plan_document(plan), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
         return path
 
     def in_force(self, bundle: Bundle, *, device: Device = "auto", threads: int | None = None) -> ExecutionPlan | None:

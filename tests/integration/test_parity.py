@@ -159,7 +159,7 @@ def test_a_turned_image_gets_the_same_labels_when_the_contract_turns_it_back(
     np.testing.assert_array_equal(change.restore(result.labels.array), straight.labels.array)
 
 
-@pytest.mark.requirement("INF-34", open="the ladder of cheaper ways before a refusal")
+@pytest.mark.requirement("INF-34", open="a smaller batch of windows, a CPU in place of a GPU")
 def test_a_real_volume_that_does_not_fit_is_refused_before_it_starts(ct: Predictor, shared_root: Path) -> None:
     volume = read_nifti([shared_root / "reference" / "inputs_ct" / "ct_torso_0000.nii.gz"])
     with pytest.raises(MemoryExceeded, match="200 MiB may be used"):

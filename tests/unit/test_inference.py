@@ -148,7 +148,7 @@ def ordered(database: Database, monkeypatch: pytest.MonkeyPatch, files: tuple[Pa
     monkeypatch.setattr(step, "series_files", lambda *_: files)
 
 
-@pytest.mark.requirement("INF-34")
+@pytest.mark.requirement("INF-34", open="a smaller batch of windows, a CPU in place of a GPU")
 def test_a_series_that_does_not_fit_is_refused_with_the_numbers_before_a_pixel_is_decoded(
     database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

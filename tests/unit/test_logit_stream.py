@@ -179,7 +179,6 @@ NESTED = LabelManager.from_dataset_json(
 )
 
 
-@pytest.mark.requirement("ART-27")
 @pytest.mark.parametrize("labels", [MANY, NESTED], ids=["labels", "regions"])
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def test_an_earlier_stage_runs_before_the_stage_that_needs_it(tmp_path: Path) ->
         run_order(model, ["2d"])
 
 
-@pytest.mark.requirement("INF-34")
+@pytest.mark.requirement("INF-34", open="a smaller batch of windows, a CPU in place of a GPU")
 def test_the_estimate_is_of_the_rows_in_use_and_not_of_all_logits(tmp_path: Path) -> None:
     shape = (200, 200, 200)
     few = estimate_peak(bundle(tmp_path / "few"), grid(*shape), configurations=["3d_fullres"])

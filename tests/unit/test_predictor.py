@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -308,7 +310,7 @@ def test_what_was_used_is_recorded(tmp_path: Path) -> None:
     assert result.runtime.peak_estimate_bytes > 0
 
 
-@pytest.mark.requirement("INF-34", open="the ladder of cheaper ways before a refusal")
+@pytest.mark.requirement("INF-34", open="a smaller batch of windows, a CPU in place of a GPU")
 def test_an_image_that_does_not_fit_is_refused_with_both_numbers_before_a_window_runs(tmp_path: Path) -> None:
     fractions: list[float] = []
     with pytest.raises(MemoryExceeded, match=r"needs about \d+ MiB and 10 MiB may be used"):
@@ -316,7 +318,7 @@ def test_an_image_that_does_not_fit_is_refused_with_both_numbers_before_a_window
     assert fractions == []
 
 
-@pytest.mark.requirement("INF-34")
+@pytest.mark.requirement("INF-34", open="a smaller batch of windows, a CPU in place of a GPU")
 def test_where_memory_is_short_the_sums_go_to_a_file_and_the_labels_are_the_same(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -336,6 +338,21 @@ def test_where_memory_is_short_the_sums_go_to_a_file_and_the_labels_are_the_same
     assert found.runtime.peak_estimate_bytes == less.bytes
     np.testing.assert_array_equal(found.labels.array, predict(bundle, volume).labels.array)
     assert list(scratch.iterdir()) == []
+
+
+def test_a_disk_without_room_for_the_sums_refuses_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle, volume = threshold_bundle(tmp_path / "model", folds=9), scene((40, 90, 90))
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("engine.logit_rows.os.posix_fallocate", full)
+    budget = estimate_peak(bundle, volume.geometry, sums_in_file=True).bytes
+    with (
+        Predictor(bundle, device="cpu", threads=1, scratch=tmp_path) as predictor,
+        pytest.raises(MemoryExceeded, match="No space left on device; free memory or space there"),
+    ):
+        predictor.predict(volume, budget_bytes=budget)
 
 
 def test_an_image_the_model_cannot_take_is_refused(tmp_path: Path) -> None:
