@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import struct
 from functools import lru_cache
+from typing import cast
 
 from pydicom.charset import convert_encodings, default_encoding
-from pydicom.dataelem import RawDataElement, convert_raw_data_element, empty_value_for_VR
+from pydicom.dataelem import DataElement, RawDataElement, convert_raw_data_element, empty_value_for_VR
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.tag import BaseTag
 from pydicom.valuerep import EXPLICIT_VR_LENGTH_16, EXPLICIT_VR_LENGTH_32
@@ -46,9 +47,11 @@ def plain_header(head: bytes) -> tuple[Dataset, int] | None:
     return dataset, main[1]
 
 
-def _elements(head: bytes, offset: int, *, until_group: int | None) -> tuple[dict[BaseTag, RawDataElement], int] | None:
+def _elements(
+    head: bytes, offset: int, *, until_group: int | None
+) -> tuple[dict[BaseTag, DataElement | RawDataElement], int] | None:
     """Elements as they stand, and where they end: behind `until_group`, or at the pixels."""
-    found: dict[BaseTag, RawDataElement] = {}
+    found: dict[BaseTag, DataElement | RawDataElement] = {}
     last = -1
     while offset + 12 <= len(head):
         group, element, code, length = _ELEMENT.unpack_from(head, offset)
@@ -69,7 +72,8 @@ def _elements(head: bytes, offset: int, *, until_group: int | None) -> tuple[dic
         if number <= last or length == _UNDEFINED or end > len(head) or group == _ITEMS:
             return None
         tag = _tag(number)
-        value = head[start:end] if length else empty_value_for_VR(vr, raw=True)
+        # As pydicom has it: text that is empty is no bytes, everything else None.
+        value = head[start:end] if length else cast(bytes | None, empty_value_for_VR(vr, raw=True))
         found[tag] = RawDataElement(tag, vr, length, value, start, False, True)
         last, offset = number, end
     return None
