@@ -26,6 +26,7 @@ _ITEMS = 0xFFFE
 _SHORT = {vr.encode("ascii"): str(vr) for vr in EXPLICIT_VR_LENGTH_16}
 _LONG = {vr.encode("ascii"): str(vr) for vr in EXPLICIT_VR_LENGTH_32}
 _UNDEFINED = 0xFFFFFFFF
+_Elements = dict[BaseTag, DataElement | RawDataElement]
 _ELEMENT = struct.Struct("<HH2sH")
 _LENGTH = struct.Struct("<I")
 
@@ -47,11 +48,9 @@ def plain_header(head: bytes) -> tuple[Dataset, int] | None:
     return dataset, main[1]
 
 
-def _elements(
-    head: bytes, offset: int, *, until_group: int | None
-) -> tuple[dict[BaseTag, DataElement | RawDataElement], int] | None:
+def _elements(head: bytes, offset: int, *, until_group: int | None) -> tuple[_Elements, int] | None:
     """Elements as they stand, and where they end: behind `until_group`, or at the pixels."""
-    found: dict[BaseTag, DataElement | RawDataElement] = {}
+    found: _Elements = {}
     last = -1
     while offset + 12 <= len(head):
         group, element, code, length = _ELEMENT.unpack_from(head, offset)
