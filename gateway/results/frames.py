@@ -13,23 +13,26 @@ import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from pydicom import dcmread
 from pydicom.dataset import Dataset
-from pydicom.uid import UID, DeflatedExplicitVRLittleEndian
+from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ImplicitVRLittleEndian
 
 from gateway.results import attributes
 from gateway.results.attributes import READ_ERRORS, AttributeRejected, Where, damaged
 from gateway.results.pixels import PixelFormat, check_length, number_of_frames, read_pixel_format
+from gateway.results.plain_header import HEAD_BYTES, plain_header
 from gateway.results.split_keys import SPLIT_KEYS
 from storage.part10 import meta_text, read_meta_elements
 
 MAX_INFLATED_BYTES = 1 << 30
 """A deflated object that grows beyond this is refused before it is parsed."""
 _TRANSFER_SYNTAX_UID = 0x00020010
+_OTHERWISE_ENCODED = (ImplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian)
 _ORTHOGONALITY_TOLERANCE = 1e-2
 # DA and TM joined, or DT, with an offset from UTC as DT may have one (PS3.5 6.2).
 _DATE_TIME = re.compile(
@@ -137,17 +140,20 @@ def _read(file: Path, where: Where, only: Sequence[str] | None) -> tuple[Dataset
     """The data set, and where in the file reading stopped."""
     try:
         with file.open("rb") as stream:
-            if stream.read(132)[128:] != b"DICM":
+            head = stream.read(HEAD_BYTES)
+            if head[128:132] != b"DICM":
                 advice = "send it as a DICOM file (PS3.10) with preamble and file meta information"
                 raise attributes.absent("FileMetaInformationVersion", where, advice)
-            stream.seek(0)
-            elements, _ = read_meta_elements(stream)
+            elements, _ = read_meta_elements(BytesIO(head))
             transfer_syntax_uid = meta_text(elements, _TRANSFER_SYNTAX_UID)
             if not transfer_syntax_uid:
                 advice = "the encoding of the data set is unknown; send the object with its transfer syntax"
                 raise attributes.absent("TransferSyntaxUID", where, advice)
             if transfer_syntax_uid == DeflatedExplicitVRLittleEndian:
                 _check_inflated_size(file, where)
+            explicit = transfer_syntax_uid not in _OTHERWISE_ENCODED and UID(transfer_syntax_uid).is_transfer_syntax
+            if only is None and explicit and (plain := plain_header(head)) is not None:
+                return plain
             stream.seek(0)
             found = dcmread(stream, stop_before_pixels=True, specific_tags=None if only is None else list(only))
             return found, stream.tell()
