@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backends import Backend, Device
+from engine.backends import Backend, BackendChoice, Device
 from engine.bundle import Bundle
 from engine.bundle_networks import open_networks
 from engine.errors import BundleInvalid, MemoryExceeded
@@ -58,7 +58,7 @@ class ClassProbabilities:
 
 class ProbabilityPredictor:
     """Runs one bundle and keeps all classes. Networks are loaded here, and freed by `close`. `configurations`: whose
-    probabilities are joined (default: the final ones).
+    probabilities are joined (default: the final ones). `choice`: the runtime, as for Predictor.
 
     Raises as engine.predictor.Predictor does.
     """
@@ -70,6 +70,7 @@ class ProbabilityPredictor:
         configurations: Sequence[str] | None = None,
         device: Device = "auto",
         threads: int | None = None,
+        choice: BackendChoice | None = None,
     ) -> None:
         self._bundle = bundle
         self._threads = threads
@@ -84,9 +85,9 @@ class ProbabilityPredictor:
         self._stages: Predictor | None = None
         try:
             if any(configuration.previous_stage for configuration in self._runs):
-                self._stages = Predictor(bundle, device=device, threads=threads)
+                self._stages = Predictor(bundle, device=device, threads=threads, choice=choice)
             self._backends = open_networks(
-                bundle, device=device, threads=threads, names=[run.name for run in self._runs]
+                bundle, device=device, threads=threads, choice=choice, names=[run.name for run in self._runs]
             )
         except BaseException:
             self.close()

@@ -121,6 +121,34 @@ class ExecutionPlan:
         """The figures of what was chosen."""
         return next(f for f in self.figures if (f.choice, f.mirroring) == (self.choice, self.mirroring))
 
+    @property
+    def summary(self) -> str:
+        """In a few words: what runs, and what it may change."""
+        exact = "" if self.tolerance <= STRICT_TOLERANCE else f", at most {self.tolerance:g} of the voxels may change"
+        return f"{self.choice}{exact}" + "".join(f", without {text}" for text in self.left_out)
+
+    @property
+    def cost(self) -> tuple[str, ...]:
+        """What a tolerance costs, as it was measured, in sentences; none for a plan that keeps to the strict limits."""
+        if self.is_exact:
+            return ()
+        figure = self.figure
+        exact = [f for f in self.figures if f.choice.precision == "float32" and f.mirroring == "full" and f.agrees]
+        fastest = min((f.seconds_per_position or 0.0 for f in exact), default=None)
+        gain = (
+            f"{fastest / figure.seconds_per_position:.1f} times as fast as the fastest in float32 with every pass"
+            if fastest and figure.seconds_per_position
+            else "with no exact candidate to compare its speed with"
+        )
+        worst = max(figure.dice_change.items(), key=lambda item: item[1], default=None)
+        dice = f"; largest change of a Dice: {worst[1]:.4f} ({worst[0]})" if worst is not None else ""
+        changed = f"{figure.changed_voxels} of {figure.voxels}"
+        share = (figure.changed_voxels or 0) / max(1, figure.voxels)
+        texts = [f"the tolerance costs {changed} voxels ({share:.2g}){dice}; it is {gain}"]
+        if self.left_out:
+            texts.append("without mirrored passes the check mirror-agreement has nothing to judge (docs/quality.md)")
+        return tuple(texts)
+
     def stale_reasons(
         self, bundle: Bundle, machine: MachineIdentity, *, device: Device = "auto", threads: int | None = None
     ) -> list[str]:

@@ -14,8 +14,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-import structlog
+from typing import Any
 
 from engine.backends import Device
 from engine.bundle import Bundle
@@ -27,7 +26,6 @@ from engine.predictor import Predictor
 from engine.whole_file import whole_file
 
 FOLDER = "plans"
-_log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +91,7 @@ class ModelPlans:
                 return found.plan
             model = f"{bundle.name} {bundle.semver}"
             if found.reasons:
-                _log.warning(
+                _log().warning(
                     "the execution plan no longer holds; measuring anew, without tolerance",
                     model=model,
                     reasons=list(found.reasons),
@@ -104,13 +102,13 @@ class ModelPlans:
             try:
                 plan = first_plan(bundle, device=device, threads=threads)
             except EngineError as error:
-                _log.warning("no execution plan could be measured", model=model, error=str(error))
+                _log().warning("no execution plan could be measured", model=model, error=str(error))
                 return None
-            _log.info("execution plan measured", model=model, choice=str(plan.choice), seconds=plan.seconds)
+            _log().info("execution plan measured", model=model, choice=str(plan.choice), seconds=plan.seconds)
             try:
                 self.save(plan)
             except OSError as error:
-                _log.warning("the execution plan could not be kept", model=model, error=error.strerror)
+                _log().warning("the execution plan could not be kept", model=model, error=error.strerror)
             return plan
 
     def _path(self, name: str, semver: str, key: str) -> Path:
@@ -144,13 +142,20 @@ def open_planned(
             predictor = Predictor(chosen, choice=plan.choice, threads=threads, scratch=scratch)
             return predictor, plan
         except BackendFailed as error:
-            _log.error(
+            _log().error(
                 "what the execution plan says cannot be opened; running without it",
                 model=f"{bundle.name} {bundle.semver}",
                 choice=str(plan.choice),
                 error=str(error),
             )
     return Predictor(bundle, device=device, threads=threads, scratch=scratch), None
+
+
+def _log() -> Any:
+    """Imported where something is to be told: a prediction by a plan that is there has no use for it, and waits."""
+    import structlog
+
+    return structlog.get_logger(__name__)
 
 
 def _read(path: Path) -> ExecutionPlan:

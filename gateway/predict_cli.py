@@ -77,6 +77,13 @@ def predict(
         typer.Option("-step_size", min=0.05, max=1.0, help="Step of the window. Default: the model's, 0.5 as a rule."),
     ] = None,
     disable_tta: Annotated[bool, typer.Option("--disable_tta", help="No mirrored passes: faster, less exact.")] = False,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the voxels that may change for speed, e.g. 0.001: half precision is tried, too, and what it "
+            "costs is measured once and told."
+        ),
+    ] = None,
     save_probabilities: Annotated[
         bool,
         typer.Option("--save_probabilities", help="Also CASE.npz with all classes, and CASE.properties.json."),
@@ -153,6 +160,7 @@ def predict(
         postprocessing=postprocessing,
         step_size=step_size,
         mirroring=not disable_tta,
+        tolerance=tolerance,
         device=device,
         threads=threads,
         format=output_format,

@@ -16,9 +16,16 @@ from tests.support.postgresql import postgresql
 _KEPT = {"SEGGATE_NNUNET_PYTHON", "SEGGATE_REQUIRE_PEERS", "SEGGATE_SHARED"}
 
 
+@pytest.fixture(scope="session")
+def _cache_home(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Converted models and execution plans of all tests: each is made once, and none in the developer's own cache."""
+    return str(tmp_path_factory.mktemp("cache-home"))
+
+
 @pytest.fixture(autouse=True)
-def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def _clean_environment(monkeypatch: pytest.MonkeyPatch, _cache_home: str) -> None:
     """Settings of ours in the environment must not change what a test sees; peers get TCP_NODELAY."""
+    monkeypatch.setenv("XDG_CACHE_HOME", _cache_home)
     for name in list(os.environ):
         if name.startswith("SEGGATE_") and name not in _KEPT:
             monkeypatch.delenv(name)

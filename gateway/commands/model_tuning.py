@@ -108,7 +108,7 @@ def tune(config: Path, name: str, *, semver: str | None, options: TuneOptions, a
         print_json({**_document(plan, reasons), "file": str(path)})
         return 0
     _present(plan, reasons)
-    for text in _cost(plan):
+    for text in plan.cost:
         say(text)
     for reason in reasons:
         say(f"note: the worker will not use it: {reason}")
@@ -185,27 +185,6 @@ def _row(figure: CandidateFigure, *, chosen: bool) -> tuple[object, ...]:
 def _amount(choice: BackendChoice) -> str:
     threads = f"{choice.threads} threads" if choice.threads else "threads as it likes"
     return f"{threads}, {choice.batch} window{'s' if choice.batch > 1 else ''} at a time"
-
-
-def _cost(plan: ExecutionPlan) -> list[str]:
-    """What a tolerance costs, as it was measured; nothing for a plan that keeps to the strict limits."""
-    if plan.is_exact:
-        return []
-    figure = plan.figure
-    exact = [f for f in plan.figures if f.choice.precision == "float32" and f.mirroring == "full" and f.agrees]
-    fastest = min((f.seconds_per_position or 0.0 for f in exact), default=None)
-    gain = (
-        f"{fastest / figure.seconds_per_position:.1f} times as fast as the fastest in float32 with every pass"
-        if fastest and figure.seconds_per_position
-        else "with no exact candidate to compare its speed with"
-    )
-    worst = max(figure.dice_change.items(), key=lambda item: item[1], default=None)
-    dice = f"; largest change of a Dice: {worst[1]:.4f} ({worst[0]})" if worst is not None else ""
-    share = (figure.changed_voxels or 0) / max(1, figure.voxels)
-    texts = [f"the tolerance costs {figure.changed_voxels} of {figure.voxels} voxels ({share:.2g}){dice}; it is {gain}"]
-    if plan.left_out:
-        texts.append("without mirrored passes the check mirror-agreement has nothing to judge (docs/quality.md)")
-    return texts
 
 
 def _document(plan: ExecutionPlan, reasons: Sequence[str]) -> dict[str, Any]:

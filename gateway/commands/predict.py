@@ -5,20 +5,22 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 
 from engine.errors import EngineError
+from engine.execution_plan import ExecutionPlan
 from gateway.commands.output import WorkBar, print_json_line, printable, say, work_bar
 from gateway.errors import GatewayError
 from gateway.prediction.cases import Case
 from gateway.prediction.found_cases import find_cases
 from gateway.prediction.model import ChosenModel, choose_model
+from gateway.prediction.model_plan import plan_of
 from gateway.prediction.outputs import Outputs
 from gateway.prediction.pipeline import CaseDone, Pipeline, PredictionStopped
 from gateway.prediction.request import PredictRequest, UsageRefused, check_request
@@ -44,9 +46,9 @@ def predict(request: PredictRequest, *, as_json: bool) -> int:
     began = time.monotonic()
     try:
         check_request(request)
-        model = _chosen(request, as_json)
+        model, plan = _chosen(request, as_json)
         found = find_cases(request, model)
-        outputs = Outputs(request, model)
+        outputs = Outputs(request, model, plan)
         outputs.begin(found.cases)
         missing = [case for case in found.cases if not (request.continue_prediction and outputs.is_done(case))]
         tally = _Tally(total=len(found.cases), skipped=len(found.cases) - len(missing))
@@ -55,7 +57,7 @@ def predict(request: PredictRequest, *, as_json: bool) -> int:
             say(f"note: {note}")
         for what, why in found.faults:
             _present_failure(what, why, {}, as_json, say)
-        runtime = _run(request, model, outputs, missing, tally, as_json=as_json) if missing else ""
+        runtime = _run(request, model, plan, outputs, missing, tally, as_json=as_json) if missing else ""
     except UsageRefused as error:
         say(f"seggate: {error}")
         return 2
@@ -81,29 +83,38 @@ def predict(request: PredictRequest, *, as_json: bool) -> int:
     return 0 if summary["ok"] else 1
 
 
-def _chosen(request: PredictRequest, as_json: bool) -> ChosenModel:
-    """The model; a conversion, which takes its time, has a bar of its own."""
+def _chosen(request: PredictRequest, as_json: bool) -> tuple[ChosenModel, ExecutionPlan | None]:
+    """The model and how it is run; converting and measuring, which take their time, have bars of their own."""
     hidden = as_json or request.quiet or not sys.stderr.isatty()
     with Progress(console=Console(stderr=True), transient=True, disable=hidden) as bar:
-        task: Any = None
+        tasks: dict[str, TaskID] = {}
 
-        def progress(share: float, what: str) -> None:
-            nonlocal task
-            if task is None:
-                task = bar.add_task("converting", total=1.0)
-            bar.update(task, completed=share, description=f"converting: {what}")
+        def tell(text: str) -> None:
+            bar.console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
-        return choose_model(
-            request,
-            tell=lambda text: bar.console.print(printable(text), markup=False, highlight=False, soft_wrap=True),
-            detail=lambda text: say(text) if request.verbose else None,
-            progress=progress,
-        )
+        def detail(text: str) -> None:
+            if request.verbose:
+                say(text)
+
+        def shown(work: str) -> Callable[[float, str], None]:
+            def progress(share: float, what: str) -> None:
+                if work not in tasks:
+                    tasks[work] = bar.add_task(work, total=1.0)
+                bar.update(tasks[work], completed=share, description=f"{work}: {what}")
+
+            return progress
+
+        model = choose_model(request, tell=tell, detail=detail, progress=shown("converting"))
+        plan = plan_of(model, request, tell=tell, progress=shown("measuring"))
+        if plan is not None:
+            detail(f"runs by an execution plan: {plan.summary}")
+        return model, plan
 
 
 def _run(
     request: PredictRequest,
     model: ChosenModel,
+    plan: ExecutionPlan | None,
     outputs: Outputs,
     missing: Sequence[Case],
     tally: _Tally,
@@ -114,7 +125,7 @@ def _run(
     sizes = {case.name: max(1, case.size_bytes) for case in missing}
     finished = 0
     hidden = as_json or request.quiet or not sys.stderr.isatty()
-    runner = Runner(model, request)
+    runner = Runner(model, plan, request)
     try:
         with stop_requests() as stop, work_bar(sum(sizes.values()), hidden=hidden) as bar:
 

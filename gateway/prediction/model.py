@@ -26,13 +26,15 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}(:\d+\.\d+\.\d+)?")
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ChosenModel:
     """`bundle` as it is to be run, with the options that change the model. `configurations` and `folds` are a part of
-    it, None for all. `knows_orientation`: somebody said in which voxel order it was trained."""
+    it, None for all. `knows_orientation`: somebody said in which voxel order it was trained. `plans_dir`: the models
+    folder that keeps its execution plans, None for a model that is not registered."""
 
     bundle: Bundle
     plans_json: Mapping[str, Any]
     configurations: tuple[str, ...] | None
     folds: tuple[str, ...] | None
     knows_orientation: bool
+    plans_dir: Path | None = None
 
     @property
     def file_ending(self) -> str:
@@ -65,7 +67,8 @@ def choose_model(request: PredictRequest, *, tell: Tell, detail: Tell, progress:
     cache = cache_folder(request.cache)
     path = _nnunet_address(request) if request.dataset is not None else Path(str(request.model))
     if request.dataset is None and not path.exists():
-        return _adapted(_registered(request), request, part_of_bundle=True)
+        bundle, models_dir = _registered(request)
+        return replace(_adapted(bundle, request, part_of_bundle=True), plans_dir=models_dir)
     if (path / MANIFEST).is_file():
         return _adapted(load_bundle(path), request, part_of_bundle=True)
     if path.suffix.casefold() == ".zip":
@@ -119,8 +122,9 @@ def _adapted(bundle: Bundle, request: PredictRequest, *, part_of_bundle: bool) -
     )
 
 
-def _registered(request: PredictRequest) -> Bundle:
-    """NAME: the version that serves; NAME:1.2.0: that one. The registry is slow to open, and only opened here."""
+def _registered(request: PredictRequest) -> tuple[Bundle, Path]:
+    """And the models folder. NAME: the version that serves; NAME:1.2.0: that one. The registry is slow to open, and
+    only opened here."""
     wanted = str(request.model)
     if not _NAME.fullmatch(wanted):
         raise UsageRefused(f"-m {wanted[:200]!r}: there is no such file or folder, and it is no model's name")
@@ -138,7 +142,8 @@ def _registered(request: PredictRequest) -> Bundle:
         )
     registry = open_registry(settings)
     name, _, semver = wanted.partition(":")
-    return ModelShelf(registry).bundle(registry.get(name, semver) if semver else registry.champion(name))
+    bundle = ModelShelf(registry).bundle(registry.get(name, semver) if semver else registry.champion(name))
+    return bundle, settings.models_dir
 
 
 def _nnunet_address(request: PredictRequest) -> Path:

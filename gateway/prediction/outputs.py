@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from engine.errors import BundleInvalid
+from engine.execution_plan import ExecutionPlan
 from engine.json_reader import read_json
 from engine.json_writer import write_json
 from engine.whole_file import whole_file
@@ -30,9 +31,10 @@ _OWN = "seggate"
 class Outputs:
     """The output folder of one call."""
 
-    def __init__(self, request: PredictRequest, model: ChosenModel) -> None:
+    def __init__(self, request: PredictRequest, model: ChosenModel, plan: ExecutionPlan | None) -> None:
         self._request = request
         self._model = model
+        self._inexact = None if plan is None or plan.is_exact else plan.summary
         self._folder = request.output
 
     def files(self, case: Case) -> tuple[Path, ...]:
@@ -64,7 +66,12 @@ class Outputs:
         if self._folder.exists() and not self._folder.is_dir():
             raise UsageRefused(f"-o {self._folder}: is a file; results go into a folder")
         self._folder.mkdir(parents=True, exist_ok=True)
-        own = {**self._model.identity(), "mirroring": self._request.mirroring, "format": self._request.format}
+        own = {
+            **self._model.identity(),
+            "mirroring": self._request.mirroring,
+            "format": self._request.format,
+            "execution": self._inexact,
+        }
         if self._request.continue_prediction:
             self._check_continued(own)
         ending = cases[0].ending if cases else self._model.file_ending

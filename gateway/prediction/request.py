@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from engine.backends import Device
+from engine.execution_plan import MAX_TOLERANCE
+from engine.sanity_check import STRICT_TOLERANCE
 
 OutputFormat = Literal["nifti", "seg", "both"]
 SegEncoding = Literal["BINARY", "LABELMAP"]
@@ -21,7 +23,7 @@ class PredictRequest:
     """The command line; None, nothing or False where it says nothing.
 
     model: path or name; dataset, plans, trainer: nnU-Net's address under nnUNet_results. configurations: of a bundle
-    or result folder.
+    or result folder. tolerance: share of the voxels that a faster way to run the model may change.
     """
 
     inputs: tuple[Path, ...]
@@ -37,6 +39,7 @@ class PredictRequest:
     postprocessing: bool | None = None
     step_size: float | None = None
     mirroring: bool = True
+    tolerance: float | None = None
     device: str = "auto"
     threads: int | None = None
     format: OutputFormat = "nifti"
@@ -90,6 +93,10 @@ def check_request(request: PredictRequest) -> None:
         )
     if request.device not in get_args(Device):
         raise UsageRefused(f"-device {request.device}: the networks run on cpu or cuda (auto: cuda where it works)")
+    if request.tolerance is not None and not STRICT_TOLERANCE <= request.tolerance <= MAX_TOLERANCE:
+        raise UsageRefused(
+            f"--tolerance {request.tolerance:g}: from {STRICT_TOLERANCE:g} (what holds without it) to {MAX_TOLERANCE:g}"
+        )
     if not 0 <= request.part_id < request.num_parts:
         raise UsageRefused(f"-part_id {request.part_id}: with -num_parts {request.num_parts} it is 0 to "
                            f"{request.num_parts - 1}")  # fmt: skip

@@ -11,10 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.class_probabilities import ProbabilityPredictor
+from engine.execution_plan import ExecutionPlan, planned_bundle
 from engine.predictor import Predictor
 from engine.segment_statistics import SegmentStatistics
 from engine.volume import Geometry, LabelMap, Volume
 from gateway.prediction.model import ChosenModel
+from gateway.prediction.model_plan import open_model
 from gateway.prediction.request import PredictRequest
 
 Progress = Callable[[float], None]
@@ -36,20 +38,23 @@ class Predicted:
 
 
 class Runner:
-    """The networks of a model, loaded. Raises as engine.predictor.Predictor does."""
+    """The networks of a model, loaded, run as `plan` says. Raises as engine.predictor.Predictor does."""
 
-    def __init__(self, model: ChosenModel, request: PredictRequest) -> None:
+    def __init__(self, model: ChosenModel, plan: ExecutionPlan | None, request: PredictRequest) -> None:
         self._model = model
         self._mirroring = None if request.mirroring else False
-        device, threads = request.chosen_device, request.threads
         self._predictor: Predictor | None = None
         self._probabilities: ProbabilityPredictor | None = None
         if request.save_probabilities:
             self._probabilities = ProbabilityPredictor(
-                model.bundle, configurations=model.configurations, device=device, threads=threads
+                planned_bundle(model.bundle, plan),
+                configurations=model.configurations,
+                device=request.chosen_device,
+                threads=request.threads,
+                choice=None if plan is None else plan.choice,
             )
         else:
-            self._predictor = Predictor(model.bundle, device=device, threads=threads)
+            self._predictor = open_model(model, plan, request)
 
     @property
     def runtime(self) -> str:

@@ -242,7 +242,7 @@ def test_a_bundle_is_taken_from_a_zip_and_kept_and_a_damaged_copy_is_made_anew(b
                 container.write(path, Path("phantom") / path.relative_to(bundle.root))
     words = ("-i", file, "-o", tmp_path / "out", "-m", archive, "--cache", tmp_path / "cache")
     assert predict(*words).exit_code == 0
-    (kept,) = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+    (kept,) = [path for path in (tmp_path / "cache").iterdir() if path.is_dir() and path.name != "plans"]
     (kept / "plans.json").write_text("{}")
     assert predict(*words).exit_code == 0
     assert json.loads((kept / "plans.json").read_text())["dataset_name"] == "Dataset999_Tiny"
@@ -360,17 +360,19 @@ def test_a_process_loads_nothing_that_it_does_not_need(bundle: Bundle, tmp_path:
         "try:\n    main()\n"
         "finally:\n    sys.stderr.write('\\n' + ' '.join(m for m in sys.modules if '.' not in m))"
     )
-    ran = subprocess.run(
-        [sys.executable, "-c", script, "predict", "-i", file, "-o", tmp_path / "out", "-m", bundle.root, "--json"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={"PYTHONPATH": f"{ROOT}:{ROOT / 'fhir'}", "PATH": "/usr/bin"},
-        timeout=120,
-    )
-    assert ran.returncode == 0, ran.stderr
+    for _ in range(2):  # the first measures an execution plan
+        ran = subprocess.run(
+            [sys.executable, "-c", script, "predict", "-i", file, "-o", tmp_path / "out", "-m", bundle.root, "--json"],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={"PYTHONPATH": f"{ROOT}:{ROOT / 'fhir'}", "PATH": "/usr/bin", "XDG_CACHE_HOME": str(tmp_path)},
+            timeout=120,
+        )
+        assert ran.returncode == 0, ran.stderr
     loaded = set(ran.stderr.splitlines()[-1].split())
-    assert {"engine", "numpy", "onnxruntime"} <= loaded
+    assert {"engine", "numpy"} <= loaded
+    assert len(loaded & {"onnxruntime", "openvino"}) == 1
     assert not loaded & {
         *("torch", "dbos", "mlflow", "fastapi", "sqlalchemy", "pydicom", "highdicom", "structlog", "matplotlib"),
         *("pydantic_settings", "httpx", "pynetdicom", "apscheduler", "alembic"),
