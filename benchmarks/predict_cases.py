@@ -128,7 +128,7 @@ CASES = (
     ),
 )
 # What runs without --cases: on a processor, and for a GPU.
-ON_CPU = ("hippocampus-40", "ct-small-net", "ct-default-net", "whole-104")
+ON_CPU = ("hippocampus-40", "ct-small-net", "ct-default-net", "ct-default-net-bf16", "whole-104")
 ON_CUDA = ("ct-512",)
 
 GROWTH = tuple(

@@ -144,7 +144,7 @@ class LogitStream:
         expected = (batch.shape[0], self._labels.num_heads, *batch.shape[2:])
         if logits.shape != expected:
             raise BackendFailed(f"{network.name}: the network returned {logits.shape} where {expected} was expected")
-        if not np.isfinite(logits).all():
+        if not all(np.isfinite(answer).all() for answer in logits):
             raise BackendFailed(f"{network.name}: the network returned values that are not finite")
         return logits
 

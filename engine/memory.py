@@ -81,11 +81,12 @@ def estimate_peak(
     folds: Collection[str] | None = None,
     decoded: bool = True,
     sums_in_file: bool = False,
+    batch: int = 1,
 ) -> MemoryEstimate:
     """The peak of `Predictor.predict` for an image on `geometry`, taken as if nothing could be cropped away.
 
     `decoded`: whether the image is in memory already; else its float32 voxels count as well. `sums_in_file`: the sums
-    of windows are kept in a file (engine/logit_rows.py).
+    of windows are kept in a file (engine/logit_rows.py). `batch`: passes that the runtime takes at a time.
     """
     grid = reorientation(geometry, bundle.contract.orientation).target
     forward = bundle.plans.transpose_forward
@@ -117,7 +118,9 @@ def estimate_peak(
         )
         size, padded = math.prod(window_grid.shape), math.prod(window_grid.padded_shape)
         inputs = channels + (len(labels.foreground_labels) if run.previous_stage else 0)
-        networks += sum(_network_bytes(planned, fold.file, inputs, labels.num_heads) for fold in chosen[run.name])
+        networks += sum(
+            _network_bytes(planned, fold.file, inputs, labels.num_heads, batch) for fold in chosen[run.name]
+        )
         is_needed = any(other.previous_stage == run.name for other in runs)
         preparing = _preprocessing_bytes(shape, window_grid.shape, planned, channels, inputs)
         stages.append({"preprocessing": preparing, "turned image": turned, "kept": kept})
@@ -128,7 +131,7 @@ def estimate_peak(
             if sums_in_file
             else count * _ring_bytes(window_grid, labels.num_heads, by_bands=by_bands and not is_needed),
             "certainty": maps,
-            "windows": _window_bytes(planned, inputs, labels.num_heads, is_mirrored=bool(run.mirror_axes)),
+            "windows": _window_bytes(planned, inputs, labels.num_heads, passes=2 ** len(run.mirror_axes), batch=batch),
         }
         beside = {"turned image": 0 if run is runs[-1] else turned, "kept": kept}
         stages.append({**running, **beside, "labels and probabilities": voxels * result})
@@ -176,10 +179,13 @@ def _ring_bytes(grid: WindowGrid, heads: int, *, by_bands: bool) -> int:
     return rows * (heads + 1) * width * _FLOAT32
 
 
-def _window_bytes(planned: Configuration, inputs: int, heads: int, *, is_mirrored: bool) -> int:
-    """What goes to the network and what comes back, with the sum of the mirrored passes."""
-    voxels = math.prod(planned.patch_size)
-    return voxels * _FLOAT32 * (2 * inputs + (3 if is_mirrored else 1) * heads)
+def _window_bytes(planned: Configuration, inputs: int, heads: int, *, passes: int, batch: int) -> int:
+    """What goes to the network and what comes back: answers of the unmirrored pass's batch and of the one at hand, and
+    the sum of the mirrored passes; the check of one answer."""
+    at_once = min(batch, passes)
+    answers = at_once * (2 if at_once < passes else 1) + (passes > 1)
+    floats = (1 + at_once) * inputs + answers * heads
+    return math.prod(planned.patch_size) * (floats * _FLOAT32 + heads * _BOOL)
 
 
 def check_budget(estimate: MemoryEstimate, budget_bytes: int | None) -> None:
@@ -207,8 +213,8 @@ def available_bytes() -> int:
     return min(free, max(0, int(limit) - used)) if limit.isdecimal() else free
 
 
-def _network_bytes(planned: Configuration, file: Path, inputs: int, heads: int) -> int:
-    """Weights and activations of one loaded network for one patch."""
+def _network_bytes(planned: Configuration, file: Path, inputs: int, heads: int, batch: int) -> int:
+    """Weights and activations of one loaded network for `batch` patches, and for one where that is another shape."""
     weights = sum(part.stat().st_size for part in (file, file.with_name(file.name + ".data")) if part.exists())
     features, voxels = planned.architecture.features_per_stage, math.prod(planned.patch_size)
     # At the full resolution: two feature maps to be joined, their concatenation, and a convolution's output.
@@ -216,4 +222,5 @@ def _network_bytes(planned: Configuration, file: Path, inputs: int, heads: int) 
     for stage, stride in enumerate(planned.architecture.strides[1:], start=1):
         voxels //= math.prod(stride)
         live += voxels * features[stage]
-    return _WEIGHT_COPIES * weights + int(_ARENA_GROWTH * live * _FLOAT32)
+    shapes = 1 if batch == 1 else 2
+    return shapes * _WEIGHT_COPIES * weights + int((batch + shapes - 1) * _ARENA_GROWTH * live * _FLOAT32)

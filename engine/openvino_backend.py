@@ -28,7 +28,7 @@ _NAMES = {"float32": "f32", "bf16": "bf16"}
 
 
 class OpenVinoBackend:
-    """One ONNX file compiled for `batch` windows (channels, *patch_size), warmed up with zeros.
+    """One ONNX file compiled for `batch` windows (channels, *patch_size) and for one, warmed up with zeros.
 
     `threads` None: one for each core that the runtime sees. Raises BackendFailed where OpenVINO is not installed,
     computes in another precision than asked for, or fails on a batch; BundleInvalid when the file is no network with
@@ -54,8 +54,9 @@ class OpenVinoBackend:
         self._requests: dict[int, Any] = {}
         if precision not in _NAMES:
             raise BackendFailed(f"{model_path.name}: OpenVINO does not compute in {precision} on a CPU")
-        self._compile(batch)
-        self.run(np.zeros((batch, *self._window), dtype=np.float32))
+        for size in sorted({batch, 1}):
+            self._compile(size)
+            self.run(np.zeros((size, *self._window), dtype=np.float32))
 
     @property
     def name(self) -> str:
@@ -97,8 +98,6 @@ class OpenVinoBackend:
         self._requests.clear()
 
     def _run(self, batch: FloatArray) -> FloatArray:
-        if len(batch) not in self._requests:
-            self._compile(len(batch))
         request = self._requests[len(batch)]
         # Shared with the runtime, not copied; the answer is copied, because the next batch overwrites it.
         request.infer({0: np.ascontiguousarray(batch)}, share_inputs=True)

@@ -137,6 +137,7 @@ class Predictor:
 
     def _admit(self, geometry: Geometry, budget_bytes: int | None, **options: Any) -> tuple[MemoryEstimate, bool]:
         """The estimate that fits, and whether it needs the sums in a file: the one step before a refusal."""
+        options["batch"] = max(backend.batch for backend in self._backends.values())
         estimate = estimate_peak(self._bundle, geometry, **options)
         try:
             check_budget(estimate, budget_bytes)

@@ -33,11 +33,12 @@ def write_pointwise_network(
     patch_size: Sequence[int],
     *,
     ramp_axis: int | None = None,
+    batch: int | str = 1,
 ) -> None:
     """logits[k] = sum over c of weights[k, c] * image[c] + bias[k], a convolution with a kernel of one voxel.
 
     `ramp_axis` adds the position along that axis of the patch to the logits of the last head, so that the answer
-    depends on the direction in which the network sees the patch.
+    depends on the direction in which the network sees the patch. `batch`: windows at a time, or a name for any number.
     """
     heads, channels = weights.shape
     ones = [1] * len(patch_size)
@@ -57,8 +58,8 @@ def write_pointwise_network(
     graph = helper.make_graph(
         nodes,
         "pointwise",
-        [helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, channels, *patch_size])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, heads, *patch_size])],
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, [batch, channels, *patch_size])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [batch, heads, *patch_size])],
         constants,
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)

@@ -73,6 +73,7 @@ def test_default_cases_exist_and_are_paired_but_the_largest() -> None:
         "hippocampus-40": 5,
         "ct-small-net": 5,
         "ct-default-net": 2,
+        "ct-default-net-bf16": 2,
         "whole-104": 0,
     }
     assert all(name in by_name for name in ON_CUDA)
