@@ -7,7 +7,9 @@ The package reports its own import to a statistics service; here it is imported 
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Sequence
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -114,7 +116,7 @@ class OpenVinoBackend:
         }
         if self._threads:
             options["INFERENCE_NUM_THREADS"] = self._threads
-        core = self._runtime.Core()
+        core = _core()
         try:
             model = core.read_model(str(self._path))
         except RuntimeError as error:
@@ -163,6 +165,34 @@ def openvino_runtime() -> Any:
     finally:
         for name in hidden:
             sys.modules.pop(name, None)
+
+
+@cache
+def _core() -> Any:
+    """The one core of the process, never freed, with its CPU plugin loaded in a thread that is over.
+
+    The plugin gives the thread that loads it a stack for signals, and unmaps that stack when the last network is freed,
+    in whatever thread this happens. The next signal in the first thread would then end the process, without a word:
+    Python's handlers run on that stack. Raises BackendFailed where the plugin cannot be loaded.
+    """
+    runtime = openvino_runtime()
+    found: list[Any] = []
+    failed: list[RuntimeError] = []
+
+    def load() -> None:
+        try:
+            core = runtime.Core()
+            core.get_property("CPU", "FULL_DEVICE_NAME")
+            found.append(core)
+        except RuntimeError as error:
+            failed.append(error)
+
+    loader = threading.Thread(target=load, name="openvino-core")
+    loader.start()
+    loader.join()
+    if not found:
+        raise BackendFailed(f"OpenVINO has no CPU plugin that can be loaded: {one_line(failed[0])}")
+    return found[0]
 
 
 def _check_interface(model: Any, shape: Sequence[int], where: str) -> None:

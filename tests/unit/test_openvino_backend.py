@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,9 @@ import pytest
 from engine.backend_probe import probe
 from engine.errors import BackendFailed, BundleInvalid
 from engine.onnx_backend import OnnxBackend
-from engine.openvino_backend import OpenVinoBackend, openvino_runtime
+from engine.openvino_backend import OpenVinoBackend, _core, openvino_runtime
 from gateway.demo.story import model_folder
+from tests.support.peers import ROOT
 from tests.support.tiny_models import write_pointwise_network
 
 PATCH = (4, 5, 6)
@@ -103,3 +107,32 @@ def test_another_shape_and_a_closed_backend_are_refused(network: Path) -> None:
     backend.close()
     with pytest.raises(BackendFailed, match="closed"):
         backend.run(np.zeros((1, 2, *PATCH), dtype=np.float32))
+
+
+def test_a_signal_reaches_its_handler_after_the_last_network_was_freed_in_another_thread(network: Path) -> None:
+    """The plugin unmaps then what it gave its thread as a stack for signals, on which Python's handlers run."""
+    script = f"""
+import faulthandler, gc, signal, threading
+from pathlib import Path
+from engine.openvino_backend import OpenVinoBackend
+faulthandler.enable()
+signal.signal(signal.SIGTERM, lambda *_: print("handled"))
+held = [OpenVinoBackend(Path({str(network)!r}), channels=2, patch_size={PATCH})]
+freeing = threading.Thread(target=lambda: (held.clear(), gc.collect()))
+freeing.start()
+freeing.join()
+signal.raise_signal(signal.SIGTERM)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ran = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+    assert (ran.returncode, ran.stdout) == (0, "handled\n"), ran.stderr
+
+
+def test_a_plugin_that_cannot_be_loaded_is_told(network: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaged(*_: Any) -> Any:
+        raise RuntimeError("libopenvino_intel_cpu_plugin.so: cannot open")
+
+    _core.cache_clear()
+    monkeypatch.setattr(openvino_runtime().Core, "get_property", damaged)
+    with pytest.raises(BackendFailed, match="no CPU plugin that can be loaded: libopenvino_intel_cpu_plugin"):
+        OpenVinoBackend(network, channels=2, patch_size=PATCH)
