@@ -48,7 +48,8 @@ class Backend(Protocol):
     def batch(self) -> int: ...
 
     def run(self, batch: FloatArray) -> FloatArray:
-        """float32 (N, C, [Z,] Y, X), any N → logits float32 (N, K, [Z,] Y, X). Raises BackendFailed."""
+        """float32 (N, C, [Z,] Y, X), any N → logits float32 (N, K, [Z,] Y, X). May be called by several
+        threads, one of which runs at a time where the runtime cannot do more. Raises BackendFailed."""
         ...
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ with it, and silently computes on the CPU where the driver is missing.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -178,6 +179,7 @@ class _BoundBuffers:
 
     def __init__(self, runtime: Any, session: Any, shape: Sequence[int], *, heads: int, device: str) -> None:
         self._session = session
+        self._one_at_a_time = threading.Lock()
         self._input = runtime.OrtValue.ortvalue_from_shape_and_type(list(shape), np.float32, device, 0)
         self._output = runtime.OrtValue.ortvalue_from_shape_and_type(
             [shape[0], heads, *shape[2:]], np.float32, device, 0
@@ -187,10 +189,11 @@ class _BoundBuffers:
         self._binding.bind_ortvalue_output(session.get_outputs()[0].name, self._output)
 
     def run(self, batch: FloatArray) -> FloatArray:
-        self._input.update_inplace(np.ascontiguousarray(batch))
-        self._session.run_with_iobinding(self._binding)
-        # A copy of its own: on the CPU the value is a view of the buffer, which the next batch overwrites.
-        logits: FloatArray = np.array(self._output.numpy())
+        with self._one_at_a_time:
+            self._input.update_inplace(np.ascontiguousarray(batch))
+            self._session.run_with_iobinding(self._binding)
+            # A copy of its own: on the CPU the value is a view of the buffer, which the next batch overwrites.
+            logits: FloatArray = np.array(self._output.numpy())
         return logits
 
 

@@ -54,6 +54,7 @@ class OpenVinoBackend:
         self._precision = precision
         self._threads = threads
         self._requests: dict[int, Any] = {}
+        self._one_at_a_time = threading.Lock()
         if precision not in _NAMES:
             raise BackendFailed(f"{model_path.name}: OpenVINO does not compute in {precision} on a CPU")
         for size in sorted({batch, 1}):
@@ -92,7 +93,8 @@ class OpenVinoBackend:
             raise BackendFailed(f"{self._path.name}: the compiled network is closed")
         check_batch(batch, self._window, where=self._path.name)
         try:
-            return run_in_pieces(batch, self._batch, self._run)
+            with self._one_at_a_time:
+                return run_in_pieces(batch, self._batch, self._run)
         except RuntimeError as error:
             raise BackendFailed(f"{self._path.name}: OpenVINO failed on a batch: {one_line(error)}") from error
 

@@ -80,8 +80,8 @@ class Predictor:
     is a folder on a disk: where memory is short, the sums of windows are kept in a file there, which is slower and
     changes no label.
 
-    One prediction at a time. Raises BundleInvalid when a network or rule of the bundle cannot be run, BackendFailed
-    when the device asked for cannot.
+    Several threads may predict at a time. Raises BundleInvalid when a network or rule of the bundle cannot be run,
+    BackendFailed when the device asked for cannot.
     """
 
     def __init__(
@@ -135,16 +135,23 @@ class Predictor:
         be asked before the image is decoded. `budget_bytes`: as for `predict`, the image included."""
         self._admit(geometry, budget_bytes, decoded=False)
 
+    def needed_bytes(self, geometry: Geometry) -> int:
+        """The estimated peak for an image on `geometry`, the image included, the loaded networks not."""
+        return self._estimate(geometry, decoded=False).working_bytes
+
+    def _estimate(self, geometry: Geometry, **options: Any) -> MemoryEstimate:
+        batch = max(backend.batch for backend in self._backends.values())
+        return estimate_peak(self._bundle, geometry, batch=batch, **options)
+
     def _admit(self, geometry: Geometry, budget_bytes: int | None, **options: Any) -> tuple[MemoryEstimate, bool]:
         """The estimate that fits, and whether it needs the sums in a file: the one step before a refusal."""
-        options["batch"] = max(backend.batch for backend in self._backends.values())
-        estimate = estimate_peak(self._bundle, geometry, **options)
+        estimate = self._estimate(geometry, **options)
         try:
             check_budget(estimate, budget_bytes)
         except MemoryExceeded:
             if self._scratch is None:
                 raise
-            smaller = estimate_peak(self._bundle, geometry, sums_in_file=True, **options)
+            smaller = self._estimate(geometry, sums_in_file=True, **options)
             check_budget(smaller, budget_bytes)
             _log.warning(
                 "%s: %d MiB are not free; the sums of windows are kept in a file, which leaves %d MiB and is slower",

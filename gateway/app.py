@@ -32,9 +32,10 @@ from gateway.delivery.release import Release
 from gateway.delivery.reported import ReportedObjects
 from gateway.delivery.reporting import Reporting
 from gateway.destination_settings import FhirDestination
+from gateway.device_share import DeviceShare
 from gateway.disk_space import ReserveWatch
 from gateway.due_work import CANARY_CHECK, DELETION, enqueue_version
-from gateway.durable import INFERENCE, JOBS, SHADOW, STUDIES, TRAINING, Enqueuer, delivery_queue
+from gateway.durable import INFERENCE, JOBS, SHADOW, STUDIES, TRAINING, URGENT_INFERENCE, Enqueuer, delivery_queue
 from gateway.heartbeat import Heartbeat, executor_id
 from gateway.intake.assembly import Assembly
 from gateway.intake.expected_count import ExpectedCounts
@@ -106,7 +107,7 @@ def run_worker(settings: Settings, *, stop: threading.Event, boundary: Boundary 
     def headers(spool_path: str) -> Dataset:
         return read_header(spool.resolve(spool_path)).dataset
 
-    memory_budget_bytes = worker.memory_budget_mb << 20 if worker.memory_budget_mb else None
+    share = DeviceShare(budget_bytes=worker.memory_budget_mb << 20 if worker.memory_budget_mb else None)
     watch = Watch(
         database=database,
         registry=registry,
@@ -121,7 +122,7 @@ def run_worker(settings: Settings, *, stop: threading.Event, boundary: Boundary 
         enqueuer=enqueuer,
         learning=settings.learning,
         attempts=worker.attempts,
-        memory_budget_bytes=memory_budget_bytes,
+        share=share,
         disabled_checks=settings.gateway.quality.disabled_checks,
         busy=lambda work: heartbeat.busy(work, worker.inference_deadline_s),
         idle=heartbeat.idle,
@@ -141,7 +142,7 @@ def run_worker(settings: Settings, *, stop: threading.Event, boundary: Boundary 
             spool=spool,
             shelf=shelf,
             attempts=worker.attempts,
-            memory_budget_bytes=memory_budget_bytes,
+            share=share,
             busy=lambda result_id: heartbeat.busy(result_id, worker.inference_deadline_s),
             idle=heartbeat.idle,
         ),
@@ -219,7 +220,8 @@ def run_worker(settings: Settings, *, stop: threading.Event, boundary: Boundary 
     with contextlib.suppress(RulesInvalid):  # alarmed already; without any good rules a study is parked
         routes.current()
     rehearse()
-    queues = [(STUDIES, 2), (INFERENCE, worker.concurrency), (JOBS, 1), (SHADOW, 1)]
+    queues = [(STUDIES, 2), *((name, worker.concurrency) for name in (INFERENCE, URGENT_INFERENCE))]
+    queues += [(JOBS, 1), (SHADOW, 1)]
     if worker.trainings and find_spec("torch") is not None:
         queues.append((TRAINING, worker.trainings))
     durable.launch(queues=queues, poll_s=worker.poll_s)
@@ -244,6 +246,7 @@ def run_worker(settings: Settings, *, stop: threading.Event, boundary: Boundary 
                 _log.warning("assembly waits for the database", error=str(error))
                 stop.wait(_AWAY_PAUSE_S)
     finally:
+        share.close()
         execution.stop()
         heartbeat.stop()
         expected_counts.close()

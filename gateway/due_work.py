@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from sqlalchemy.orm import Session
 
-from gateway.durable import INFERENCE, JOBS, ROUTINE, SHADOW, STUDIES, Enqueuer, delivery_queue
+from gateway.durable import INFERENCE, JOBS, ROUTINE, SHADOW, STUDIES, URGENT_INFERENCE, Enqueuer, delivery_queue
+from gateway.routed_work import is_urgent
 from gateway.workflows import DELIVER, MAKE_RESULT, PROCESS_STUDY, RUN_JOB, SHADOW_RESULT
 from storage.learning_records import ShadowRun
 from storage.records import Delivery, Result, StudyVersion
@@ -29,10 +30,10 @@ def enqueue_version(session: Session, enqueuer: Enqueuer, version: StudyVersion,
 
 
 def enqueue_result(session: Session, enqueuer: Enqueuer, result: Result, *, priority: int = ROUTINE) -> None:
-    """Inference, judgement, encoding, release."""
+    """Inference, judgement, encoding, release. `priority`: within its queue, of urgent results or of the others."""
     enqueuer.enqueue(
         session,
-        queue=INFERENCE,
+        queue=URGENT_INFERENCE if is_urgent(session, result) else INFERENCE,
         workflow=MAKE_RESULT,
         workflow_id=result.workflow_id,
         argument=result.result_id,

@@ -23,6 +23,8 @@ APPLICATION_NAME = "seggate"
 
 # In the order in which they matter: who runs `shadow` stands back while results wait (gateway/learning/shadow.py).
 STUDIES, INFERENCE, JOBS, SHADOW, TRAINING = "studies", "inference", "jobs", "shadow", "training"
+# Of its own, so that a worker whose places for the others are taken still takes it up (gateway/device_share.py).
+URGENT_INFERENCE = "urgent-inference"
 # Nobody waits for the second in which they begin, and each look at a queue costs all workers some CPU.
 _UNHURRIED, _UNHURRIED_POLL_S = frozenset({JOBS, SHADOW, TRAINING}), 1.0
 URGENT, ROUTINE = 1, 100

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,7 +56,7 @@ class ModelShelf:
         self._bundles: dict[tuple[str, str], Bundle] = {}
         self._predictors: dict[tuple[str, str], Predictor] = {}
         self._in_force: dict[tuple[str, str], ExecutionPlan | None] = {}
-        self._turns: dict[tuple[str, str], threading.Lock] = {}
+        self._users: Counter[tuple[str, str]] = Counter()
 
     def champion(self, name: str) -> RegisteredModel:
         """The version that serves now (asked again after two seconds); raises ModelMissing."""
@@ -122,7 +124,6 @@ class ModelShelf:
                 predictor, plan = open_planned(bundle, plan, device=device, threads=threads, scratch=self._scratch)
                 self._in_force[(model.name, model.semver)] = plan
                 self._predictors[(model.name, model.semver)] = predictor
-                self._turns.setdefault((model.name, model.semver), threading.Lock())
             return predictor
 
     def loaded(self) -> dict[str, frozenset[str]]:
@@ -136,36 +137,48 @@ class ModelShelf:
         closed = []
         for semver in sorted(self.loaded().get(name, frozenset()) - frozenset(needed)):
             key = (name, semver)
-            if not self._turns[key].acquire(blocking=False):
-                continue
-            try:
-                with self._lock:
-                    predictor = self._predictors.pop(key, None)
-                if predictor is not None:
-                    predictor.close()
-                    closed.append(semver)
-            finally:
-                self._turns[key].release()
+            with self._lock:
+                predictor = None if self._users[key] else self._predictors.pop(key, None)
+            if predictor is not None:
+                predictor.close()
+                closed.append(semver)
         return closed
 
     def check_memory(self, model: RegisteredModel, geometry: Geometry, *, budget_bytes: int | None) -> None:
         """Raises MemoryExceeded, with the numbers, for an image on `geometry` that the model could not be run on."""
         self.predictor(model).check_memory(geometry, budget_bytes=budget_bytes)
 
-    def predict(self, model: RegisteredModel, volume: Volume, *, budget_bytes: int | None) -> Prediction:
-        """Run a model; two studies for the same model take turns. Raises what the predictor raises."""
+    def needed_bytes(self, model: RegisteredModel, geometry: Geometry) -> int:
+        """The estimated peak of running the model on an image on `geometry`, the image included."""
+        return self.predictor(model).needed_bytes(geometry)
+
+    def predict(
+        self,
+        model: RegisteredModel,
+        volume: Volume,
+        *,
+        budget_bytes: int | None,
+        progress: Callable[[float], None] | None = None,
+    ) -> Prediction:
+        """Run a model; `progress` is called between windows. Raises what the predictor and `progress` raise."""
         key = (model.name, model.semver)
-        while True:
-            predictor = self.predictor(model)
-            with self._turns[key]:
-                # Not one that was closed while this study waited for its turn.
-                if self._predictors.get(key) is not predictor:
-                    continue
-                prediction = predictor.predict(volume, budget_bytes=budget_bytes)
+        with self._in_use(key, model) as predictor:
+            prediction = predictor.predict(volume, budget_bytes=budget_bytes, progress=progress)
             plan = self._in_force[key]
-            if plan is None or not plan.left_out:
-                return prediction
-            return replace(prediction, runtime=replace(prediction.runtime, left_out=plan.left_out))
+        if plan is None or not plan.left_out:
+            return prediction
+        return replace(prediction, runtime=replace(prediction.runtime, left_out=plan.left_out))
+
+    @contextmanager
+    def _in_use(self, key: tuple[str, str], model: RegisteredModel) -> Iterator[Predictor]:
+        with self._lock:
+            predictor = self.predictor(model)
+            self._users[key] += 1
+        try:
+            yield predictor
+        finally:
+            with self._lock:
+                self._users[key] -= 1
 
     def known(self) -> list[str]:
         """Names and versions of all registered models; opens the registry."""

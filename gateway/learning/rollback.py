@@ -22,7 +22,8 @@ from gateway.durable import ROUTINE, URGENT, Enqueuer, next_workflow_id
 from gateway.errors import is_of_the_machine, meaning
 from gateway.model_shelf import ModelShelf
 from gateway.results.contract import ContractFinding
-from gateway.results.orders import content_key, is_urgent, place, plan_series, planned_failure, series_files
+from gateway.results.orders import content_key, place, plan_series, planned_failure, series_files
+from gateway.routed_work import is_urgent
 from storage import ledger
 from storage.alarms import clear_alarms, raise_alarm
 from storage.database import Database

@@ -25,8 +25,9 @@ from sqlalchemy.orm import Session
 from engine.bundle import Bundle, load_bundle
 from engine.metrics import measure_case
 from gateway import parking, quarantine
+from gateway.device_share import DeviceShare
 from gateway.due_work import enqueue_shadow
-from gateway.durable import Enqueuer, next_workflow_id
+from gateway.durable import ROUTINE, Enqueuer, next_workflow_id
 from gateway.errors import Permanent, Rejected, is_of_the_machine
 from gateway.learning_settings import LearningSettings
 from gateway.model_shelf import ModelShelf
@@ -48,6 +49,7 @@ from storage.spool import Spool
 _log = structlog.get_logger(__name__)
 FAILED = "shadow-failed"
 _CRASHED = "never finished"
+_URGENCY = 2 * ROUTINE  # rests while any study is at work
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 5.0, 600.0
 
 
@@ -158,7 +160,7 @@ class Shadows:
         enqueuer: Enqueuer,
         learning: LearningSettings,
         attempts: int,
-        memory_budget_bytes: int | None,
+        share: DeviceShare,
         disabled_checks: Collection[str],
         busy: Callable[[str], None],
         idle: Callable[[str], None],
@@ -171,7 +173,7 @@ class Shadows:
         self._finished = finished
         self._learning = learning
         self._attempts = attempts
-        self._memory_budget_bytes = memory_budget_bytes
+        self._share = share
         self._disabled_checks = disabled_checks
         self._busy = busy
         self._idle = idle
@@ -242,7 +244,7 @@ class Shadows:
             files = series_files(session, self._spool, version, result)
         if attempt > self._attempts:
             raise Permanent(f"it was begun {self._attempts} times and {_CRASHED}; see the worker's log")
-        name = f"shadow {known.shadow_id}"
+        name = _work_name(known)
         self._busy(name)
         try:
             return self._run(run, result, version, files)
@@ -277,8 +279,16 @@ class Shadows:
             if refusal is not None:
                 raise Rejected(f"the version in shadow may not run on this series: {refusal.name}: {refusal.detail}")
 
+        name = _work_name(run)
         inferred = infer_part(
-            self._shelf, model, files, result.part, budget_bytes=self._memory_budget_bytes, before_pixels=refuse
+            self._shelf,
+            model,
+            files,
+            result.part,
+            admitted=lambda needed: self._share.admitted(
+                _URGENCY, needed, rests=lambda: self._idle(name), goes_on=lambda: self._busy(name)
+            ),
+            before_pixels=refuse,
         )
         measurements, runtime = inferred.measurements(), inferred.runtime()
         verdict, checks = judge(
@@ -305,6 +315,10 @@ class Shadows:
                 row.state, row.finished_at, row.verdict = "done", utc_now(), str(verdict)
                 row.dice, row.figures = dice, figures
         return "done"
+
+
+def _work_name(run: ShadowRun) -> str:
+    return f"shadow {run.shadow_id}"
 
 
 def label_dice(labels: NDArray[Any], champion: Bundle, inferred: Inferred) -> dict[str, float | None]:

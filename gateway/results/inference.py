@@ -8,6 +8,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ from engine.predictor import Prediction
 from engine.segment_statistics import SegmentStatistics
 from engine.volume import LabelMap
 from gateway import quarantine
+from gateway.device_share import DeviceShare, Turn
 from gateway.disk_space import alarmed_when_full
+from gateway.durable import ROUTINE, URGENT
 from gateway.errors import Permanent, Rejected, is_of_the_machine
 from gateway.intake.header import text_of
 from gateway.learning import pauses
@@ -29,6 +32,7 @@ from gateway.model_shelf import ModelShelf
 from gateway.monitoring.study_facts import facts_of
 from gateway.results.orders import series_files
 from gateway.results.series import SeriesPart, decode, read_series
+from gateway.routed_work import is_urgent
 from storage import ledger
 from storage.canary_records import CANARY_RULE
 from storage.database import Database
@@ -63,10 +67,10 @@ def infer_part(
     files: Sequence[Path],
     key: str,
     *,
-    budget_bytes: int | None,
+    admitted: Callable[[int], AbstractContextManager[Turn]],
     before_pixels: Callable[[SeriesPart], None],
 ) -> Inferred:
-    """Read the part `key` of a series and run a model on it.
+    """Read the part `key` of a series and run a model on it, when it is `admitted` with the memory that it needs.
 
     `before_pixels` sees the part before a pixel is decoded and may refuse it. Raises MemoryExceeded, also before that,
     Rejected for a series that cannot be read, and what the predictor raises.
@@ -74,15 +78,18 @@ def infer_part(
     began = time.monotonic()
     headers = select_part(read_series(files, only_headers=True), key)
     headers_s = time.monotonic() - began
-    # Before a pixel is decoded: what does not fit must not take the worker's memory first.
-    shelf.check_memory(model, headers.geometry, budget_bytes=budget_bytes)
-    before_pixels(headers)
-    began = time.monotonic()
-    part = decode(headers)
-    if part.volume is None:
-        raise Rejected(f"series {part.series_instance_uid}: no pixel data")
-    read_s = headers_s + time.monotonic() - began
-    prediction = shelf.predict(model, part.volume, budget_bytes=budget_bytes)
+    with admitted(shelf.needed_bytes(model, headers.geometry)) as turn:
+        # Before a pixel is decoded: what does not fit must not take the worker's memory first.
+        shelf.check_memory(model, headers.geometry, budget_bytes=turn.budget_bytes)
+        before_pixels(headers)
+        began = time.monotonic()
+        part = decode(headers)
+        if part.volume is None:
+            raise Rejected(f"series {part.series_instance_uid}: no pixel data")
+        read_s = headers_s + time.monotonic() - began
+        prediction = shelf.predict(
+            model, part.volume, budget_bytes=turn.budget_bytes, progress=lambda _share: turn.pass_on()
+        )
     return Inferred(part=part, prediction=prediction, bundle=shelf.bundle(model), read_s=read_s)
 
 
@@ -96,7 +103,7 @@ class Inference:
         spool: Spool,
         shelf: ModelShelf,
         attempts: int,
-        memory_budget_bytes: int | None,
+        share: DeviceShare,
         busy: Callable[[str], None],
         idle: Callable[[str], None],
     ) -> None:
@@ -104,7 +111,7 @@ class Inference:
         self._spool = spool
         self._shelf = shelf
         self._attempts = attempts
-        self._memory_budget_bytes = memory_budget_bytes
+        self._share = share
         self._busy = busy
         self._idle = idle
 
@@ -142,12 +149,13 @@ class Inference:
             result.attempts += 1
             attempt = result.attempts
             files = series_files(session, self._spool, version, result)
+            urgency = URGENT if is_urgent(session, result) else ROUTINE
         if attempt > self._attempts:
             raise Permanent(f"inference was begun {self._attempts} times and never finished; see the worker's log")
         self._busy(result_id)
         try:
             with alarmed_when_full(self._database):
-                return self._run(result_id, files)
+                return self._run(result_id, files, urgency)
         except StorageError as error:
             if is_of_the_machine(error):  # waited for however long, so such a beginning does not count
                 with self._database.session() as session:
@@ -156,7 +164,7 @@ class Inference:
         finally:
             self._idle(result_id)
 
-    def _run(self, result_id: str, files: tuple[Any, ...]) -> str:
+    def _run(self, result_id: str, files: tuple[Any, ...], urgency: int) -> str:
         with self._database.reading() as session:
             result = session.get_one(Result, result_id)
             study = session.get_one(Study, result.study_instance_uid)
@@ -168,7 +176,10 @@ class Inference:
             model,
             files,
             result.part,
-            budget_bytes=self._memory_budget_bytes,
+            # What rests is not stuck: its deadline begins anew when it goes on.
+            admitted=lambda needed: self._share.admitted(
+                urgency, needed, rests=lambda: self._idle(result_id), goes_on=lambda: self._busy(result_id)
+            ),
             # Or else a model would run each time only to find no room for its labels.
             before_pixels=lambda part: self._spool.check_room(math.prod(part.geometry.shape)),
         )

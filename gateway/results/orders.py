@@ -20,12 +20,12 @@ from gateway import quarantine, study_state, superseding
 from gateway.due_work import enqueue_result
 from gateway.durable import ROUTINE, URGENT, Enqueuer
 from gateway.errors import Rejected, Transient, meaning
-from gateway.intake.routing import Verdict
 from gateway.learning import pauses
 from gateway.learning.serving import open_period, overtaken
 from gateway.model_shelf import ModelShelf
 from gateway.results.contract import ContractFinding, judge
 from gateway.results.series import read_series
+from gateway.routed_work import routed, urgent_work, work_of
 from storage import ledger
 from storage.alarms import raise_alarm
 from storage.database import Database
@@ -76,7 +76,7 @@ class Orders:
         with self._database.reading() as session:
             version = session.get_one(StudyVersion, version_id)
             known = _ordered(session, version_id)
-            wanted = [(d, urgent) for d, urgent in _wanted(session, version_id) if _work(d) not in known]
+            wanted = [(d, urgent) for d, urgent in _wanted(session, version_id) if work_of(d) not in known]
             files = {d.series_instance_uid: series_files(session, self._spool, version, d) for d, _ in wanted}
             content = content_key(session, version)
         planned = [
@@ -88,7 +88,7 @@ class Orders:
             _refuse_overtaken(session, [result for result, _, _ in planned])
             # Another run of the same step may have been faster.
             known = _ordered(session, version_id)
-            added = [(r, u) for r, u, _ in planned if _work(r) not in known]
+            added = [(r, u) for r, u, _ in planned if work_of(r) not in known]
             refused = {r.result_id: refusals for r, _, refusals in planned if refusals}
             place(session, self._enqueuer, version, added, refused)
             superseding.no_longer_wanted(session, version)
@@ -178,7 +178,7 @@ def place(
         return
     stop = quarantine.reason_to_stop(session, version.study_instance_uid)
     for result, _ in added:
-        parts = {r.part for r, _ in added if _work(r) == _work(result)}
+        parts = {r.part for r, _ in added if work_of(r) == work_of(result)}
         result.supersedes = superseding.predecessor(session, version, result, parts)
     session.add_all([result for result, _ in added])
     session.flush()
@@ -231,7 +231,7 @@ def _planned(
     reason: str | None,
 ) -> Result:
     identity = (
-        (_work(series)[1], "", "", "")
+        (work_of(series)[1], "", "", "")
         if model is None
         else (model.name, model.semver, model.weights_digest, model.configuration_digest)
     )
@@ -256,13 +256,8 @@ def _planned(
     )
 
 
-def _work(row: RoutingDecision | Result) -> tuple[str, str]:
-    """What is done once per version: one series by one model."""
-    return row.series_instance_uid, str(row.model if isinstance(row, RoutingDecision) else row.model_name)
-
-
 def _ordered(session: Session, version_id: str) -> set[tuple[str, str]]:
-    return {_work(r) for r in session.scalars(select(Result).where(Result.version_id == version_id))}
+    return {work_of(r) for r in session.scalars(select(Result).where(Result.version_id == version_id))}
 
 
 def _wanted(session: Session, version_id: str) -> list[tuple[RoutingDecision, bool]]:
@@ -270,12 +265,12 @@ def _wanted(session: Session, version_id: str) -> list[tuple[RoutingDecision, bo
 
     Several rules may send the same series to the same model: one result, under the first rule, urgent if any says so.
     """
-    routed = _routed(session, version_id)
-    urgent = _urgent(routed)
+    decisions = routed(session, version_id)
+    urgent = urgent_work(decisions)
     first: dict[tuple[str, str], RoutingDecision] = {}
-    for decision in routed:
+    for decision in decisions:
         if decision.matched:
-            first.setdefault(_work(decision), decision)
+            first.setdefault(work_of(decision), decision)
     return [(decision, work in urgent) for work, decision in first.items()]
 
 
@@ -284,23 +279,6 @@ def _refuse_overtaken(session: Session, planned: Sequence[Result]) -> None:
     for name, semver in {(r.model_name, r.model_version) for r in planned if r.model_version}:
         if overtaken(session, name, semver):
             raise Transient(f"{name} {semver} was being ordered when another version was to serve; it is planned again")
-
-
-def is_urgent(session: Session, result: Result) -> bool:
-    """Whether a rule that sent the series of a result to its model says so."""
-    return _work(result) in _urgent(_routed(session, result.version_id))
-
-
-def _routed(session: Session, version_id: str) -> list[RoutingDecision]:
-    """What sends a series of the version to a model, in the order of the rules."""
-    decisions = session.scalars(
-        select(RoutingDecision).where(RoutingDecision.version_id == version_id).order_by(RoutingDecision.decision_id)
-    )
-    return [d for d in decisions if d.matched or d.explanation.get("verdict") == Verdict.ALREADY_ROUTED]
-
-
-def _urgent(routed: Sequence[RoutingDecision]) -> set[tuple[str, str]]:
-    return {_work(d) for d in routed if d.explanation.get("priority") == "urgent"}
 
 
 def _alarm_failed(session: Session, result: Result) -> None:

@@ -1,4 +1,5 @@
-"""The whole loop without a hand: drift, fine-tuning, tests, promotion, and a bad version that is rolled back.
+"""The whole loop without a hand, on PostgreSQL with two workers: drift, fine-tuning, tests, promotion, and a bad
+version that is rolled back.
 
 Studies of a second scanner arrive. The nightly jobs run each minute here, and a reader answers what is asked of
 readers. Everything else the gateway does by itself: alarm, fine-tuning, candidate, sanity suite, shadow, promotion.
@@ -8,17 +9,21 @@ Then a version whose sides are exchanged is forced into service.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from sqlalchemy import func, select
+from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session
 from typer.testing import CliRunner
 
-from tests.support.peers import require_peer
+from tests.support.peers import ROOT, require_peer
 
 require_peer("torch")
 
@@ -29,12 +34,13 @@ from gateway.cli import app
 from gateway.learning.runs import runs_of
 from storage.learning_records import RunState, ServingPeriod, ShadowRun
 from storage.models import ModelRegistry
-from storage.records import Alarm, Delivery, LedgerEvent, Result, ResultState, Study
+from storage.records import Alarm, Delivery, Executor, LedgerEvent, Result, ResultState, Study
 from tests.support import learning_site as site
 from tests.support.phantoms import PhantomSeries, asymmetric_labels, phantom_affine
+from tests.support.postgresql import postgresql
 from tests.support.running_gateway import RunningGateway, running_gateway
 
-pytestmark = pytest.mark.requirement("CARD-05")
+pytestmark = [pytest.mark.requirement("CARD-05"), pytest.mark.peer("postgresql")]
 
 REFERENCE, WINDOW, AFTER, BAD = 60, 30, 6, 4
 GATEWAY = """
@@ -145,15 +151,39 @@ watch_least = 2
 max_hold_rate = 0.4
 """
     patients = [f"LOOP-{seed:04}" for seed in range(1, 400)]
-    with running_gateway(
-        folder,
-        routes=site.ROUTES,
-        bundles=[load_bundle(trained.bundle)],
-        patients=patients,
-        gateway_toml=GATEWAY,
-        learning_toml=learning,
-    ) as gateway:
+    with (
+        postgresql() as url,
+        running_gateway(
+            folder,
+            routes=site.ROUTES,
+            bundles=[load_bundle(trained.bundle)],
+            patients=patients,
+            gateway_toml=f'{GATEWAY}\n[database]\nurl = "{url}"\n',
+            learning_toml=learning,
+        ) as gateway,
+        _second_worker(gateway, folder / "second.log"),
+    ):
         yield Loop(gateway, patients, folder)
+
+
+@contextmanager
+def _second_worker(gateway: RunningGateway, log: Path) -> Iterator[None]:
+    """As on another machine that shares the database and the state folder."""
+    command = [sys.executable, "-m", "gateway.role", "worker", "--config", str(gateway.config)]
+    environment = {**os.environ, "SEGGATE_EXECUTOR": "second", "TCP_NODELAY": "1"}
+    with log.open("wb") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=stream, cwd=ROOT, env=environment)
+    try:
+        gateway.wait_for("the second worker", lambda s: len(_workers(s)) == 2)
+        yield
+        assert process.poll() is None, log.read_text()[-3000:]
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def test_from_the_second_scanner_to_the_new_version_and_from_a_bad_one_back(loop: Loop) -> None:
@@ -197,14 +227,19 @@ def test_from_the_second_scanner_to_the_new_version_and_from_a_bad_one_back(loop
         kinds = session.scalars(
             select(LedgerEvent.kind).where(LedgerEvent.subject == f"model:{site.MODEL}").order_by(LedgerEvent.sequence)
         ).all()
+        executors = set(session.execute(text(_WORKED)).scalars())
         sent = session.execute(select(Delivery.result_id, func.count()).group_by(Delivery.result_id)).all()
     assert {"training-queued", "training-candidate", "model-examined", "model-promoted", "model-rolled-back"} <= set(
         kinds
     )
+    assert len(executors) == 2, "only one worker has worked"
     assert {row.result_id for row in sent} >= {r.result_id for r in current}
     site.run("audit", "verify", "--config", str(gateway.config))  # fails where a chain is broken
     for study in [bad[0], last[0]]:
         assert len([o for o in gateway.in_pacs(study.study_instance_uid) if o["modality"] == "SEG"]) == 1
+
+
+_WORKED = "SELECT DISTINCT executor_id FROM dbos.workflow_status WHERE name = 'make_result' AND status = 'SUCCESS'"
 
 
 def _force_bad_version(loop: Loop) -> None:
@@ -219,6 +254,11 @@ def _force_bad_version(loop: Loop) -> None:
 
 def _alarmed(session: Session, kind: str) -> bool:
     return session.scalars(select(Alarm).where(Alarm.kind == kind)).first() is not None
+
+
+def _workers(session: Session) -> list[str]:
+    query = select(Executor.executor_id).where(Executor.role == "worker", Executor.stopped_at.is_(None))
+    return list(session.scalars(query))
 
 
 def _runs(session: Session, *states: RunState) -> list[str]:

@@ -177,10 +177,10 @@ def test_a_run_that_is_under_way_ends_without_effect(live: LiveStudies, monkeypa
     running = live.receive(3)
     predicted = live.shelf.predict
 
-    def meanwhile(model: RegisteredModel, volume: Volume, *, budget_bytes: int | None) -> Prediction:
+    def meanwhile(model: RegisteredModel, volume: Volume, **options: Any) -> Prediction:
         monkeypatch.setattr(live.shelf, "predict", predicted)
         live.make(first[2])  # another worker's study reveals the fault
-        return predicted(model, volume, budget_bytes=budget_bytes)
+        return predicted(model, volume, **options)
 
     monkeypatch.setattr(live.shelf, "predict", meanwhile)
     assert live.make(running) == "superseded"
@@ -399,10 +399,10 @@ def _make_or_park(live: LiveStudies, uid: str) -> str:
 def _raise_in(live: LiveStudies, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     predicted: Callable[..., Prediction] = live.shelf.predict
 
-    def raising(model: RegisteredModel, volume: Volume, *, budget_bytes: int | None) -> Prediction:
+    def raising(model: RegisteredModel, volume: Volume, **options: Any) -> Prediction:
         if model.semver == version:
             raise ZeroDivisionError("the network divides by zero")
-        return predicted(model, volume, budget_bytes=budget_bytes)
+        return predicted(model, volume, **options)
 
     monkeypatch.setattr(live.shelf, "predict", raising)
 
@@ -414,7 +414,7 @@ def _with_kind(live: LiveStudies, semver: str, kind: str, monkeypatch: pytest.Mo
     shelf = type(live.shelf)(cast(Any, live.models), device="cpu", threads=1)
     own = type(live.shelf).predict
 
-    def predict(asked: RegisteredModel, volume: Volume, *, budget_bytes: int | None) -> Prediction:
-        return own(shelf, model if asked.semver == semver else asked, volume, budget_bytes=budget_bytes)
+    def predict(asked: RegisteredModel, volume: Volume, **options: Any) -> Prediction:
+        return own(shelf, model if asked.semver == semver else asked, volume, **options)
 
     monkeypatch.setattr(live.shelf, "predict", predict)

@@ -26,7 +26,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +71,23 @@ def boundary(point: str) -> None:
 
 
 class _Shelf(ModelShelf):
-    def predict(self, model: RegisteredModel, volume: Volume, *, budget_bytes: int | None) -> Prediction:
+    def predict(
+        self,
+        model: RegisteredModel,
+        volume: Volume,
+        *,
+        budget_bytes: int | None,
+        progress: Callable[[float], None] | None = None,
+    ) -> Prediction:
         boundary("predict")
         boundary(f"predict-{model.semver}")
-        return super().predict(model, volume, budget_bytes=budget_bytes)
+
+        def between_windows(share: float) -> None:
+            boundary(f"window-{model.name}")
+            if progress is not None:
+                progress(share)
+
+        return super().predict(model, volume, budget_bytes=budget_bytes, progress=between_windows)
 
 
 class _Withdrawal(Withdrawal):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from engine.bundle import Bundle, load_bundle
+from gateway.device_share import DeviceShare
 from gateway.model_shelf import ModelShelf
 from gateway.results.inference import Inference
 from storage.database import Database
@@ -123,7 +124,7 @@ class LiveModel:
             spool=self.spool,
             shelf=self.shelf,
             attempts=3,
-            memory_budget_bytes=None,
+            share=DeviceShare(),
             busy=lambda _: None,
             idle=lambda _: None,
         )

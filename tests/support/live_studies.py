@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session
 from engine.bundle import Bundle
 from gateway.delivery.release import Release
 from gateway.destination_settings import DestinationSettings
+from gateway.device_share import DeviceShare
 from gateway.learning.rollback import Withdrawal
 from gateway.learning.shadow import Shadows
 from gateway.learning.watch import Watch
@@ -180,6 +181,7 @@ class LiveStudies:
         """Everything that a worker makes at its start; a new one has forgotten what the old one had in memory."""
         registry = cast(ModelRegistry, self.models)
         self.shelf = ModelShelf(registry, device="cpu", threads=1)
+        self.share = DeviceShare()
         parts: dict[str, Any] = {"database": self.database, "spool": self.spool, "shelf": self.shelf}
         self.watch = Watch(
             database=self.database,
@@ -193,13 +195,13 @@ class LiveStudies:
             enqueuer=self.queue,
             learning=self.learning,
             attempts=2,
-            memory_budget_bytes=None,
+            share=self.share,
             disabled_checks=(),
             busy=lambda _work: None,
             idle=lambda _work: None,
         )
         self.inference = Inference(
-            **parts, attempts=3, memory_budget_bytes=None, busy=lambda _work: None, idle=lambda _work: None
+            **parts, attempts=3, share=self.share, busy=lambda _work: None, idle=lambda _work: None
         )
         self.orders = Orders(**parts, enqueuer=self.queue, unusable=self.watch.unusable)
         release = Release(database=self.database, destinations=DestinationSettings(), enqueuer=self.queue)

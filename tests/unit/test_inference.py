@@ -21,6 +21,7 @@ from engine.bundle import load_bundle
 from engine.errors import MemoryExceeded
 from engine.predictor import Prediction, Predictor
 from engine.volume import Volume
+from gateway.device_share import DeviceShare
 from gateway.learning.pauses import pause
 from gateway.model_shelf import ModelShelf
 from gateway.results import inference as step
@@ -89,7 +90,7 @@ def inference(
         spool=prepared(spool),
         shelf=shelf or cast(ModelShelf, _Unused()),
         attempts=attempts,
-        memory_budget_bytes=memory_budget_bytes,
+        share=DeviceShare(budget_bytes=memory_budget_bytes),
         busy=lambda _work: None,
         idle=lambda _work: None,
     )
@@ -174,8 +175,8 @@ def test_statistics_name_the_centre_of_a_segment_in_the_patient_and_the_missing_
     shelf = ModelShelf(cast(ModelRegistry, _Registry()), device="cpu")
     predicted = shelf.predict
 
-    def marked(model: RegisteredModel, volume: Volume, *, budget_bytes: int | None) -> Prediction:
-        prediction = predicted(model, volume, budget_bytes=budget_bytes)
+    def marked(model: RegisteredModel, volume: Volume, **options: Any) -> Prediction:
+        prediction = predicted(model, volume, **options)
         segments = tuple(replace(s, voxels=int(s.name == "Anterior")) for s in prediction.segments)
         prediction.labels.array[...] = 0
         prediction.labels.array[3, 4, 5:8] = 1

@@ -12,6 +12,7 @@ from sqlalchemy import select
 from gateway.delivery.dispatch import Dispatch
 from gateway.delivery.release import Release
 from gateway.destination_settings import DestinationSettings
+from gateway.device_share import DeviceShare
 from gateway.results.inference import Inference
 from gateway.retrying import retry_study
 from storage.alarms import open_alarms, raise_alarm
@@ -91,7 +92,7 @@ def test_a_conflict_before_inference_holds_the_result_and_no_model_runs(database
         spool=cast(Any, Nobody()),
         shelf=cast(Any, Nobody()),
         attempts=3,
-        memory_budget_bytes=None,
+        share=DeviceShare(),
         busy=lambda _: None,
         idle=lambda _: None,
     )
