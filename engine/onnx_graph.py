@@ -1,14 +1,20 @@
 """Writes one of nnU-Net's U-Nets as an ONNX graph, straight from the architecture and the weights.
 
-Same input gives the same bytes on every machine and with every release of torch: no tracing, no paths, no time. Seven
-operators are used: Conv, ConvTranspose, InstanceNormalization, LeakyRelu, Concat, and for residual encoders Add and
-AveragePool. Where kernels are stored as float16, Cast makes them float32 again, so that all arithmetic, and everything
-about InstanceNormalization, stays float32. Heads of deep supervision other than the full resolution's are left out.
-Whether the graph computes what the original network does is checked by engine/parity.py for every file.
+Same input gives the same bytes on every machine and with every release of torch: no tracing, no paths, no time. Few
+operators are used: Conv, ConvTranspose, InstanceNormalization, LeakyRelu, Concat, for residual encoders AveragePool,
+and arithmetic. Where kernels are stored as float16, Cast makes them float32 again, so that all arithmetic stays
+float32. Heads of deep supervision other than the full resolution's are left out. Whether the graph computes what the
+original network does is checked by engine/parity.py for every file.
+
+Of large feature maps instance normalization is written out, with means that are taken axis by axis. The operator adds
+the million voxels of a large patch up one after the other, in float32, in ONNX Runtime and in OpenVINO: through the 22
+normalizations of nnU-Net's default network logits were off by 5e-4 and 1.5e-3 of the largest (torch: 2e-6), and one
+voxel in 730 had another label (docs/performance.md).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +28,8 @@ from engine.architecture import Architecture
 from engine.errors import ParityFailed
 
 OPSET = 17
+LARGE_VOXELS = 1 << 17
+"""Of one channel of a feature map: from here on its mean is taken axis by axis."""
 IR_VERSION = 8  # the oldest that goes with opset 17
 INPUT = "image"
 OUTPUT = "logits"
@@ -47,7 +55,7 @@ def write_onnx(
     Input `image` float32 (batch, channels, *patch_size), output `logits` float32 (batch, heads, *patch_size); only
     the batch is free. `weights` by the names of engine/network.py, complete.
     """
-    graph = _Graph(architecture, weights, half=half)
+    graph = _Graph(architecture, weights, voxels=math.prod(patch_size), half=half)
     features, skips = INPUT, []
     if architecture.network == "residual":
         features = graph.conv_norm("encoder.stem.convs.0", features, stride=graph.one)
@@ -114,8 +122,11 @@ def to_float16(name: str, array: NDArray[np.float32]) -> NDArray[np.float16]:
 class _Graph:
     """Nodes and initialisers in the order of computation; every value is named by the node that makes it."""
 
-    def __init__(self, architecture: Architecture, weights: Mapping[str, NDArray[np.float32]], *, half: bool) -> None:
+    def __init__(
+        self, architecture: Architecture, weights: Mapping[str, NDArray[np.float32]], *, voxels: int, half: bool
+    ) -> None:
         self.architecture = architecture
+        self.voxels = voxels  # of one channel of what was made last
         self.half = half
         self.weights = weights
         self.one = (1,) * architecture.dimensions
@@ -156,20 +167,56 @@ class _Graph:
         )
 
     def transposed(self, name: str, features: str, stride: Sequence[int]) -> str:
+        self.voxels *= math.prod(stride)
         return self.node(
             "ConvTranspose", [features, *self.parameters(name)], kernel_shape=list(stride), strides=list(stride)
         )
 
     def norm(self, name: str, features: str) -> str:
-        return self.node(
-            "InstanceNormalization", [features, *self.parameters(name)], epsilon=self.architecture.norm_eps
-        )
+        """(x - mean) / sqrt(variance + epsilon) * weight + bias, per sample and channel."""
+        if self.voxels < LARGE_VOXELS:
+            return self.node(
+                "InstanceNormalization", [features, *self.parameters(name)], epsilon=self.architecture.norm_eps
+            )
+        weight, bias = (self._by_channel(value) for value in self.parameters(name))
+        epsilon = self._constant("norm_eps", np.float32(self.architecture.norm_eps))
+        centred = self.node("Sub", [features, self._mean(features)])
+        variance = self._mean(self.node("Mul", [centred, centred]))
+        deviation = self.node("Sqrt", [self.node("Add", [variance, epsilon])])
+        scaled = self.node("Mul", [centred, self.node("Div", [weight, deviation])])
+        return self.node("Add", [scaled, bias])
+
+    def _mean(self, features: str) -> str:
+        """Over all axes of space, the last first. Of reductions that follow one another OpenVINO makes a single one,
+        which would add up all voxels again; a product with a power of two, which is exact, keeps them apart."""
+        dimensions = self.architecture.dimensions
+        half, two = self._constant("half", np.float32(0.5)), self._constant("two", np.float32(2))
+        for axis in reversed(range(2, 2 + dimensions)):
+            features = self.node("ReduceMean", [features], axes=[axis], keepdims=1)
+            if axis > 2:
+                features = self.node("Mul", [features, half])
+        for _ in range(dimensions - 1):
+            features = self.node("Mul", [features, two])
+        return features
+
+    def _by_channel(self, value: str) -> str:
+        """(C) → (1, C, 1, 1, 1)"""
+        shape = [1, -1, *self.one]
+        return self.node("Reshape", [value, self._constant("by_channel", np.array(shape, dtype=np.int64))])
+
+    def _constant(self, name: str, value: Any) -> str:
+        if name not in self.used:
+            self.used[name] = np.asarray(value)
+            self.initializers.append(numpy_helper.from_array(self.used[name], name))
+        return name
 
     def activation(self, features: str) -> str:
         return self.node("LeakyRelu", [features], alpha=self.architecture.negative_slope)
 
     def conv_norm(self, name: str, features: str, *, stride: Sequence[int], activate: bool = True) -> str:
-        result = self.norm(f"{name}.norm", self.conv(f"{name}.conv", features, stride=stride))
+        convolved = self.conv(f"{name}.conv", features, stride=stride)
+        self.voxels //= math.prod(stride)
+        result = self.norm(f"{name}.norm", convolved)
         return self.activation(result) if activate else result
 
     def residual_block(self, name: str, features: str, *, stride: Sequence[int]) -> str:

@@ -26,7 +26,7 @@ from engine.volume import AS_STORED
 Tell = Callable[[str], None]
 Progress = Callable[[float, str], None]
 
-_KIND = "1"
+_KIND = "2"
 """Changes when a conversion of the same files gives another bundle."""
 _WAIT_FOR_ANOTHER = 36_000  # times 0.1 s: as long as the longest conversion takes
 
