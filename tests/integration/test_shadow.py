@@ -154,7 +154,7 @@ def test_a_failure_is_said_of_the_version_in_shadow_and_of_nothing_else(
     live.make(uid)
     before = everything(live)
 
-    def raising(_model: RegisteredModel, _volume: Volume, *, budget_bytes: int | None) -> Any:
+    def raising(_model: RegisteredModel, _volume: Volume, **_options: Any) -> Any:
         raise ZeroDivisionError("the network divides by zero")
 
     monkeypatch.setattr(live.shelf, "predict", raising)
